@@ -1,0 +1,110 @@
+// Vectors of the instruction set being compiled (no include guard: each_isa.h includes this once per set).
+//
+// GCC's vector extensions give arithmetic, comparison and selection; this file adds what they lack: unaligned and
+// partial loads, conversions from 16-bit floats, reductions and exp.
+namespace pyvtk::cpu::PYVTK_ISA {
+
+using vfloat = float __attribute__((vector_size(PYVTK_VECTOR_BYTES)));
+using vint = int32_t __attribute__((vector_size(PYVTK_VECTOR_BYTES)));
+using vuint = uint32_t __attribute__((vector_size(PYVTK_VECTOR_BYTES)));
+using vhalf = uint16_t __attribute__((vector_size(PYVTK_VECTOR_BYTES / 2)));
+
+// Lanes of 32 bits in a vector.
+inline constexpr int64_t kLanes = PYVTK_VECTOR_BYTES / 4;
+
+#define PYVTK_INLINE inline __attribute__((always_inline))
+
+PYVTK_INLINE vfloat splat(float x) { return vfloat{} + x; }
+PYVTK_INLINE vint splat(int32_t x) { return vint{} + x; }
+
+PYVTK_INLINE vfloat as_float(vint x) { return reinterpret_cast<vfloat>(x); }
+PYVTK_INLINE vfloat as_float(vuint x) { return reinterpret_cast<vfloat>(x); }
+PYVTK_INLINE vint as_int(vfloat x) { return reinterpret_cast<vint>(x); }
+
+// mask lanes are 0 or -1
+PYVTK_INLINE vfloat blend(vint mask, vfloat yes, vfloat no) { return mask ? yes : no; }
+PYVTK_INLINE vint blend(vint mask, vint yes, vint no) { return mask ? yes : no; }
+
+// NaN in either operand gives the second one, as x86's own max and min do.
+PYVTK_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
+
+PYVTK_INLINE vfloat load(const float* p) {
+  vfloat x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+PYVTK_INLINE vint load(const int32_t* p) {
+  vint x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+PYVTK_INLINE vfloat load(const bfloat16* p) {
+  vhalf x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return as_float(__builtin_convertvector(x, vuint) << 16);
+}
+PYVTK_INLINE vfloat load(const float16* p) {
+#if PYVTK_VECTOR_BYTES == 64
+  return reinterpret_cast<vfloat>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif PYVTK_VECTOR_BYTES == 32
+  return reinterpret_cast<vfloat>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  vfloat x;
+  for (int64_t lane = 0; lane < kLanes; ++lane) x[lane] = to_float(p[lane]);
+  return x;
+#endif
+}
+
+PYVTK_INLINE void store(float* p, vfloat x) { __builtin_memcpy(p, &x, sizeof(x)); }
+PYVTK_INLINE void store(int32_t* p, vint x) { __builtin_memcpy(p, &x, sizeof(x)); }
+
+// The first `count` lanes (the rest 0), reading nothing beyond them.
+template <class T>
+PYVTK_INLINE vfloat load_partial(const T* p, int64_t count) {
+  T lanes[kLanes] = {};
+  __builtin_memcpy(lanes, p, static_cast<size_t>(count) * sizeof(T));
+  return load(lanes);
+}
+PYVTK_INLINE void store_partial(float* p, vfloat x, int64_t count) {
+  __builtin_memcpy(p, &x, static_cast<size_t>(count) * sizeof(float));
+}
+
+PYVTK_INLINE float reduce_add(vfloat x) {
+  // A tree, so that the order of additions does not depend on the compiler.
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
+PYVTK_INLINE float reduce_max(vfloat x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  float result = lanes[0];
+  for (int64_t lane = 1; lane < kLanes; ++lane) result = lanes[lane] > result ? lanes[lane] : result;
+  return result;
+}
+
+// exp for x <= ~88; below -87.3 the result is 0 (denormals are not produced). NaN stays NaN. About 1 ulp:
+// x = n ln2 + r with |r| <= ln2 / 2, a degree-7 polynomial for e^r, and 2^n through the exponent bits.
+PYVTK_INLINE vfloat vexp(vfloat x) {
+  const vfloat magic = splat(0x1.8p23f);
+  const vfloat shifted = x * 0x1.715476p+0f + magic;  // n lies in the low mantissa bits
+  const vfloat n = shifted - magic;
+  vfloat r = n * -0x1.62e4p-1f + x;
+  r = n * -0x1.7f7d1cp-20f + r;
+  vfloat p = r * 1.9841270e-4f + 1.3888889e-3f;
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 1.6666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  const vint exponent = as_int(shifted) << 23;
+  const vfloat result = as_float(as_int(p) + exponent);
+  // A comparison with NaN is false, so NaN takes the first branch and stays.
+  return blend(x < splat(-87.3f), splat(0.0f), blend(x > splat(88.7f), splat(std::numeric_limits<float>::infinity()), blend(x != x, x, result)));
+}
+
+}  // namespace pyvtk::cpu::PYVTK_ISA

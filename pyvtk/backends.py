@@ -1,0 +1,146 @@
+"""Which implementation of an operator runs, and why another one cannot.
+
+Every operator has a schema and a fake kernel in Python (:func:`define`), so its contract exists without any compiled
+part. Implementations:
+
+``compiled``   C++ (CPU) or CUDA, in ``libpyvtk_cpu.so`` / ``libpyvtk_cuda.so``, chosen by torch's dispatcher
+``triton``     kernels of :mod:`pyvtk.triton_kernels`, as an operator ``<name>_triton``
+``reference``  plain torch, on any device (:mod:`pyvtk.reference`)
+
+:func:`pick` takes the first of these that can run, or the one that was asked for, or raises with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("compiled", "triton", "reference")
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+# name of a library -> why it is not loaded (None: it is)
+_library_errors: dict[str, str | None] = {}
+# operator -> dtypes of its compiled kernels (None: any)
+_compiled_dtypes: dict[str, tuple[torch.dtype, ...] | None] = {}
+# (operator, device type) -> why its compiled kernel cannot run (None: it can); filled by complete()
+_compiled_errors: dict[tuple[str, str], str | None] = {}
+
+
+def _load(name: str) -> None:
+    path = Path(__file__).parent / name
+    if not path.is_file():
+        _library_errors[name] = f"{name} was not built into this installation"
+        return
+    try:
+        torch.ops.load_library(path)
+        _library_errors[name] = None
+    except OSError as error:
+        _library_errors[name] = f"{name} did not load: {error}"
+
+
+def load_libraries() -> None:
+    """Load the operator libraries; what is missing is remembered with its reason, for :func:`pick` and ``info``."""
+    _load("libpyvtk_cpu.so")
+    if torch.version.cuda is None:
+        _library_errors["libpyvtk_cuda.so"] = f"torch {torch.__version__} is a build without CUDA"
+    else:
+        _load("libpyvtk_cuda.so")
+
+
+def define(name: str, schema: str, *, fake, dtypes: tuple[torch.dtype, ...] | None = None, tags=()) -> None:
+    """Declare operator ``pyvtk::name``: its schema, its fake kernel, and the dtypes that its compiled kernels take."""
+    torch.library.define(f"pyvtk::{name}", schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    torch.library.register_fake(f"pyvtk::{name}")(fake)
+    _compiled_dtypes[name] = dtypes
+
+
+def complete() -> None:
+    """Record which operators have which kernels. Called once, when every page is imported.
+
+    The answers are looked up in a dict later because torch.compile cannot trace a question to the dispatcher.
+    """
+    for name in _compiled_dtypes:
+        for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+            error = _library_errors[f"libpyvtk_{device}.so"]
+            if error is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvtk::{name}", key):
+                error = f"pyvtk::{name} has no {key} kernel yet"
+            _compiled_errors[name, device] = error
+
+
+def _triton_error(name: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return f"pyvtk::{name} has no Triton kernel yet"
+
+
+def why_not(name: str, backend: str, device: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why ``backend`` cannot run operator ``name`` on tensors of this device type and dtype; None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return _triton_error(name)
+    error = _compiled_errors.get((name, device), f"pyvtk has no compiled kernels for device type {device!r}")
+    dtypes = _compiled_dtypes[name]
+    if error is None and dtype is not None and dtypes is not None and dtype not in dtypes:
+        error = f"compiled kernels of {name} take {', '.join(str(d) for d in dtypes)}, not {dtype}"
+    return error
+
+
+def pick(name: str, backend: str | None, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+    """The backend that runs operator ``name`` on ``tensor``.
+
+    Args:
+        name: operator, without its namespace.
+        backend: what the caller asked for; None takes the first usable of :data:`BACKENDS`.
+        tensor: decides the device.
+        dtype: the dtype that matters to the kernels, if they are particular about it.
+
+    Raises:
+        ValueError: ``backend`` is not a backend's name.
+        RuntimeError: the named backend cannot run; the message says why.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{name}: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    device = tensor.device.type
+    if backend is not None:
+        error = why_not(name, backend, device, dtype)
+        if error is not None:
+            raise RuntimeError(f"{name}: backend {backend!r} cannot run: {error}")
+        return backend
+    if why_not(name, "compiled", device, dtype) is None:
+        return "compiled"
+    return "reference"
+
+
+def info() -> dict:
+    """Versions, the instruction set in use, and for every operator which backends can run (or why they cannot)."""
+    from pyvtk._version import __version__
+
+    facts: dict = {"pyvtk": __version__, "torch": torch.__version__, "libraries": dict(_library_errors)}
+    try:
+        facts["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        facts["triton"] = None
+    try:
+        from pyvtk import _C
+
+        facts["build"] = _C.build_info()
+        facts["instruction_set"] = _C.instruction_set()
+        facts["instruction_sets"] = _C.instruction_sets()
+    except ImportError as error:
+        facts["build"] = facts["instruction_set"] = None
+        facts["instruction_sets"] = []
+        facts["build_error"] = str(error)
+    facts["devices"] = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    facts["operators"] = {
+        name: {
+            f"{backend} {device}" if backend == "compiled" else backend: why_not(name, backend, device)
+            for backend in BACKENDS
+            for device in (("cpu", "cuda") if backend == "compiled" else ("cpu",))
+        }
+        for name in _compiled_dtypes
+    }
+    return facts

@@ -1,0 +1,58 @@
+"""Argument checks that several pages share, with one wording: ``op: argument must be ..., got ...``.
+
+Plain ``if ...: raise``: torch.compile traces it, with dynamic sizes too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def tensor(op: str, name: str, value, dim: int | tuple[int, ...] | None = None) -> None:
+    """``value`` is a strided tensor, with ``dim`` (one of several) dimensions if given."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {value.layout}")
+    if dim is not None and value.dim() not in (dim if isinstance(dim, tuple) else (dim,)):
+        raise ValueError(f"{op}: {name} must have {dim} dimensions, got shape {tuple(value.shape)}")
+
+
+def shape(op: str, name: str, value: Tensor, expected: tuple, meaning: str) -> None:
+    """``value`` has exactly this shape; ``meaning`` names its dimensions, e.g. "[batch, keys]"."""
+    if value.dim() != len(expected) or any(a != b for a, b in zip(value.shape, expected)):
+        raise ValueError(f"{op}: {name} must be {meaning} = {list(expected)}, got shape {tuple(value.shape)}")
+
+
+def dtype(op: str, name: str, value: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if value.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{op}: {name} must have dtype {names}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def same_device(op: str, name: str, value: Tensor, other: Tensor, other_name: str) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{op}: {name} must be on the device of {other_name} ({other.device}), got {value.device}")
+
+
+def choice(op: str, name: str, value, allowed: tuple) -> None:
+    if not isinstance(value, (str, type(None))) or value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(repr(a) for a in allowed)}, got {value!r}")
+
+
+def integer(op: str, name: str, value, minimum: int = 0) -> None:
+    """``value`` is an int (or a symbolic one) of at least ``minimum``; bool is not an int here."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{op}: {name} must be at least {minimum}, got {value}")
+
+
+def boolean(op: str, name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+
+
+INTEGERS = (torch.int64, torch.int32)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

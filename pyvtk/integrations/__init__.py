@@ -1,0 +1,1 @@
+"""Adapters that put the operators into frameworks."""

@@ -1,0 +1,1 @@
+"""Published methods, each composed from the operators in one short file."""

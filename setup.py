@@ -1,0 +1,130 @@
+"""Builds the compiled parts of pyvtk by driving CMakeLists.txt with Ninja, and says what was built.
+
+Environment:
+  PYVTK_CUDA=auto|0|1       CUDA library: where nvcc is found (auto, the default), never, or always (an error without nvcc)
+  PYVTK_SANITIZE            sanitizers for the CPU library, e.g. "address,undefined"
+  TORCH_CUDA_ARCH_LIST      e.g. "8.0;8.6;8.9;9.0a"; default: the architectures of DEFAULT_ARCHITECTURES
+  MAX_JOBS                  parallel compiler processes
+  CUDA_HOME                 where nvcc lives, if it is not on PATH
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+MINIMUM_TORCH = (2, 11)
+DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a"
+
+
+def version() -> str:
+    text = (ROOT / "pyvtk" / "_version.py").read_text()
+    return re.search(r'__version__ = "(.+)"', text).group(1)
+
+
+def torch_root() -> Path | None:
+    """Folder of the torch that will run pyvtk, without importing it.
+
+    pip builds in an isolated environment that hides site-packages from imports but not from sysconfig; building
+    against the installed torch spares the download of a second one.
+    """
+    candidates = [Path(p) / "torch" for p in [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]]
+    for candidate in candidates:
+        if (candidate / "version.py").is_file() and (candidate / "include" / "torch" / "csrc" / "stable").is_dir():
+            return candidate
+    return None
+
+
+def torch_version(root: Path) -> str:
+    return re.search(r"__version__ = '([^']+)'", (root / "version.py").read_text()).group(1)
+
+
+def find_nvcc() -> str | None:
+    if home := os.environ.get("CUDA_HOME"):
+        nvcc = Path(home) / "bin" / "nvcc"
+        return str(nvcc) if nvcc.is_file() else None
+    return shutil.which("nvcc")
+
+
+def cuda_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX", spaces allowed) in CMake's spelling ("80-real;90a")."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
+    architectures = []
+    for item in re.split(r"[;,\s]+", listed.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
+        if not match:
+            raise SystemExit(f"pyvtk: TORCH_CUDA_ARCH_LIST holds {item!r}; expected entries such as 8.0, 9.0a or 12.0+PTX")
+        major, minor, suffix, ptx = match.groups()
+        architectures.append(f"{major}{minor}{suffix}" + ("" if ptx else "-real"))
+    return ";".join(architectures)
+
+
+class CMakeBuild(build_ext):
+    """One CMake run builds every extension; what it built is printed at the end."""
+
+    def run(self):
+        root = torch_root()
+        if root is None:
+            raise SystemExit(
+                "pyvtk: no torch found to build against; install it first (pip install 'torch>=2.11'), "
+                "then install pyvtk into the same environment"
+            )
+        found = torch_version(root)
+        if tuple(int(x) for x in found.split(".")[:2]) < MINIMUM_TORCH:
+            raise SystemExit(f"pyvtk: torch {found} is too old; pyvtk needs torch >= 2.11")
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            raise SystemExit("pyvtk: cmake not found; install it (pip install cmake, or your system's package)")
+
+        wanted = os.environ.get("PYVTK_CUDA", "auto").lower()
+        if wanted not in ("auto", "0", "1"):
+            raise SystemExit(f"pyvtk: PYVTK_CUDA must be auto, 0 or 1, got {wanted!r}")
+        nvcc = find_nvcc() if wanted != "0" else None
+        if wanted == "1" and nvcc is None:
+            raise SystemExit(
+                "pyvtk: PYVTK_CUDA=1 but nvcc was not found on PATH or under CUDA_HOME; install the CUDA toolkit "
+                "(13.0 or newer, nvcc and cudart), or set PYVTK_CUDA=0 to build for the CPU only"
+            )
+
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        destination = Path(self.get_ext_fullpath("pyvtk._C")).resolve().parent
+        arguments = [
+            cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DPYVTK_TORCH_ROOT={root}", f"-DPython_EXECUTABLE={sys.executable}", f"-DPYVTK_VERSION={version()}",
+            f"-DCMAKE_INSTALL_PREFIX={destination}", f"-DPYVTK_SANITIZE={os.environ.get('PYVTK_SANITIZE', '')}",
+            f"-DPYVTK_CUDA={'ON' if nvcc else 'OFF'}",
+        ]  # fmt: skip
+        if nvcc:
+            arguments += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={cuda_architectures()}"]
+        subprocess.run(arguments, check=True)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.run([cmake, "--build", str(build), "--target", "install", "-j", jobs], check=True)
+
+        built = f"pyvtk {version()}: built libpyvtk_cpu.so (portable, AVX2, AVX-512) against torch {found}"
+        if nvcc:
+            built += f"; built libpyvtk_cuda.so for {cuda_architectures()} with {nvcc}"
+        elif wanted == "0":
+            built += "; NOT built: libpyvtk_cuda.so (PYVTK_CUDA=0)"
+        else:
+            built += "; NOT built: libpyvtk_cuda.so (nvcc not found on PATH or under CUDA_HOME)"
+        print(built, flush=True)
+
+    def get_outputs(self):
+        destination = Path(self.get_ext_fullpath("pyvtk._C")).parent
+        return [str(path) for path in destination.glob("*.so")]
+
+
+setup(
+    ext_modules=[Extension("pyvtk._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    # Only asked for when there is no torch to build against: the default wheel is several gigabytes.
+    setup_requires=[] if torch_root() else ["torch>=2.11"],
+)

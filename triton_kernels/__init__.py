@@ -1,0 +1,1 @@
+"""Triton kernels of pyvtk, installed as pyvtk.triton_kernels."""
