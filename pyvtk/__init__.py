@@ -1,14 +1,21 @@
-"""Kernels for visual tokens: score, select, compact. See README.md; every public name is listed here."""
+"""Kernels for visual tokens: score, select, compact. Every public name is listed here; README.md shows their use."""
 
-from pyvtk import _identity  # isort: skip  (first: it refuses to run inside another package's folder)
-from pyvtk import backends
-from pyvtk._version import __version__
+from pyvtk import _identity
 
 _identity.check()
+
+# isort: split
+from pyvtk import backends
+
+# Pages define their operators on import; the libraries bring the kernels.
 backends.load_libraries()
 
+# isort: split
+from pyvtk._version import __version__
 from pyvtk.backends import info
+from pyvtk.ops import probe as _probe
+from pyvtk.selection import Selection
 
 backends.complete()
 
-__all__ = ["__version__", "info"]
+__all__ = ["Selection", "__version__", "info"]

@@ -1,0 +1,24 @@
+"""Fixtures for every test: poisoned memory, fixed seed, one thread, and the instruction sets of this machine."""
+
+import pytest
+import torch
+
+from pyvtk import _C
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Uninitialised tensors are full of NaN (integers: of the maximum), in Python and inside compiled operators."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=_C.instruction_sets())
+def instruction_set(request):
+    """Runs a test once with every instruction set that this machine has."""
+    before = _C.instruction_set()
+    _C.use_instruction_set(request.param)
+    yield request.param
+    _C.use_instruction_set(before)

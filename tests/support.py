@@ -1,0 +1,34 @@
+"""What tests share: the error budget, and random inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def max_error(actual: Tensor, oracle: Tensor) -> float:
+    """Largest absolute difference, after checking that NaN and infinities stand in the same places."""
+    actual, oracle = actual.detach().double(), oracle.detach().double()
+    assert actual.shape == oracle.shape, f"shape {tuple(actual.shape)}, oracle {tuple(oracle.shape)}"
+    assert torch.equal(actual.isnan(), oracle.isnan()), "NaN stands in other places than in the oracle"
+    infinite = oracle.isinf()
+    assert torch.equal(actual[infinite], oracle[infinite]), "infinities differ from the oracle"
+    assert not actual[~infinite].isinf().any(), "infinite where the oracle is finite"
+    finite = ~(oracle.isnan() | infinite)
+    return (actual[finite] - oracle[finite]).abs().max().item() if finite.any() else 0.0
+
+
+def assert_within_budget(actual: Tensor, oracle: Tensor, plain: Tensor) -> None:
+    """A kernel may be twice as wrong as plain torch in the same dtype, plus one rounding of its output.
+
+    Args:
+        actual: the kernel's result.
+        oracle: the reference computed in float64.
+        plain: the reference computed by plain torch in the kernel's input dtype.
+    """
+    finite = oracle.detach().double()[oracle.detach().isfinite()]
+    largest = finite.abs().max().item() if finite.numel() else 0.0
+    rounding = torch.finfo(actual.dtype).eps * largest
+    budget = 2 * max_error(plain, oracle) + rounding
+    error = max_error(actual, oracle)
+    assert error <= budget, f"error {error:.3e} exceeds the budget {budget:.3e}"
