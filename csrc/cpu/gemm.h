@@ -1,0 +1,213 @@
+// Small matrix products on float32 scratch, for kernels that need query-key logits and their gradients
+// (no include guard: compiled once per instruction set, see each_isa.h).
+//
+// All three keep vectors along the dimension that stays contiguous in the result, so nothing is summed across lanes:
+//   logits      z[row][key]      = q[row] . k[key]            vectors along keys (packed), queries broadcast
+//   weigh_keys  out[row][d]     += sum_key s[row][key] k[key][d]   vectors along d
+//   weigh_rows  out[key][d]     += sum_row s[row][key] q[row][d]   vectors along d
+// For a handful of rows packing the keys does not pay; logits_few reads them once, in their own type.
+namespace pyvtk::cpu::PYVTK_ISA {
+
+// Columns that one micro-kernel covers, and rows: 6 x 2 vectors of sums, 2 loaded and 1 broadcast fill 16 registers;
+// AVX-512 has twice as many.
+inline constexpr int64_t kStrip = 2 * kLanes;
+inline constexpr int64_t kTileRows = PYVTK_VECTOR_BYTES == 64 ? 12 : 6;
+
+// Up to this many rows logits_few beats packing.
+inline constexpr int64_t kFewRows = 8;
+
+PYVTK_INLINE int64_t padded(int64_t n) { return ceil_div(n, kStrip) * kStrip; }
+
+// One level of a butterfly over lanes: lane i of the result is a's where bit `step` of i is clear, else b's, taken
+// from lane i with that bit cleared (low) or set (high).
+template <int step, size_t... lane>
+PYVTK_INLINE vfloat low_lanes(vfloat a, vfloat b, std::index_sequence<lane...>) {
+  return __builtin_shuffle(a, b, vint{int32_t((lane & step) ? kLanes + lane - step : lane)...});
+}
+template <int step, size_t... lane>
+PYVTK_INLINE vfloat high_lanes(vfloat a, vfloat b, std::index_sequence<lane...>) {
+  return __builtin_shuffle(a, b, vint{int32_t((lane & step) ? kLanes + lane : lane + step)...});
+}
+
+template <int step>
+PYVTK_INLINE void transpose_level(vfloat* x) {
+  if constexpr (step < kLanes) {
+    constexpr auto lanes = std::make_index_sequence<kLanes>{};
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; ++i) {
+      if (i & step) continue;
+      const vfloat a = x[i], b = x[i + step];
+      x[i] = low_lanes<step>(a, b, lanes);
+      x[i + step] = high_lanes<step>(a, b, lanes);
+    }
+    transpose_level<2 * step>(x);
+  }
+}
+
+// Lane i of the result is the sum over the lanes of x[i]; destroys x.
+template <int step = 1>
+PYVTK_INLINE vfloat sum_each(vfloat* x) {
+  if constexpr (step < kLanes) {
+    constexpr auto lanes = std::make_index_sequence<kLanes>{};
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; i += 2 * step) {
+      x[i] = low_lanes<step>(x[i], x[i + step], lanes) + high_lanes<step>(x[i], x[i + step], lanes);
+    }
+    return sum_each<2 * step>(x);
+  } else {
+    return x[0];
+  }
+}
+
+// A row as float32 times `scale`, with zeros up to `padded_dim`.
+template <class T>
+void widen_row(const T* row, int64_t dim, int64_t padded_dim, float scale, float* out) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(out + d, load(row + d) * scale);
+  if (d < dim) {
+    store(out + d, load_partial(row + d, dim - d) * scale);
+    d += kLanes;
+  }
+  for (; d < padded_dim; d += kLanes) store(out + d, vfloat{});
+}
+
+// Keys [count][dim] -> [ceil(count / kStrip)][dim][kStrip]; missing keys of the last strip are zeros.
+template <class T>
+void pack_keys(const T* keys, int64_t stride, int64_t count, int64_t dim, float* out) {
+  for (int64_t strip = 0; strip < count; strip += kStrip) {
+    for (int64_t half = 0; half < kStrip; half += kLanes) {
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        const int64_t width = std::min(kLanes, dim - d);
+        vfloat x[kLanes];
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          const int64_t key = strip + half + lane;
+          const T* row = keys + key * stride + d;
+          x[lane] = key >= count ? vfloat{} : (width == kLanes ? load(row) : load_partial(row, width));
+        }
+        transpose_level<1>(x);
+        for (int64_t lane = 0; lane < width; ++lane) store(out + (d + lane) * kStrip + half, x[lane]);
+      }
+    }
+    out += dim * kStrip;
+  }
+}
+
+template <int64_t rows>
+PYVTK_INLINE void logits_tile(const float* q, int64_t ldq, const float* packed, int64_t dim, float* z, int64_t ldz) {
+  vfloat sum[rows][2] = {};
+  for (int64_t d = 0; d < dim; ++d) {
+    const vfloat k0 = load(packed + d * kStrip), k1 = load(packed + d * kStrip + kLanes);
+#pragma GCC unroll 12
+    for (int64_t r = 0; r < rows; ++r) {
+      const vfloat x = splat(q[r * ldq + d]);
+      sum[r][0] += x * k0;
+      sum[r][1] += x * k1;
+    }
+  }
+#pragma GCC unroll 12
+  for (int64_t r = 0; r < rows; ++r) {
+    store(z + r * ldz, sum[r][0]);
+    store(z + r * ldz + kLanes, sum[r][1]);
+  }
+}
+
+// s[row * lds + key * step], k[key][ldk]: one strip of channels.
+template <int64_t rows>
+PYVTK_INLINE void weigh_tile(const float* s, int64_t row_step, int64_t sum_step, int64_t count, const float* x,
+                             int64_t ldx, float* out, int64_t ldo) {
+  vfloat sum[rows][2];
+#pragma GCC unroll 12
+  for (int64_t r = 0; r < rows; ++r) {
+    sum[r][0] = load(out + r * ldo);
+    sum[r][1] = load(out + r * ldo + kLanes);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const vfloat x0 = load(x + i * ldx), x1 = load(x + i * ldx + kLanes);
+#pragma GCC unroll 12
+    for (int64_t r = 0; r < rows; ++r) {
+      const vfloat w = splat(s[r * row_step + i * sum_step]);
+      sum[r][0] += w * x0;
+      sum[r][1] += w * x1;
+    }
+  }
+#pragma GCC unroll 12
+  for (int64_t r = 0; r < rows; ++r) {
+    store(out + r * ldo, sum[r][0]);
+    store(out + r * ldo + kLanes, sum[r][1]);
+  }
+}
+
+// f(std::integral_constant<rows>, first row) over tiles of at most kTileRows rows.
+template <int64_t rows, class F>
+PYVTK_INLINE void remaining_rows(int64_t first, int64_t left, F&& f) {
+  if constexpr (rows > 0) {
+    if (left == rows) {
+      f(std::integral_constant<int64_t, rows>{}, first);
+    } else {
+      remaining_rows<rows - 1>(first, left, f);
+    }
+  }
+}
+template <class F>
+PYVTK_INLINE void for_row_tiles(int64_t count, F&& f) {
+  int64_t row = 0;
+  for (; row + kTileRows <= count; row += kTileRows) f(std::integral_constant<int64_t, kTileRows>{}, row);
+  remaining_rows<kTileRows - 1>(row, count - row, f);
+}
+
+// z [rows][ldz] for `count` packed keys; writes whole strips, so ldz >= padded(count).
+inline void logits(const float* q, int64_t ldq, int64_t rows, const float* packed, int64_t count, int64_t dim, float* z,
+                   int64_t ldz) {
+  for (int64_t key = 0; key < count; key += kStrip) {
+    for_row_tiles(rows, [&](auto tile, int64_t row) {
+      logits_tile<tile>(q + row * ldq, ldq, packed + key * dim, dim, z + row * ldz + key, ldz);
+    });
+  }
+}
+
+// The same without packing, for few rows: every key is read once.
+template <class T>
+void logits_few(const float* q, int64_t ldq, int64_t rows, const T* keys, int64_t stride, int64_t count, int64_t dim,
+                float* z, int64_t ldz) {
+  const int64_t whole = dim / kLanes * kLanes;
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const T* key[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) key[lane] = keys + std::min(first + lane, count - 1) * stride;
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* x = q + row * ldq;
+      vfloat sum[kLanes] = {};
+      for (int64_t d = 0; d < whole; d += kLanes) {
+        const vfloat xd = load(x + d);
+#pragma GCC unroll 16
+        for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += xd * load(key[lane] + d);
+      }
+      if (whole < dim) {
+        const vfloat xd = load_partial(x + whole, dim - whole);
+        for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += xd * load_partial(key[lane] + whole, dim - whole);
+      }
+      store(z + row * ldz + first, sum_each(sum));
+    }
+  }
+}
+
+// out [rows][ldo] += s [rows][lds] times keys [count][ldk], ldk and ldo whole strips.
+inline void weigh_keys(const float* s, int64_t lds, int64_t rows, const float* keys, int64_t ldk, int64_t count,
+                       float* out, int64_t ldo) {
+  for (int64_t d = 0; d < ldk; d += kStrip) {
+    for_row_tiles(rows, [&](auto tile, int64_t row) {
+      weigh_tile<tile>(s + row * lds, lds, 1, count, keys + d, ldk, out + row * ldo + d, ldo);
+    });
+  }
+}
+
+// out [count][ldo] += s [rows][lds] transposed times q [rows][ldq], ldq and ldo whole strips.
+inline void weigh_rows(const float* s, int64_t lds, int64_t rows, const float* q, int64_t ldq, int64_t count, float* out,
+                       int64_t ldo) {
+  for (int64_t d = 0; d < ldq; d += kStrip) {
+    for_row_tiles(count, [&](auto tile, int64_t key) {
+      weigh_tile<tile>(s + key, 1, lds, rows, q + d, ldq, out + key * ldo + d, ldo);
+    });
+  }
+}
+
+}  // namespace pyvtk::cpu::PYVTK_ISA
