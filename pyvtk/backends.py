@@ -115,6 +115,20 @@ def pick(name: str, backend: str | None, tensor: torch.Tensor, dtype: torch.dtyp
     return "reference"
 
 
+def call(op, differentiable: tuple, *arguments):
+    """Call an operator; where none of the ``differentiable`` arguments wants a gradient, without torch's autograd layer.
+
+    That layer, written in Python by torch.library.register_autograd, costs more than a small kernel (tens of
+    microseconds with twenty arguments). torch.compile removes it on its own and cannot trace the shortcut.
+    """
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
+    ):
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
 def info() -> dict:
     """Versions, the instruction set in use, and for every operator which backends can run (or why they cannot)."""
     from pyvtk._version import __version__

@@ -10,8 +10,10 @@ from pyvtk import _C
 def poisoned_memory():
     """Uninitialised tensors are full of NaN (integers: of the maximum), in Python and inside compiled operators."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    _C.poison_new_memory(True)
     torch.manual_seed(0)
     yield
+    _C.poison_new_memory(False)
     torch.use_deterministic_algorithms(False)
 
 

@@ -165,28 +165,69 @@ inline void logits(const float* q, int64_t ldq, int64_t rows, const float* packe
   }
 }
 
-// The same without packing, for few rows: every key is read once.
+// Products of one key with `rows` queries, still spread over lanes. Two sums per query hide the latency of the
+// additions; with one query, four.
+template <int64_t rows, class T>
+PYVTK_INLINE void dot_rows(const float* q, int64_t ldq, const T* key, int64_t dim, vfloat* sum) {
+  constexpr int64_t parts = rows == 1 ? 4 : 2;
+  vfloat part[rows][parts] = {};
+  int64_t d = 0;
+  for (; d + parts * kLanes <= dim; d += parts * kLanes) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < parts; ++i) {
+      const vfloat k = load(key + d + i * kLanes);
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < rows; ++r) part[r][i] += load(q + r * ldq + d + i * kLanes) * k;
+    }
+  }
+  for (; d + kLanes <= dim; d += kLanes) {
+    const vfloat k = load(key + d);
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < rows; ++r) part[r][0] += load(q + r * ldq + d) * k;
+  }
+  if (d < dim) {
+    const vfloat k = load_partial(key + d, dim - d);
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < rows; ++r) part[r][0] += load_partial(q + r * ldq + d, dim - d) * k;
+  }
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < rows; ++r) {
+    sum[r * kLanes] = parts == 4 ? (part[r][0] + part[r][1]) + (part[r][2] + part[r][parts - 1]) : part[r][0] + part[r][1];
+  }
+}
+
+template <int64_t rows, class T>
+PYVTK_INLINE void logits_few_tile(const float* q, int64_t ldq, const T* keys, int64_t stride, int64_t count,
+                                  int64_t dim, float* z, int64_t ldz) {
+  // Keys are read strictly one after the other, which is what the hardware prefetcher follows best; it stops at the
+  // end of a 4 KiB page, so the next rows are asked for by hand as well.
+  constexpr int64_t kAhead = 4096 / static_cast<int64_t>(sizeof(T));
+  vfloat sum[rows][kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    const T* key = keys + std::min(lane, count - 1) * stride;
+    if (rows <= 4) {
+      for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(key + d + kAhead);
+    }
+    dot_rows<rows>(q, ldq, key, dim, &sum[0][lane]);
+  }
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < rows; ++r) store(z + r * ldz, sum_each(sum[r]));
+}
+
+// The same without packing, for few rows: keys are read once, in their own type.
 template <class T>
 void logits_few(const float* q, int64_t ldq, int64_t rows, const T* keys, int64_t stride, int64_t count, int64_t dim,
                 float* z, int64_t ldz) {
-  const int64_t whole = dim / kLanes * kLanes;
   for (int64_t first = 0; first < count; first += kLanes) {
-    const T* key[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) key[lane] = keys + std::min(first + lane, count - 1) * stride;
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* x = q + row * ldq;
-      vfloat sum[kLanes] = {};
-      for (int64_t d = 0; d < whole; d += kLanes) {
-        const vfloat xd = load(x + d);
-#pragma GCC unroll 16
-        for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += xd * load(key[lane] + d);
-      }
-      if (whole < dim) {
-        const vfloat xd = load_partial(x + whole, dim - whole);
-        for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += xd * load_partial(key[lane] + whole, dim - whole);
-      }
-      store(z + row * ldz + first, sum_each(sum));
+    const T* some = keys + first * stride;
+    const int64_t left = std::min(count - first, kLanes);
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) {
+      logits_few_tile<4>(q + row * ldq, ldq, some, stride, left, dim, z + row * ldz + first, ldz);
     }
+    remaining_rows<3>(row, rows - row, [&](auto tile, int64_t r) {
+      logits_few_tile<tile>(q + r * ldq, ldq, some, stride, left, dim, z + r * ldz + first, ldz);
+    });
   }
 }
 

@@ -7,17 +7,17 @@ namespace pyvtk::cpu {
 void run_score(const ScoreProblem& p, ScalarType dtype) {
   for_float_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    std::vector<float> workspace(PYVTK_FOR_ISA(score_workspace)(p));
+    const auto workspace = std::make_unique_for_overwrite<float[]>(PYVTK_FOR_ISA(score_workspace)(p));
     const ScorePlanSizes plan = PYVTK_FOR_ISA(score_plan_sizes)(p);
     const auto item = PYVTK_FOR_ISA(score_item<T>);
     parallel_for(plan.items, plan.item_cost, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) item(p, workspace.data(), i);
+      for (int64_t i = begin; i < end; ++i) item(p, workspace.get(), i);
     });
     const auto finish = PYVTK_FOR_ISA(score_finish);
-    const int64_t runs = ceil_div(p.scored(), plan.finish_columns);
+    const int64_t runs = ceil_div(p.max_scored(), plan.finish_columns);
     const double cost = 0.5 * static_cast<double>(plan.finish_columns * p.q_heads * p.num_reducers);
     parallel_for(p.batch * runs, cost, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) finish(p, workspace.data(), i / runs, i % runs * plan.finish_columns);
+      for (int64_t i = begin; i < end; ++i) finish(p, workspace.get(), i / runs, i % runs * plan.finish_columns);
     });
   });
 }
@@ -82,16 +82,17 @@ Gradients attention_scores_backward(Tensor grad_linear, OptionalTensor grad_max,
     g.lse = data<float>(*grad_lse);
   }
   std::vector<int64_t> q_shape(q.sizes().begin(), q.sizes().end()), k_shape(k.sizes().begin(), k.sizes().end());
-  Tensor grad_q = new_zeros(q, q_shape, ScalarType::Float), grad_k = new_zeros(q, k_shape, ScalarType::Float);
+  Tensor grad_q = new_empty(q, q_shape, ScalarType::Float), grad_k = new_empty(q, k_shape, ScalarType::Float);
   const int64_t key_count = p.packed() ? p.keys : p.batch * p.keys;
-  Tensor grad_bias = new_zeros(q, {k_bias.has_value() ? key_count : 0}, ScalarType::Float);
-  Tensor grad_lse_given = new_zeros(q, {lse_given ? p.q_heads * rows : 0}, ScalarType::Float);
-  Tensor grad_weights = new_zeros(q, {p.batch, p.q_heads}, ScalarType::Float);
+  Tensor grad_bias = new_empty(q, {k_bias.has_value() ? key_count : 0}, ScalarType::Float);
+  Tensor grad_lse_given = new_empty(q, {lse_given ? p.q_heads * rows : 0}, ScalarType::Float);
+  Tensor grad_weights = new_empty(q, {p.batch, p.q_heads}, ScalarType::Float);
   g.q = mutable_data<float>(grad_q);
   g.k = mutable_data<float>(grad_k);
   g.k_bias = k_bias.has_value() ? mutable_data<float>(grad_bias) : nullptr;
   g.lse_given = lse_given ? mutable_data<float>(grad_lse_given) : nullptr;
   float* weights = mutable_data<float>(grad_weights);
+  std::fill_n(weights, p.batch * p.q_heads, 0.0f);
 
   for_float_dtype(q.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -106,8 +107,8 @@ Gradients attention_scores_backward(Tensor grad_linear, OptionalTensor grad_max,
       for (int64_t i = begin; i < end; ++i) item(p, g, partial.get(), weight_partial.data(), i);
     });
     const auto finish = PYVTK_FOR_ISA(score_backward_finish);
-    parallel_for(p.batch * p.keys, static_cast<double>(p.kv_heads * p.dim), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) finish(p, g, partial.get(), i / p.keys, i % p.keys);
+    parallel_for(p.batch * p.max_keys, static_cast<double>(p.kv_heads * p.dim), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) finish(p, g, partial.get(), i / p.max_keys, i % p.max_keys);
     });
     for (int64_t i = 0; i < parts; ++i) {
       for (int64_t head = 0; head < p.group(); ++head) {

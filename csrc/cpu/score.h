@@ -226,9 +226,9 @@ inline ScorePlan score_plan(const ScoreProblem& p) {
   plan.slots = p.pairwise() || p.merges_heads() ? 1 : p.group();
   // The cut depends on the shape alone, so that results do not depend on the machine. 64 items keep many cores busy;
   // fewer than 96 rows would not repay packing the keys.
-  const int64_t rows = p.queries * (p.pairwise() ? p.heads_per_out() : p.group());
+  const int64_t rows = p.max_queries * (p.pairwise() ? p.heads_per_out() : p.group());
   plan.chunks = std::clamp<int64_t>(64 / std::max<int64_t>(p.batch * plan.groups, 1), 1, std::max<int64_t>(rows / 96, 1));
-  plan.pitch = padded(p.scored()) + kStrip;
+  plan.pitch = padded(p.max_scored()) + kStrip;
   plan.items = p.batch * plan.groups * plan.chunks;
   return plan;
 }
@@ -257,7 +257,7 @@ inline int64_t score_workspace(const ScoreProblem& p) {
 // What the caller of score_item and score_finish needs to know.
 inline ScorePlanSizes score_plan_sizes(const ScoreProblem& p) {
   const ScorePlan plan = score_plan(p);
-  const double pairs = static_cast<double>(p.queries) * static_cast<double>(p.keys) / (p.packed() ? p.batch : 1.0);
+  const double pairs = static_cast<double>(p.max_queries) * static_cast<double>(p.max_keys);
   // 0.02 ns per multiplication is what one core reaches with AVX2.
   const double cost = 0.02 * pairs * static_cast<double>(p.q_heads * p.dim) / static_cast<double>(plan.groups * plan.chunks);
   return {plan.items, cost, kFinishColumns};
@@ -529,7 +529,7 @@ inline void score_finish(const ScoreProblem& p, const float* workspace, int64_t 
 
 // Query chunks of the backward: each has gradients of the keys of its own, added up in order afterwards.
 inline int64_t score_backward_chunks(const ScoreProblem& p) {
-  const int64_t rows = p.queries * p.group();
+  const int64_t rows = p.max_queries * p.group();
   return std::clamp<int64_t>(16 / std::max<int64_t>(p.batch * p.kv_heads, 1), 1, std::max<int64_t>(rows / 384, 1));
 }
 
@@ -537,8 +537,8 @@ inline int64_t score_backward_items(const ScoreProblem& p, const ScoreGradient& 
   return p.batch * p.kv_heads / std::max<int64_t>(g.pair_max_heads, 1) * score_backward_chunks(p);
 }
 
-// Floats of key gradients per chunk and head of keys: [keys][padded(dim)], then one row for the bias.
-inline int64_t score_backward_pitch(const ScoreProblem& p) { return p.keys * padded(p.dim) + padded(p.keys); }
+// Floats of key gradients per chunk and head of keys: [max_keys][padded(dim)], then [max_keys] for the bias.
+inline int64_t score_backward_pitch(const ScoreProblem& p) { return p.max_keys * (padded(p.dim) + 1); }
 
 // The gradient of one sample's run of queries.
 template <class T>
@@ -698,7 +698,7 @@ class ScoreBackward {
     const T* keys =
         static_cast<const T*>(p_.k) + s_.k_offset + kv_head * p_.k_head_stride + window_start * p_.k_row_stride;
     float* grad_k = partial(kv_head);
-    float* grad_bias = grad_k + p_.keys * ldk_;
+    float* grad_bias = grad_k + p_.max_keys * ldk_;
     for (int64_t r = 0; r < rows; ++r) {
       // Rows may reach less far than their block.
       const int64_t end = std::min(reach, walk_.visible_end(first + (rows_done + r) / p_.group()));
@@ -771,7 +771,7 @@ inline void score_backward_finish(const ScoreProblem& p, const ScoreGradient& g,
     for (int64_t chunk = 0; chunk < chunks; ++chunk, from += pitch) {
       const float* x = from + key * ldk;
       for (int64_t d = 0; d < p.dim; ++d) to[d] = (chunk ? to[d] : 0.0f) + x[d];
-      bias += from[p.keys * ldk + key];
+      bias += from[p.max_keys * ldk + key];
     }
   }
   if (g.k_bias) g.k_bias[s.column_offset + key] = bias;

@@ -120,6 +120,12 @@ inline ScoreProblem score_problem(const Tensor& q, const Tensor& k, const Option
       PYVTK_GUARD(ascending, name, " must ascend from 0 to ", total);
     }
   }
+  p.max_queries = packed ? 0 : p.queries;
+  p.max_keys = packed ? 0 : p.keys;
+  for (int64_t b = 0; packed && b < p.batch; ++b) {
+    p.max_queries = std::max<int64_t>(p.max_queries, p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b]);
+    p.max_keys = std::max<int64_t>(p.max_keys, p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b]);
+  }
   PYVTK_GUARD(packed || (0 <= key_start && key_start <= key_stop && key_stop <= p.keys), "key range ", key_start, "..",
               key_stop, " does not lie in 0..", p.keys);
   p.causal = causal;

@@ -20,6 +20,7 @@ struct ScoreProblem {
   const void* k;  // [batch, kv_heads, keys, dim], packed [total_k, kv_heads, dim]
   int64_t k_batch_stride, k_head_stride, k_row_stride;
   int64_t batch, q_heads, kv_heads, queries, keys, dim;  // queries and keys: of all samples together if packed
+  int64_t max_queries, max_keys;                         // of one sample
 
   // all contiguous and optional (nullptr)
   const int32_t* q_positions;   // [batch, queries], packed [total_q]
@@ -53,6 +54,9 @@ struct ScoreProblem {
   int64_t group() const { return q_heads / kv_heads; }
   bool packed() const { return cu_seqlens_q != nullptr; }
   int64_t scored() const { return packed() ? keys : key_stop - key_start; }
+
+  // Scored keys of the longest sample.
+  int64_t max_scored() const { return packed() ? max_keys : scored(); }
 
   bool has(QueryReduce reduce) const { return std::find(reducers, reducers + num_reducers, reduce) != reducers + num_reducers; }
   bool needs_max() const { return has(QueryReduce::max); }

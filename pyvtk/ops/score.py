@@ -388,7 +388,10 @@ def attention_scores(
     if chosen == "reference":
         scores, lse_out = reference.attention_scores(q, k, **options)
     else:
-        scores, lse_out, *_ = torch.ops.pyvtk.attention_scores(q, k, *kernel_arguments(options), return_lse)
+        scores, lse_out, *_ = backends.call(
+            torch.ops.pyvtk.attention_scores.default, (q, k, k_bias, lse, head_weights),
+            q, k, *kernel_arguments(options), return_lse,
+        )  # fmt: skip
     packed = cu_seqlens_q is not None
     scores = shape_scores(scores, packed, not isinstance(query_reduce, str), head_reduce)
     if not return_lse:
