@@ -59,13 +59,13 @@ PYVTK_INLINE vfloat sum_each(vfloat* x) {
   }
 }
 
-// A row as float32 times `scale`, with zeros up to `padded_dim`.
+// A row as float32, with zeros up to `padded_dim`.
 template <class T>
-void widen_row(const T* row, int64_t dim, int64_t padded_dim, float scale, float* out) {
+void widen_row(const T* row, int64_t dim, int64_t padded_dim, float* out) {
   int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(out + d, load(row + d) * scale);
+  for (; d + kLanes <= dim; d += kLanes) store(out + d, load(row + d));
   if (d < dim) {
-    store(out + d, load_partial(row + d, dim - d) * scale);
+    store(out + d, load_partial(row + d, dim - d));
     d += kLanes;
   }
   for (; d < padded_dim; d += kLanes) store(out + d, vfloat{});

@@ -27,6 +27,7 @@ struct ScoreRow {
   int64_t head, query;
   float* z;          // [count], then at least one vector of scratch; z[0] belongs to the window's first key
   int64_t count;     // keys from the window's first to the last that may be visible
+  int64_t reach;     // the same of its block: z has room for padded(reach)
   int32_t position;  // keys at or before it are visible, if positions are kept
   bool valid;        // q_mask
 };
@@ -63,7 +64,7 @@ class ScoreWalk {
   const int32_t* key_positions() const { return key_positions_.empty() ? nullptr : key_positions_.data(); }
 
   // Calls row(ScoreRow&) for every query in [first, last) of every head of the group, and after each block
-  // block(rows, q, ldq, z, ldz, count): the widened scaled queries and the panel as row() left it.
+  // block(rows, q, ldq, z, ldz, count): the widened queries and the panel as row() left it.
   template <class RowFunction, class BlockFunction>
   void visit(int64_t kv_head, int64_t first, int64_t last, RowFunction&& row, BlockFunction&& block) {
     const int64_t group = p_.group();
@@ -73,7 +74,9 @@ class ScoreWalk {
     const int64_t reach = visible_end(last - 1);
     // Keys are packed once where they fit the third-level cache; else in chunks, for larger blocks of rows.
     const bool pack_once = !few && reach * p_.dim <= kPackedFloats;
-    const int64_t block_rows = few ? kFewRows : (pack_once ? kBlockRows : kLargeBlockRows);
+    // Whole queries: every head of the group has the same place in each block.
+    const int64_t wanted = few ? kFewRows : (pack_once ? kBlockRows : kLargeBlockRows);
+    const int64_t block_rows = std::max<int64_t>(wanted / group, 1) * group;
     const int64_t chunk = pack_once ? reach : padded(std::max<int64_t>(kPackedFloats / 8 / p_.dim, 1));
     const int64_t ldq = padded(p_.dim);
     const int64_t ldz = padded(reach) + kStrip;
@@ -88,7 +91,7 @@ class ScoreWalk {
       for (int64_t r = 0; r < block_count; ++r) {
         const int64_t head = kv_head * group + (begin + r) % group, query = first + (begin + r) / group;
         const T* source = static_cast<const T*>(p_.q) + s_.q_offset + head * p_.q_head_stride + query * p_.q_row_stride;
-        widen_row(source, p_.dim, ldq, p_.scale, q_.data() + r * ldq);
+        widen_row(source, p_.dim, ldq, q_.data() + r * ldq);
         // What an invalid query holds must reach nothing, not even as 0 times NaN.
         if (!valid(query)) std::fill_n(q_.data() + r * ldq, ldq, 0.0f);
       }
@@ -107,6 +110,7 @@ class ScoreWalk {
         x.query = first + (begin + r) / group;
         x.z = z_.data() + r * ldz;
         x.count = visible_end(x.query);
+        x.reach = block_reach;
         x.position = position(x.query);
         x.valid = valid(x.query);
         row(x);
@@ -121,12 +125,12 @@ class ScoreWalk {
     return std::clamp<int64_t>(query + s_.keys - s_.queries + 1 - window_start_, 0, window());
   }
 
-  // Adds the bias, sets what the query does not see to -inf (up to the end of the last vector); returns the maximum.
+  // Scales (afterwards: products of 16-bit inputs are exact), adds the bias, sets what the query does not see to -inf (up to the end of the last vector); returns the maximum.
   float mask(const ScoreRow& row) const {
     vfloat largest = splat(-kInfinity);
     const int32_t* positions = key_positions();
     for (int64_t j = 0; j < row.count; j += kLanes) {
-      vfloat x = load(row.z + j);
+      vfloat x = load(row.z + j) * p_.scale;
       if (!bias_.empty()) x += load(bias_.data() + j);
       if (positions) x = blend(load(positions + j) <= splat(row.position), x, splat(-kInfinity));
       if (j + kLanes > row.count) x = blend(first_lanes(row.count - j), x, splat(-kInfinity));
@@ -201,11 +205,11 @@ struct ScoreColumns {
 };
 
 // Replaces the maximum where x is larger, or the first NaN; ties keep the earlier one.
-PYVTK_INLINE void take_max(float* max, int32_t* winner, vfloat x, vint seen, int32_t candidate) {
+PYVTK_INLINE void take_max(float* max, int32_t* winner, vfloat x, vint seen, vint candidate) {
   const vfloat old = load(max);
   const vint better = seen & ((x > old) | ((x != x) & (old == old)));
   store(max, blend(better, x, old));
-  store(winner, blend(better, splat(candidate), load(winner)));
+  store(winner, blend(better, candidate, load(winner)));
 }
 
 // Columns that one call of score_finish handles.
@@ -296,6 +300,20 @@ bool score_row_values(const ScoreProblem& p, const ScoreSample& s, const ScoreWa
   return softmax.lse != -kInfinity;
 }
 
+// Zeros wherever the query does not see the key, up to the end of the block's reach; NaN moves from the factor, where
+// it would spread over unseen keys, into the row.
+template <class T>
+void clear_unseen(const ScoreWalk<T>& walk, const ScoreRow& row, float* factor) {
+  const bool poisoned = std::isnan(*factor);
+  const vfloat scale = splat(poisoned ? *factor : 1.0f);
+  for (int64_t j = 0; j < row.count; j += kLanes) {
+    store(row.z + j, blend(walk.visible(row, j), load(row.z + j) * scale, vfloat{}));
+  }
+  const int64_t end = ceil_div(row.count, kLanes) * kLanes;
+  std::fill(row.z + end, row.z + std::max(padded(row.reach), end), 0.0f);
+  if (poisoned) *factor = 1.0f;
+}
+
 template <class T>
 void score_item(const ScoreProblem& p, float* workspace, int64_t item) {
   const ScorePlan plan = score_plan(p);
@@ -314,30 +332,46 @@ void score_item(const ScoreProblem& p, float* workspace, int64_t item) {
 
   ScoreWalk<T> walk(p, s);
   const int64_t start = walk.scored_start(), scored = s.scored();
-  const auto no_block = [](auto&&...) {};
-
   const auto values = [&](const ScoreRow& row, float* factor) {
     return score_row_values(p, s, walk, sample_number, row, p.lse, factor);
   };
 
   if (!p.pairwise()) {
-    walk.visit(group, first, last,
-               [&](const ScoreRow& row) {
-                 float factor;
-                 if (!values(row, &factor)) return;
-                 const int64_t slot = plan.slots == 1 ? 0 : row.head % plan.slots;
-                 const ScoreColumns columns = item_columns(p, plan, workspace, item, slot);
-                 const int64_t end = std::min(row.count - start, scored);
-                 for (int64_t j = 0; j < end; j += kLanes) {
-                   const vint seen = walk.visible(row, start + j);
-                   const vfloat x = load(row.z + start + j) * factor;
-                   if (columns.sum) store(columns.sum + j, load(columns.sum + j) + blend(seen, x, vfloat{}));
-                   if (columns.max) {
-                     take_max(columns.max + j, columns.winner + j, x, seen, static_cast<int32_t>(row.query));
-                   }
-                 }
-               },
-               no_block);
+    std::vector<float> factors;
+    walk.visit(
+        group, first, last,
+        [&](const ScoreRow& row) {
+          float factor;
+          if (!values(row, &factor)) {
+            factor = 0.0f;
+            std::fill_n(row.z, padded(row.reach), 0.0f);
+          } else {
+            if (p.needs_max()) {
+              const ScoreColumns columns = item_columns(p, plan, workspace, item, row.head % plan.slots);
+              const int64_t count = std::min(row.count - start, scored);
+              for (int64_t j = 0; j < count; j += kLanes) {
+                take_max(columns.max + j, columns.winner + j, load(row.z + start + j) * factor,
+                         walk.visible(row, start + j), splat(static_cast<int32_t>(row.query)));
+              }
+            }
+            clear_unseen(walk, row, &factor);
+          }
+          factors.push_back(factor);
+        },
+        [&](int64_t rows, const float*, int64_t, const float* z, int64_t ldz, int64_t reach) {
+          // Rows of a block are added up in registers before they join the column: faster, and rounding errors grow
+          // with the number of blocks instead of rows.
+          const int64_t count = p.needs_sum() ? std::min(reach - start, scored) : 0;
+          for (int64_t slot = 0; slot < plan.slots; ++slot) {
+            float* column = item_columns(p, plan, workspace, item, slot).sum;
+            for (int64_t j = 0; j < count; j += kLanes) {
+              vfloat sum = {};
+              for (int64_t r = slot; r < rows; r += plan.slots) sum += load(z + r * ldz + start + j) * factors[r];
+              store(column + j, load(column + j) + sum);
+            }
+          }
+          factors.clear();
+        });
     return;
   }
 
@@ -365,31 +399,30 @@ void score_item(const ScoreProblem& p, float* workspace, int64_t item) {
                      const vfloat x = load(row.z + start + j) * factor;
                      store(seen_pair + j, load(seen_pair + j) | seen);
                      if (p.head_max()) {
-                       take_max(pair + j, winner.data() + (pair - panel.data()) + j, x, seen,
-                                static_cast<int32_t>(row.head));
+                      take_max(pair + j, winner.data() + (pair - panel.data()) + j, x, seen,
+                                splat(static_cast<int32_t>(row.head)));
                      } else {
                        store(pair + j, load(pair + j) + blend(seen, x, vfloat{}));
                      }
                    }
                  },
-                 no_block);
+                 [](auto&&...) {});
     }
-    for (int64_t query = begin; query < end; ++query) {
-      const int64_t at = (query - begin) * plan.pitch;
-      for (int64_t j = 0; j < scored; j += kLanes) {
-        const vint seen = load(seen_by.data() + at + j);
-        const vfloat x = load(panel.data() + at + j) * mean;
-        if (columns.sum) store(columns.sum + j, load(columns.sum + j) + blend(seen, x, vfloat{}));
+    for (int64_t j = 0; j < scored; j += kLanes) {
+      vfloat sum = {};
+      for (int64_t query = begin; query < end; ++query) {
+        const int64_t at = (query - begin) * plan.pitch + j;
+        const vint seen = load(seen_by.data() + at);
+        const vfloat x = load(panel.data() + at) * mean;
+        sum += blend(seen, x, vfloat{});
         if (columns.max) {
           // The winner keeps the query, and with a maximum over heads that head: query * heads + head.
           vint candidate = splat(static_cast<int32_t>(query));
-          if (p.head_max()) candidate = candidate * splat(static_cast<int32_t>(p.q_heads)) + load(winner.data() + at + j);
-          const vfloat old = load(columns.max + j);
-          const vint better = seen & ((x > old) | ((x != x) & (old == old)));
-          store(columns.max + j, blend(better, x, old));
-          store(columns.winner + j, blend(better, candidate, load(columns.winner + j)));
+          if (p.head_max()) candidate = candidate * splat(static_cast<int32_t>(p.q_heads)) + load(winner.data() + at);
+          take_max(columns.max + j, columns.winner + j, x, seen, candidate);
         }
       }
+      if (columns.sum) store(columns.sum + j, load(columns.sum + j) + sum);
     }
   }
 }
@@ -591,7 +624,7 @@ class ScoreBackward {
               const int64_t at = (row.query - begin) * pitch, count = std::min(row.count - start, s_.scored());
               for (int64_t j = 0; j < count; j += kLanes) {
                 take_max(best.data() + at + j, winner.data() + at + j, load(row.z + start + j) * factor,
-                         walk_.visible(row, start + j), static_cast<int32_t>(row.head));
+                         walk_.visible(row, start + j), splat(static_cast<int32_t>(row.head)));
               }
             },
             [](auto&&...) {});
@@ -652,18 +685,19 @@ class ScoreBackward {
       std::fill_n(row.z, ceil_div(row.count, kLanes) * kLanes, 0.0f);
       return;
     }
-    walk_.mask(row);
+    const float largest = walk_.mask(row);
     const float weight = head_weight(p_, sample_, row.head);
     const int64_t start = walk_.scored_start(), count = gradient_of_values(row, pair_winner);
     const float grad_lse = g_.lse ? g_.lse[lse_at] : 0.0f;
-    if (!p_.logit) exp_row(row, lse);
+    // Normalised anew: exp(z - lse) would carry the rounding of lse, which grows with it, into every probability.
+    const float factor = p_.logit ? 1.0f : softmax_row(row, largest, p_.lse_given ? &lse : nullptr).factor;
 
     vfloat sum = {};
     for (int64_t j = 0; j < count; j += kLanes) {
       const vint seen = walk_.visible(row, start + j) & first_lanes(count - j);
       sum += blend(seen, load(row.z + start + j) * load(column_.data() + j), vfloat{});
     }
-    const float dot = reduce_add(sum);
+    const float dot = reduce_add(sum) * factor;
     weight_partial(kv_head)[row.head % p_.group()] += dot;
     if (g_.lse_given) g_.lse_given[lse_at] = -weight * dot;
 
@@ -686,7 +720,7 @@ class ScoreBackward {
       if (p_.logit) {
         x = softmax ? a + vexp(z - lse) * shift : a;
       } else {
-        x = z * (a + shift);
+        x = z * factor * (a + shift);
       }
       store(row.z + j, blend(walk_.visible(row, j), x, vfloat{}));
     }
@@ -712,7 +746,7 @@ class ScoreBackward {
       const int64_t count = std::min(kKeys, reach - key);
       for (int64_t j = 0; j < count; ++j) {
         float* wide = wide_keys_.data() + j * ldk_;
-        widen_row(keys + (key + j) * p_.k_row_stride, p_.dim, ldk_, p_.scale, wide);
+        widen_row(keys + (key + j) * p_.k_row_stride, p_.dim, ldk_, wide);
         // A masked key may hold anything; its weights are 0, but 0 times NaN is not.
         if (walk_.key_positions() && walk_.key_positions()[key + j] == kHidden) std::fill_n(wide, ldk_, 0.0f);
       }
@@ -724,7 +758,7 @@ class ScoreBackward {
       const int64_t query = first + (rows_done + r) / p_.group();
       const int64_t at = p_.packed() ? (s_.row_offset + query) * p_.q_heads + head
                                      : (sample_ * p_.q_heads + head) * p_.queries + query;
-      std::copy_n(grad_q_.data() + r * ldk_, p_.dim, g_.q + at * p_.dim);
+      for (int64_t d = 0; d < p_.dim; ++d) g_.q[at * p_.dim + d] = grad_q_[r * ldk_ + d] * p_.scale;
     }
   }
 
@@ -773,6 +807,7 @@ inline void score_backward_finish(const ScoreProblem& p, const ScoreGradient& g,
       for (int64_t d = 0; d < p.dim; ++d) to[d] = (chunk ? to[d] : 0.0f) + x[d];
       bias += from[p.max_keys * ldk + key];
     }
+    for (int64_t d = 0; d < p.dim; ++d) to[d] *= p.scale;
   }
   if (g.k_bias) g.k_bias[s.column_offset + key] = bias;
 }
