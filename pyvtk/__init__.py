@@ -14,8 +14,9 @@ backends.load_libraries()
 from pyvtk._version import __version__
 from pyvtk.backends import info
 from pyvtk.ops import probe as _probe
+from pyvtk.ops.select import select
 from pyvtk.selection import Selection
 
 backends.complete()
 
-__all__ = ["Selection", "__version__", "info"]
+__all__ = ["Selection", "__version__", "info", "select"]
