@@ -2,7 +2,7 @@
 //
 // A score becomes an int32 key that orders as scores rank. All criteria keep a prefix of (key descending, token
 // ascending), so each is a Cut and the most restrictive one decides. A cut is found by histograms over the range of the
-// keys that are left, 11 bits at a time: at most three rounds, usually one over the row and one over a few keys. What
+// keys that are left, 10 bits at a time: a few rounds, usually one over the row and one or two over few keys. What
 // stays is a set of bits, from which indices are written in order. Reads the row about four times, from cache.
 #include "cpu/select_problem.h"
 
@@ -10,6 +10,8 @@ namespace pyvtk::cpu::PYVTK_ISA {
 
 inline constexpr int32_t kNanKey = std::numeric_limits<int32_t>::min();
 inline constexpr int32_t kInfinityKey = 0x7f800000;
+inline constexpr int kMostBits = 10;  // four tables of 2^10 bins stay in the first-level cache
+inline constexpr auto kOne = [](int32_t) { return 1; };
 
 // Ordered as scores rank: NaN lowest, -0.0 as +0.0.
 PYVTK_INLINE vint key_of(vfloat score) {
@@ -118,9 +120,13 @@ KeyRange make_keys(const T* scores, int64_t n, int32_t* keys) {
 }
 
 inline KeyRange range_of(const int32_t* keys, int64_t n) {
-  KeyRange range{std::numeric_limits<int32_t>::max(), std::numeric_limits<int32_t>::min()};
-  for (int64_t i = 0; i < n; ++i) range = {std::min(range.low, keys[i]), std::max(range.high, keys[i])};
-  return range;
+  int32_t low = std::numeric_limits<int32_t>::max();
+  int32_t high = std::numeric_limits<int32_t>::min();
+  for (int64_t i = 0; i < n; ++i) {
+    low = std::min(low, keys[i]);
+    high = std::max(high, keys[i]);
+  }
+  return {low, high};
 }
 
 // Keys of some tokens of a row, in token order. tokens == nullptr: of all.
@@ -148,39 +154,82 @@ inline Cut stricter(Cut a, Cut b) {
   return a.end < b.end ? a : b;
 }
 
+// One round of narrowing: sums weights per bin, finds from the top the bin in which their sum reaches `need`, leaves in
+// `need` what is missing before that bin, and copies the bin's keys to `spare` (which may be `keys`: writes never pass
+// reads). Returns their number.
+//   bin_of: vint -> vint, 0 .. 2^bits - 1, never descending as the key ascends
+template <class Mass, class Weight, class BinOf>
+int64_t narrow(const int32_t* keys, int64_t n, int bits, BinOf bin_of, Mass& need, Weight weight, int32_t* spare) {
+  // Sorted or tied rows hit one bin again and again; with several tables an increment need not wait for the last one.
+  constexpr int kTables = 4;
+  Mass tables[kTables][1 << kMostBits];
+  const int64_t num_bins = int64_t{1} << bits;
+  for (auto& table : tables) std::fill_n(table, num_bins, Mass{0});
+  int32_t bins[kLanes];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    store(bins, bin_of(load(keys + i)));
+    for (int64_t lane = 0; lane < kLanes; ++lane) tables[lane % kTables][bins[lane]] += weight(keys[i + lane]);
+  }
+  int32_t rest[kLanes] = {};
+  std::copy_n(keys + i, n - i, rest);
+  store(bins, bin_of(load(rest)));
+  for (int64_t lane = 0; lane < n - i; ++lane) tables[0][bins[lane]] += weight(rest[lane]);
+
+  int64_t bin = num_bins - 1;
+  for (;; --bin) {
+    const Mass mass = tables[0][bin] + tables[1][bin] + tables[2][bin] + tables[3][bin];
+    if (mass >= need) break;
+    need -= mass;
+  }
+  int64_t count = 0;
+  for (i = 0; i + kLanes <= n; i += kLanes) {
+    const vint key = load(keys + i);
+    for_each_bit(bits_of(bin_of(key) == static_cast<int32_t>(bin)),
+                 [&](int64_t lane) { spare[count++] = keys[i + lane]; });
+  }
+  for (int64_t lane = 0; lane < n - i; ++lane) {
+    spare[count] = rest[lane];
+    count += bins[lane] == static_cast<int32_t>(bin);
+  }
+  return count;
+}
+
 // The smallest prefix of the list's ranking whose weights sum to `need` or more; 1 <= need <= their total. Equal keys
-// weigh the same, and `weight` is never negative.
+// weigh the same, and `weight` is never negative. `keys`, `n` and `range` are what is left of the list once keys that
+// cannot be the pivot are gone.
 template <class Mass, class Weight>
-Cut find_cut(const KeyList& list, Mass need, Weight weight, int32_t* spare) {
-  constexpr int kMostBits = 11;  // 8 or 16 KiB of bins stay in the first-level cache
-  Mass bins[1 << kMostBits];
-  const int32_t* keys = list.keys;
-  int64_t n = list.size;
-  KeyRange range = list.range;
+Cut find_cut(const KeyList& list, const int32_t* keys, int64_t n, KeyRange range, Mass need, Weight weight,
+             int32_t* spare) {
+  bool first = true;
   while (range.low != range.high) {
-    const uint32_t base = static_cast<uint32_t>(range.low);
-    const uint32_t width = static_cast<uint32_t>(range.high) - base;
     // Clearing and summing more bins than there are keys would cost more than it narrows.
-    const int most_bits = std::clamp(static_cast<int>(std::bit_width(static_cast<uint64_t>(n))) - 2, 4, kMostBits);
-    const int shift = std::max(0, static_cast<int>(std::bit_width(width)) - most_bits);
-    const uint32_t last = width >> shift;
-    std::fill_n(bins, last + 1, Mass{0});
-    for (int64_t i = 0; i < n; ++i) bins[(static_cast<uint32_t>(keys[i]) - base) >> shift] += weight(keys[i]);
-    uint32_t bin = last;
-    for (; bins[bin] < need; --bin) need -= bins[bin];
-    if (shift == 0) {
-      range.low = range.high = static_cast<int32_t>(base + bin);
-      break;
-    }
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const int32_t key = keys[i];  // spare may be keys itself: writes never pass reads
-      spare[count] = key;
-      count += ((static_cast<uint32_t>(key) - base) >> shift) == bin;
+    const int bits = std::clamp(static_cast<int>(std::bit_width(static_cast<uint64_t>(n))) - 2, 4, kMostBits);
+    const float low = score_of(range.low);
+    const float scale = static_cast<float>((1 << bits) - 1) / (score_of(range.high) - low);
+    if (first && range.low < 0 && range.high > 0 && scale > 0.0f) {
+      // Half of all keys between the signs belong to numbers nearer to 0 than any score is: bins of equal width in the
+      // score itself serve better. (Infinite and NaN scores give a scale of 0 or NaN.)
+      n = narrow(
+          keys, n, bits,
+          [=](vint key) {
+            const vfloat score = as_float(key ^ ((key >> 31) & 0x7fffffff));
+            // rest lanes hold key 0, which lies inside the range
+            return __builtin_convertvector((score - low) * scale, vint);
+          },
+          need, weight, spare);
+    } else {
+      const uint32_t base = static_cast<uint32_t>(range.low);
+      const uint32_t width = static_cast<uint32_t>(range.high) - base;
+      const int shift = std::max(0, static_cast<int>(std::bit_width(width)) - bits);
+      n = narrow(
+          keys, n, bits,
+          [=](vint key) { return reinterpret_cast<vint>((reinterpret_cast<vuint>(key) - base) >> shift); }, need,
+          weight, spare);
     }
     keys = spare;
-    n = count;
     range = range_of(keys, n);
+    first = false;
   }
   const int32_t pivot = range.high;
   int64_t ties = static_cast<int64_t>(ceil_div(need, static_cast<Mass>(weight(pivot))));
@@ -197,11 +246,41 @@ Cut find_cut(const KeyList& list, Mass need, Weight weight, int32_t* spare) {
   }
 }
 
-// The best `count` of the list.
+// A key that at least `count` of the list reach, near to the best such key: the count-th largest of the maxima of
+// disjoint sets of 16 keys.
+inline int32_t reached_by(const KeyList& list, int64_t count, int32_t* spare) {
+  int64_t size = 0;
+  for (int64_t i = 0; i + 16 * kLanes <= list.size; i += 16 * kLanes, size += kLanes) {
+    vint high = load(list.keys + i);
+    for (int64_t j = 1; j < 16; ++j) {
+      const vint key = load(list.keys + i + j * kLanes);
+      high = blend(key > high, key, high);
+    }
+    store(spare + size, high);
+  }
+  const KeyList maxima{spare, nullptr, size, range_of(spare, size)};
+  return find_cut<int32_t>(maxima, spare, size, maxima.range, static_cast<int32_t>(count), kOne, spare + size).pivot;
+}
+
+// The best `count` of the list. spare: as many as the list holds, and 64 more
 inline Cut cut_at_count(const KeyList& list, int64_t count, int32_t* spare) {
   if (count <= 0) return kKeepNone;
   if (count >= list.size) return kKeepAll;
-  return find_cut<int32_t>(list, static_cast<int32_t>(count), [](int32_t) { return 1; }, spare);
+  const int32_t need = static_cast<int32_t>(count);
+  // Few of many: most keys lie below a bound that is cheap to find.
+  if (list.size >= 2048 && count <= list.size / 64 && list.range.low != list.range.high) {
+    const int32_t bound = reached_by(list, count, spare);
+    int64_t n = 0, i = 0;
+    for (; i + kLanes <= list.size; i += kLanes) {
+      const uint64_t reach = bits_of(load(list.keys + i) >= bound);
+      for_each_bit(reach, [&](int64_t lane) { spare[n++] = list.keys[i + lane]; });
+    }
+    for (; i < list.size; ++i) {
+      if (list.keys[i] >= bound) spare[n++] = list.keys[i];
+    }
+    return find_cut<int32_t>(list, spare, n, range_of(spare, n), need, kOne, spare);
+  }
+  return find_cut<int32_t>(list, list.keys, list.size, list.range, need, kOne, spare);
 }
 
 // The smallest prefix that holds the share p of the list's mass, at least one token.
@@ -217,7 +296,7 @@ inline Cut cut_at_mass(const KeyList& list, double p, int32_t* spare) {
     for (int64_t i = 0; i < list.size; ++i) total += weight(list.keys[i]);
     const int64_t need = p < 1.0 ? static_cast<int64_t>(std::ceil(p * static_cast<double>(total))) : total;
     if (need <= 0) return cut_at_count(list, 1, spare);
-    return find_cut<int64_t>(list, need, weight, spare);
+    return find_cut<int64_t>(list, list.keys, list.size, list.range, need, weight, spare);
   };
   if (largest == kInfinityKey) return cut([](int32_t key) { return int64_t{key == kInfinityKey}; });
   // Exact: a float times a power of two is a double; the conversion is the floor.

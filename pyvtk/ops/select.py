@@ -207,7 +207,8 @@ def select(
     if capacity is None:
         capacity = tokens
         if per_row is None and num_keep is not None and keep is None and others == "drop":
-            capacity = torch.sym_min(limit * groups, tokens)
+            # min() of symbolic sizes would compile one graph for each outcome; sym_min takes its time with plain ints.
+            capacity = (torch.sym_min if torch.compiler.is_compiling() else min)(limit * groups, tokens)
     elif capacity == "exact":
         exact, capacity = True, tokens
     else:
