@@ -104,16 +104,16 @@ def select(
 ) -> Selection:
     """Choose the tokens of each sample that stay. Exact meaning, ties included: :mod:`pyvtk.reference.select`.
 
-    ``num_keep``, ``threshold`` and ``top_p`` are criteria, of which at least one is needed; a token has to meet all that
-    are given. Forced tokens, and others with ``others="keep"``, stay in addition. Nothing synchronises with the host,
-    except ``capacity="exact"``.
+    ``num_keep``, ``threshold`` and ``top_p`` are criteria, of which at least one is needed; a token has to meet all
+    that are given. Forced tokens, and others with ``others="keep"``, stay in addition. Nothing synchronises with the
+    host, except ``capacity="exact"``.
 
     Args:
         scores: float [batch, tokens] or [batch, heads, tokens], packed [tokens] with ``cu_seqlens``. Higher is better,
             NaN worst. Detached: a selection has no gradient.
         num_keep: tokens to keep of each row, or of each segment. An int, or an int tensor [batch], [batch, heads], or
             [batch, segments]; negative entries count as 0. Rounding a share of the tokens to an int is the caller's.
-        threshold: keep scores >= this. A number, or a float tensor shaped like num_keep. Rounded to the dtype of scores.
+        threshold: keep scores >= this. A number, or a float tensor shaped like num_keep; rounded to scores' dtype.
         top_p: keep the fewest best tokens that hold this share (0 to 1) of the candidates' total, at least one. A
             number, or a float tensor shaped like num_keep.
         keep: bool [batch, tokens] or the shape of scores: stays in any case and uses up num_keep.
@@ -215,8 +215,8 @@ def select(
         checks.integer("select", "capacity", capacity)
 
     arguments = (
-        scores, limit, per_row, threshold, top_p, keep, drop, candidates, others == "keep", segments, groups, cu_seqlens,
-        capacity, align == "right", order == "score",
+        scores, limit, per_row, threshold, top_p, keep, drop, candidates, others == "keep", segments, groups,
+        cu_seqlens, capacity, align == "right", order == "score",
     )  # fmt: skip
     chosen = backends.pick("select", backend, scores, scores.dtype)
     indices, counts, overflow = _operator(*arguments) if chosen == "compiled" else reference.select(*arguments)

@@ -37,12 +37,14 @@ def _weights(scores: Tensor, candidate: Tensor, group: Tensor, num_groups: int) 
     """int64 [tokens]: the integer mass of each score."""
     scores = torch.where(candidate & (scores > 0), scores.double(), 0.0)
     largest = scores.new_zeros(num_groups).scatter_reduce(0, group, scores, "amax")[group]
-    fraction, exponent = torch.frexp(scores)
-    # A fraction of a float64 is an integer once multiplied by 2^53. Shifting it right is floor(ldexp(s, 31 - e)), without
-    # the powers of two that leave the range of float64.
-    shift = (22 + torch.frexp(largest).exponent - exponent).clamp(0, 63)
-    finite = (torch.where(scores.isinf(), 0.0, fraction) * 2.0**53).long() >> shift
-    return torch.where(largest.isinf(), scores.isinf().long(), finite)
+    # Read from the bits: a score is significand * 2^(exponent - 1075), so floor(ldexp(score, 31 - e)) is a shift to the
+    # right, without powers of two that leave the range of float64. (Below 2^-1022, e stays that of 2^-1022.)
+    bits = scores.view(torch.int64)
+    exponent = (bits >> 52).clamp(min=1)
+    significand = (bits & (2**52 - 1)) + torch.where(bits >> 52 > 0, 2**52, 0)
+    shift = 22 + (largest.view(torch.int64) >> 52).clamp(min=1) - exponent
+    weights = significand >> shift.clamp(0, 63)
+    return torch.where(largest.isinf(), scores.isinf().long(), weights)
 
 
 def select(
@@ -65,7 +67,8 @@ def select(
     """The operator ``pyvtk::select``.
 
     Args:
-        scores: [batch, tokens] or [batch, heads, tokens]: batch * heads rows; [tokens] with cu_seqlens: one row per sample.
+        scores: [batch, tokens] or [batch, heads, tokens]: batch * heads rows; or [tokens], with
+            cu_seqlens: one row per sample.
         num_keep: of each group; -1: no such criterion. num_keep_per_row int64 goes first.
         num_keep_per_row, threshold, top_p: [rows, 1] or [rows, num_segments].
         keep, drop, candidates: bool, [batch, tokens] or the shape of scores.
