@@ -195,6 +195,21 @@ int64_t narrow(const int32_t* keys, int64_t n, int bits, BinOf bin_of, Mass& nee
   return count;
 }
 
+// The prefix that ends with the `ties`-th key equal to the pivot.
+inline Cut cut_after_ties(const KeyList& list, int32_t pivot, int64_t ties) {
+  int64_t i = 0;
+  for (; i + 64 <= list.size; i += 64) {
+    uint64_t equal = 0;
+    for (int64_t j = 0; j < 64; j += kLanes) equal |= bits_of(load(list.keys + i + j) == pivot) << j;
+    const int64_t found = std::popcount(equal);
+    if (found >= ties) break;
+    ties -= found;
+  }
+  for (;; ++i) {
+    if (list.keys[i] == pivot && --ties == 0) return {pivot, list.token(i) + 1};
+  }
+}
+
 // The smallest prefix of the list's ranking whose weights sum to `need` or more; 1 <= need <= their total. Equal keys
 // weigh the same, and `weight` is never negative. `keys`, `n` and `range` are what is left of the list once keys that
 // cannot be the pivot are gone.
@@ -232,18 +247,7 @@ Cut find_cut(const KeyList& list, const int32_t* keys, int64_t n, KeyRange range
     first = false;
   }
   const int32_t pivot = range.high;
-  int64_t ties = static_cast<int64_t>(ceil_div(need, static_cast<Mass>(weight(pivot))));
-  int64_t i = 0;
-  for (; i + 64 <= list.size; i += 64) {
-    uint64_t equal = 0;
-    for (int64_t j = 0; j < 64; j += kLanes) equal |= bits_of(load(list.keys + i + j) == pivot) << j;
-    const int64_t found = std::popcount(equal);
-    if (found >= ties) break;
-    ties -= found;
-  }
-  for (;; ++i) {
-    if (list.keys[i] == pivot && --ties == 0) return {pivot, list.token(i) + 1};
-  }
+  return cut_after_ties(list, pivot, static_cast<int64_t>(ceil_div(need, static_cast<Mass>(weight(pivot)))));
 }
 
 // A key that at least `count` of the list reach, near to the best such key: the count-th largest of the maxima of
@@ -272,12 +276,12 @@ inline Cut cut_at_count(const KeyList& list, int64_t count, int32_t* spare) {
     const int32_t bound = reached_by(list, count, spare);
     int64_t n = 0, i = 0;
     for (; i + kLanes <= list.size; i += kLanes) {
-      const uint64_t reach = bits_of(load(list.keys + i) >= bound);
-      for_each_bit(reach, [&](int64_t lane) { spare[n++] = list.keys[i + lane]; });
+      for_each_bit(bits_of(load(list.keys + i) > bound), [&](int64_t lane) { spare[n++] = list.keys[i + lane]; });
     }
     for (; i < list.size; ++i) {
-      if (list.keys[i] >= bound) spare[n++] = list.keys[i];
+      if (list.keys[i] > bound) spare[n++] = list.keys[i];
     }
+    if (n < count) return cut_after_ties(list, bound, count - n);
     return find_cut<int32_t>(list, spare, n, range_of(spare, n), need, kOne, spare);
   }
   return find_cut<int32_t>(list, list.keys, list.size, list.range, need, kOne, spare);

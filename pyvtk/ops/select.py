@@ -49,9 +49,10 @@ def _mask(name: str, value, scores: Tensor, dtypes: tuple[torch.dtype, ...] = (t
     return value.contiguous()
 
 
-def _per_row(name: str, value: Tensor, rows: tuple, num_segments, scores: Tensor) -> Tensor:
+def _per_row(name: str, value: Tensor, num_segments, scores: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """``value`` as [rows, 1 or num_segments], from one for all, per sample, per row, and those per segment."""
     checks.same_device("select", name, value, scores, "scores")
+    rows = tuple(scores.shape[:-1]) if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
     shapes = {"[]": (), "[batch]": rows[:1]}
     if len(rows) == 2 and num_segments is None:
         shapes["[batch, heads]"] = rows
@@ -156,7 +157,6 @@ def select(
     if scores.stride(-1) != 1:
         scores = scores.contiguous()
 
-    rows = scores.shape[:-1]
     if cu_seqlens is not None:
         checks.tensor("select", "cu_seqlens", cu_seqlens, 1)
         checks.dtype("select", "cu_seqlens", cu_seqlens, checks.INTEGERS)
@@ -164,7 +164,6 @@ def select(
         if cu_seqlens.shape[0] < 1:
             raise ValueError("select: cu_seqlens must hold at least one entry, got shape (0,)")
         cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
-        rows = (cu_seqlens.shape[0] - 1,)
     if keep is not None:
         keep = _mask("keep", keep, scores)
     if drop is not None:
@@ -192,15 +191,15 @@ def select(
         raise ValueError(f"select: num_segments must be None without segments, got {num_segments}")
     groups = 1 if num_segments is None else num_segments
     if isinstance(num_keep, Tensor):
-        per_row = _per_row("num_keep", num_keep.long(), rows, num_segments, scores)
+        per_row = _per_row("num_keep", num_keep.long(), num_segments, scores, cu_seqlens)
     if threshold is not None:
         threshold = _number("threshold", threshold, scores).to(scores.dtype)
         threshold = threshold if scores.dtype == torch.float64 else threshold.float()
-        threshold = _per_row("threshold", threshold, rows, num_segments, scores)
+        threshold = _per_row("threshold", threshold, num_segments, scores, cu_seqlens)
     if top_p is not None:
         if not isinstance(top_p, Tensor) and isinstance(top_p, (int, float)) and not 0 <= top_p <= 1:
             raise ValueError(f"select: top_p must be in 0..1, got {top_p}")
-        top_p = _per_row("top_p", _number("top_p", top_p, scores).double(), rows, num_segments, scores)
+        top_p = _per_row("top_p", _number("top_p", top_p, scores).double(), num_segments, scores, cu_seqlens)
 
     limit = -1 if num_keep is None or per_row is not None else num_keep
     exact = False
