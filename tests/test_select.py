@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 from pyvtk import _C, Selection, select
 
@@ -506,7 +507,7 @@ def test_compile(backend):
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"packed": True}], ids=str)
 def test_compile_recompiles_little_over_lengths(options):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     packed = options.pop("packed", False)
 
     def choose(scores, cu_seqlens):

@@ -5,8 +5,10 @@ import io
 import pytest
 import torch
 import torch.utils._pytree as pytree
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 from pyvtk import Selection, select
 
@@ -193,7 +195,7 @@ def test_compile_takes_and_returns_selections():
 
 def test_compile_recompiles_little_over_lengths():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     step = torch.compile(
         lambda s: s.then(select(torch.ones_like(s.indices).float(), 2)), fullgraph=True, backend=counter
     )
