@@ -15,8 +15,9 @@ from pyvtk._version import __version__
 from pyvtk.backends import info
 from pyvtk.ops import probe as _probe
 from pyvtk.ops.score import attention_scores
+from pyvtk.ops.select import select
 from pyvtk.selection import Selection
 
 backends.complete()
 
-__all__ = ["Selection", "__version__", "attention_scores", "info"]
+__all__ = ["Selection", "__version__", "attention_scores", "info", "select"]

@@ -87,8 +87,7 @@ class Selection:
 
     def cu_seqlens(self) -> Tensor:
         """int32 [rows + 1]: where each row begins when the kept tokens are packed (batch-major over heads)."""
-        zero = self.counts.new_zeros(1)
-        return torch.cat([zero, self.counts.flatten().cumsum(0, dtype=torch.int32)]).to(torch.int32)
+        return torch.cat([self.counts.new_zeros(1), self.counts.flatten().cumsum(0, dtype=torch.int32)])
 
     def complement(self, capacity: int | None = None) -> Selection:
         """The tokens that did not stay, ascending. ``capacity`` defaults to num_tokens, which always suffices."""
@@ -102,7 +101,10 @@ class Selection:
         return _replace(selection, source_cu_seqlens=self.source_cu_seqlens)
 
     def then(self, other: Selection) -> Selection:
-        """Select from what this selection kept: ``other`` numbers this one's slots; the result numbers our tokens."""
+        """Select from what this selection kept: ``other`` numbers this one's slots; the result numbers our tokens.
+
+        Slots of ours that are padding are left out. ``overflow`` is set where it was set in either.
+        """
         if other.packed:
             raise ValueError("Selection.then: other must select from padded rows, got one of a packed source")
         if other.num_tokens != self.capacity:
@@ -114,17 +116,15 @@ class Selection:
                 f"Selection.then: other must have rows {list(self.indices.shape[:-1])}, "
                 f"got {list(other.indices.shape[:-1])}"
             )
-        indices = self.indices.gather(-1, other.indices.clamp(min=0))
-        flags = other.valid & self.valid.gather(-1, other.indices.clamp(min=0))
-        return Selection(
-            _pack(indices, flags, other.capacity, other.align),
-            flags.sum(-1, dtype=torch.int32),
-            self.num_tokens,
-            self.ascending and other.ascending,
-            other.align,
-            other.overflow,
-            self.source_cu_seqlens,
-        )
+        overflows = [s.overflow for s in (self, other) if s.overflow is not None]
+        overflow = overflows[0] | overflows[-1] if overflows else None
+        facts = (self.num_tokens, self.ascending and other.ascending, other.align, overflow, self.source_cu_seqlens)
+        if self.capacity == 0:  # other holds padding only, and gather would refuse its indices
+            return Selection(other.indices, other.counts, *facts)
+        slots = other.indices.clamp(min=0)
+        indices = self.indices.gather(-1, slots)
+        flags = other.valid & self.valid.gather(-1, slots)
+        return Selection(_pack(indices, flags, other.capacity, other.align), flags.sum(-1, dtype=torch.int32), *facts)
 
     def trim(self) -> Selection:
         """The same selection with the smallest capacity that holds every row. Synchronises with the host once."""
@@ -133,6 +133,7 @@ class Selection:
         return _replace(self, indices=self.indices[..., start : start + longest].contiguous())
 
     def to(self, device) -> Selection:
+        """The same selection on another device."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
         return _replace(self, **{name: t if t is None else t.to(device) for name, t in tensors.items()})
 
@@ -227,4 +228,9 @@ pytree.register_pytree_node(
         [(pytree.GetAttrKey(name), getattr(s, name)) for name in _TENSORS],
         _flatten(s)[1],
     ),
+    # torch.export.save writes JSON, which has no tuples
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
 )
+# torch.export.save stores example inputs, and torch.load refuses classes that it was not told about.
+torch.serialization.add_safe_globals([Selection])

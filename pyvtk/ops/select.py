@@ -1,0 +1,223 @@
+"""``select``: which tokens of each sample stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyvtk import backends, checks
+from pyvtk.reference import select as reference
+from pyvtk.selection import Selection
+
+
+def _fake(
+    scores, num_keep, num_keep_per_row, threshold, top_p, keep, drop, candidates, keep_others, segments, num_segments,
+    cu_seqlens, capacity, align_right, by_score,
+):  # fmt: skip
+    rows = scores.shape[:-1] if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
+    return (
+        scores.new_empty((*rows, capacity), dtype=torch.int64),
+        scores.new_empty(rows, dtype=torch.int32),
+        scores.new_empty(rows, dtype=torch.bool),
+    )
+
+
+# Arguments as in pyvtk/reference/select.py; masks, segments (int32), cu_seqlens (int32) and values per row contiguous;
+# threshold float32, top_p float64.
+backends.define(
+    "select",
+    "(Tensor scores, SymInt num_keep, Tensor? num_keep_per_row, Tensor? threshold, Tensor? top_p, Tensor? keep, "
+    "Tensor? drop, Tensor? candidates, bool keep_others, Tensor? segments, SymInt num_segments, Tensor? cu_seqlens, "
+    "SymInt capacity, bool align_right, bool by_score) -> (Tensor indices, Tensor counts, Tensor overflow)",
+    fake=_fake,
+    dtypes=backends.HALF_AND_SINGLE,
+)
+_operator = torch.ops.pyvtk.select.default
+
+
+def _mask(name: str, value, scores: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bool,)) -> Tensor:
+    """``value``, contiguous, after checking that it holds one entry per token."""
+    checks.tensor("select", name, value)
+    checks.dtype("select", name, value, dtypes)
+    shape = scores.shape
+    if value.shape != shape and not (len(shape) == 3 and value.shape == (shape[0], shape[2])):
+        allowed = f"{list(shape)} (the shape of scores)"
+        if len(shape) == 3:
+            allowed = f"[batch, tokens] = {[shape[0], shape[2]]} or {allowed}"
+        raise ValueError(f"select: {name} must be {allowed}, got shape {tuple(value.shape)}")
+    checks.same_device("select", name, value, scores, "scores")
+    return value.contiguous()
+
+
+def _per_row(name: str, value: Tensor, num_segments, scores: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """``value`` as [rows, 1 or num_segments], from one for all, per sample, per row, and those per segment."""
+    checks.same_device("select", name, value, scores, "scores")
+    rows = tuple(scores.shape[:-1]) if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
+    shapes = {"[]": (), "[batch]": rows[:1]}
+    if len(rows) == 2 and num_segments is None:
+        shapes["[batch, heads]"] = rows
+    if num_segments is not None:
+        shapes["[batch, segments]"] = (rows[0], num_segments)
+        if len(rows) == 2:
+            shapes["[batch, heads, segments]"] = (*rows, num_segments)
+    shape = tuple(value.shape)
+    if not any(shape == allowed for allowed in shapes.values()):
+        allowed = " or ".join(f"{meaning} = {list(sizes)}" for meaning, sizes in shapes.items())
+        raise ValueError(f"select: {name} must be {allowed}, got shape {shape}")
+    per_row = 1 if num_segments is None or len(shape) < 2 else num_segments
+    if len(shape) - (num_segments is not None and len(shape) > 1) < 2:  # the same for all heads
+        value = value.expand(rows[0]) if len(shape) == 0 else value
+        heads = rows[1] if len(rows) == 2 else 1
+        value = value.reshape(rows[0], 1, per_row).expand(rows[0], heads, per_row)
+    return value.reshape(rows[0] * (rows[1] if len(rows) == 2 else 1), per_row).contiguous()
+
+
+def _number(name: str, value, scores: Tensor) -> Tensor:
+    """A Python number as a tensor; a tensor after a check of its dtype."""
+    if isinstance(value, Tensor):
+        checks.tensor("select", name, value)
+        checks.dtype("select", name, value, checks.FLOATS)
+        return value.detach()
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"select: {name} must be a number or a tensor, got {type(value).__name__}")
+    if value != value:
+        raise ValueError(f"select: {name} must be a number, got nan")
+    return torch.full((), value, dtype=torch.float64, device=scores.device)
+
+
+def select(
+    scores: Tensor,
+    num_keep: int | Tensor | None = None,
+    *,
+    threshold: float | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    keep: Tensor | None = None,
+    drop: Tensor | None = None,
+    candidates: Tensor | None = None,
+    others: str = "drop",
+    segments: Tensor | None = None,
+    num_segments: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    capacity: int | str | None = None,
+    align: str = "left",
+    order: str = "index",
+    backend: str | None = None,
+) -> Selection:
+    """Choose the tokens of each sample that stay. Exact meaning, ties included: :mod:`pyvtk.reference.select`.
+
+    ``num_keep``, ``threshold`` and ``top_p`` are criteria, of which at least one is needed; a token has to meet all
+    that are given. Forced tokens, and others with ``others="keep"``, stay in addition. Nothing synchronises with the
+    host, except ``capacity="exact"``.
+
+    Args:
+        scores: float [batch, tokens] or [batch, heads, tokens], packed [tokens] with ``cu_seqlens``. Higher is better,
+            NaN worst. Detached: a selection has no gradient.
+        num_keep: tokens to keep of each row, or of each segment. An int, or an int tensor [batch], [batch, heads], or
+            [batch, segments]; negative entries count as 0. Rounding a share of the tokens to an int is the caller's.
+        threshold: keep scores >= this. A number, or a float tensor shaped like num_keep; rounded to scores' dtype.
+        top_p: keep the fewest best tokens that hold this share (0 to 1) of the candidates' total, at least one. A
+            number, or a float tensor shaped like num_keep.
+        keep: bool [batch, tokens] or the shape of scores: stays in any case and uses up num_keep.
+        drop: bool, likewise: never stays, even if kept by ``keep``.
+        candidates: bool, likewise: the tokens that compete; None: all.
+        others: what happens to tokens that are not candidates: "drop", or "keep" on top of num_keep.
+        segments: int [batch, tokens] or the shape of scores: criteria apply to each segment on its own. Ids outside of
+            0..num_segments - 1 are not candidates.
+        num_segments: how many segments there are; only needed if the shape of num_keep does not tell.
+        cu_seqlens: int [batch + 1], where each sample begins on the packed axis. Indices of the result count from the
+            start of the packed axis.
+        capacity: slots per row of the result. "exact": those of the longest row (one host synchronisation). None:
+            num_keep (times num_segments) if it is an int and neither ``keep`` nor others="keep" can add to it, else as
+            many as tokens; of a packed axis that is its whole length for every sample, so give an int there. If more
+            tokens stay, the best are kept, forced and others first.
+        align: side of the row on which the kept tokens stand, "left" or "right"; -1 fills the rest.
+        order: "index": ascending; "score": best first, after forced tokens and others.
+        backend: "compiled", "reference", or None to choose.
+
+    Returns:
+        Selection; ``overflow`` is always a tensor.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind; the message names it. No criterion is given.
+        RuntimeError: the backend that was asked for cannot run.
+    """
+    checks.tensor("select", "scores", scores, (2, 3) if cu_seqlens is None else 1)
+    checks.dtype("select", "scores", scores, checks.FLOATS)
+    if num_keep is None and threshold is None and top_p is None:
+        raise ValueError("select: num_keep, threshold or top_p must be given, got none of them")
+    if others != "drop":
+        checks.choice("select", "others", others, ("drop", "keep"))
+    if align != "left":
+        checks.choice("select", "align", align, ("left", "right"))
+    if order != "index":
+        checks.choice("select", "order", order, ("index", "score"))
+    if scores.requires_grad:
+        scores = scores.detach()
+    tokens = scores.shape[-1]
+    if scores.stride(-1) != 1:
+        scores = scores.contiguous()
+
+    if cu_seqlens is not None:
+        checks.tensor("select", "cu_seqlens", cu_seqlens, 1)
+        checks.dtype("select", "cu_seqlens", cu_seqlens, checks.INTEGERS)
+        checks.same_device("select", "cu_seqlens", cu_seqlens, scores, "scores")
+        if cu_seqlens.shape[0] < 1:
+            raise ValueError("select: cu_seqlens must hold at least one entry, got shape (0,)")
+        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+    if keep is not None:
+        keep = _mask("keep", keep, scores)
+    if drop is not None:
+        drop = _mask("drop", drop, scores)
+    if candidates is not None:
+        candidates = _mask("candidates", candidates, scores)
+
+    per_row = None
+    if isinstance(num_keep, Tensor):
+        checks.tensor("select", "num_keep", num_keep)
+        checks.dtype("select", "num_keep", num_keep, checks.INTEGERS)
+    elif num_keep is not None:
+        checks.integer("select", "num_keep", num_keep)
+    if segments is not None:
+        segments = _mask("segments", segments, scores, checks.INTEGERS)
+        if num_segments is None and isinstance(num_keep, Tensor) and num_keep.dim() > 1:
+            num_segments = num_keep.shape[-1]
+        if num_segments is None:
+            raise ValueError("select: num_segments must be given with segments, unless num_keep is [batch, segments]")
+        checks.integer("select", "num_segments", num_segments, 1)
+        if segments.dtype != torch.int32:
+            # Clamped first: an id beyond int32 must not wrap around to a valid one.
+            segments = segments.clamp(-1, num_segments).to(torch.int32)
+    elif num_segments is not None:
+        raise ValueError(f"select: num_segments must be None without segments, got {num_segments}")
+    groups = 1 if num_segments is None else num_segments
+    if isinstance(num_keep, Tensor):
+        per_row = _per_row("num_keep", num_keep.long(), num_segments, scores, cu_seqlens)
+    if threshold is not None:
+        threshold = _number("threshold", threshold, scores).to(scores.dtype)
+        threshold = threshold if scores.dtype == torch.float64 else threshold.float()
+        threshold = _per_row("threshold", threshold, num_segments, scores, cu_seqlens)
+    if top_p is not None:
+        if not isinstance(top_p, Tensor) and isinstance(top_p, (int, float)) and not 0 <= top_p <= 1:
+            raise ValueError(f"select: top_p must be in 0..1, got {top_p}")
+        top_p = _per_row("top_p", _number("top_p", top_p, scores).double(), num_segments, scores, cu_seqlens)
+
+    limit = -1 if num_keep is None or per_row is not None else num_keep
+    exact = False
+    if capacity is None:
+        capacity = tokens
+        if per_row is None and num_keep is not None and keep is None and others == "drop":
+            # min() of symbolic sizes would compile one graph for each outcome; sym_min takes its time with plain ints.
+            capacity = (torch.sym_min if torch.compiler.is_compiling() else min)(limit * groups, tokens)
+    elif capacity == "exact":
+        exact, capacity = True, tokens
+    else:
+        checks.integer("select", "capacity", capacity)
+
+    arguments = (
+        scores, limit, per_row, threshold, top_p, keep, drop, candidates, others == "keep", segments, groups,
+        cu_seqlens, capacity, align == "right", order == "score",
+    )  # fmt: skip
+    chosen = backends.pick("select", backend, scores, scores.dtype)
+    indices, counts, overflow = _operator(*arguments) if chosen == "compiled" else reference.select(*arguments)
+    selection = Selection(indices, counts, tokens, order == "index", align, overflow, cu_seqlens)
+    return selection.trim() if exact else selection
