@@ -14,8 +14,9 @@ backends.load_libraries()
 from pyvtk._version import __version__
 from pyvtk.backends import info
 from pyvtk.ops import probe as _probe
+from pyvtk.ops.compact import compact, compact_kv_, merge_tokens, restore
 from pyvtk.selection import Selection
 
 backends.complete()
 
-__all__ = ["Selection", "__version__", "info"]
+__all__ = ["Selection", "__version__", "compact", "compact_kv_", "info", "merge_tokens", "restore"]
