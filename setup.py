@@ -60,9 +60,7 @@ def cuda_architectures() -> str:
     for item in re.split(r"[;,\s]+", listed.strip()):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
         if not match:
-            raise SystemExit(
-                f"pyvtk: TORCH_CUDA_ARCH_LIST holds {item!r}; expected entries such as 8.0, 9.0a or 12.0+PTX"
-            )
+            raise SystemExit(f"pyvtk: TORCH_CUDA_ARCH_LIST holds {item!r}; expected entries such as 8.0, 9.0a or 12.0+PTX")
         major, minor, suffix, ptx = match.groups()
         architectures.append(f"{major}{minor}{suffix}" + ("" if ptx else "-real"))
     return ";".join(architectures)

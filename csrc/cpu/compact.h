@@ -81,25 +81,38 @@ struct Gather {
   bool streaming;            // stores bypass the cache
 };
 
-// memcpy whose stores bypass the cache: the target is not read first, and what is in the cache stays there.
-inline void copy_streaming(char* target, const char* source, int64_t bytes) {
+// memcpy that fetches `next`, a row of the same length, into the cache meanwhile: the processor cannot foresee where
+// the next selected row lies. With kStreaming, stores bypass the cache: the target is not read first.
+template <bool kStreaming>
+inline void copy_row(char* target, const char* source, const char* next, int64_t bytes) {
+  int64_t at = 0;
 #if defined(__SSE2__)
-  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(target) & 15);
-  std::memcpy(target, source, static_cast<size_t>(head));
-  int64_t at = head;
+  const auto store = [](__m128i* to, __m128i x) { kStreaming ? _mm_stream_si128(to, x) : _mm_storeu_si128(to, x); };
+  if constexpr (kStreaming) {
+    at = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(target) & 15);
+    std::memcpy(target, source, static_cast<size_t>(at));
+  }
   for (; at + 64 <= bytes; at += 64) {
+    __builtin_prefetch(next + at);
     const auto* from = reinterpret_cast<const __m128i*>(source + at);
     auto* to = reinterpret_cast<__m128i*>(target + at);
     const __m128i a = _mm_loadu_si128(from), b = _mm_loadu_si128(from + 1);
     const __m128i c = _mm_loadu_si128(from + 2), d = _mm_loadu_si128(from + 3);
-    _mm_stream_si128(to, a);
-    _mm_stream_si128(to + 1, b);
-    _mm_stream_si128(to + 2, c);
-    _mm_stream_si128(to + 3, d);
+    store(to, a);
+    store(to + 1, b);
+    store(to + 2, c);
+    store(to + 3, d);
   }
-  std::memcpy(target + at, source + at, static_cast<size_t>(bytes - at));
 #else
-  std::memcpy(target, source, static_cast<size_t>(bytes));
+  __builtin_prefetch(next);
+#endif
+  std::memcpy(target + at, source + at, static_cast<size_t>(bytes - at));
+}
+
+// Non-temporal stores are weakly ordered; another thread may read the output next.
+inline void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
 #endif
 }
 
@@ -128,18 +141,23 @@ inline void gather_rows(char* target, int64_t target_stride, const char* source,
     default:
       break;
   }
+  const auto row = [&](int64_t i) { return source + tokens[std::min(i, count - 1)] * source_stride; };
+  if (streaming) {
+    for (int64_t i = 0; i < count; ++i) copy_row<true>(target + i * target_stride, row(i), row(i + 1), run);
+    return finish_streaming();
+  }
+  // Long rows are for memcpy; fetching ahead pays for short ones, as many rows early as memory takes to answer.
+  constexpr int64_t kShort = 1024, kAhead = 8;
   const bool dense = source_stride == run && target_stride == run;
   for (int64_t i = 0; i < count;) {
     int64_t together = 1;  // neighbours that stay neighbours move as one
     if (dense) {
       while (i + together < count && tokens[i + together] == tokens[i] + together) ++together;
     }
-    char* to = target + i * target_stride;
-    const char* from = source + tokens[i] * source_stride;
-    if (streaming) {
-      copy_streaming(to, from, together * run);
+    if (together == 1 && run <= kShort) {
+      copy_row<false>(target + i * target_stride, row(i), row(i + kAhead), run);
     } else {
-      std::memcpy(to, from, static_cast<size_t>(together * run));
+      std::memcpy(target + i * target_stride, row(i), static_cast<size_t>(together * run));
     }
     i += together;
   }
@@ -169,13 +187,6 @@ inline void gather(const Gather& job, const std::vector<Row>& rows, int64_t item
   gather_rows(target + first * stride, stride, job.source + offset.source, shape.token.source,
               row.tokens + (first - row.first), last - first, shape.run, job.streaming);
   pad_rows(job, target + last * stride, end - last);
-}
-
-// Non-temporal stores are weakly ordered; another thread may read the output next.
-inline void finish_streaming() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
 }
 
 // Which selected rows land on each token: the inverse of a selection, duplicates included.

@@ -274,24 +274,25 @@ def _check_pad(value, dtype: torch.dtype) -> float:
     return float(value)
 
 
-def _span(x: Tensor) -> tuple[int, int]:
-    """First and last byte that ``x`` touches."""
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-    return x.data_ptr(), x.data_ptr() + last * x.element_size()
-
-
 def _check_apart(op: str, name: str, written, read=()) -> None:
-    """Nothing in ``written`` overlaps another tensor."""
+    """No tensor of ``written`` shares memory with another one. Traced tensors have no address to compare."""
     if torch.compiler.is_compiling():
-        return  # a traced tensor has no address
-    spans = [_span(x) for x in (*written, *read) if x.numel() > 0]
-    for i in range(sum(x.numel() > 0 for x in written)):
-        for j in range(i):
-            if spans[i][0] <= spans[j][1] and spans[j][0] <= spans[i][1]:
-                raise ValueError(f"{op}: {name} must not overlap each other, got two that share memory")
-        for start, last in spans[len(spans) - sum(x.numel() > 0 for x in read) :]:
-            if spans[i][0] <= last and start <= spans[i][1]:
-                raise ValueError(f"{op}: {name} must not overlap an input, got one that shares memory")
+        return
+    spans = []
+    for writes, group in ((True, written), (False, read)):
+        for x in group:
+            last = x.numel() - 1
+            if last >= 0 and not x.is_contiguous():
+                last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+            start = x.data_ptr()
+            spans.append((start, start + (last + 1) * x.element_size(), writes))
+    end_of_any = end_of_written = 0
+    for start, end, writes in sorted(spans):
+        if start < (end_of_any if writes else end_of_written) and start < end:
+            raise ValueError(f"{op}: {name} must not share memory with another argument, got one that does")
+        end_of_any = max(end_of_any, end)
+        if writes:
+            end_of_written = max(end_of_written, end)
 
 
 def _check_out(out, indices: Tensor, tensors, dims, batch_dims, total) -> tuple[Tensor, ...]:
@@ -305,7 +306,7 @@ def _check_out(out, indices: Tensor, tensors, dims, batch_dims, total) -> tuple[
         checks.same_device("compact", name, target, x, "its tensor")
         expected = tuple(_compacted_shape(x.shape, indices, dims[i], batch_dims[i], total))
         checks.shape("compact", name, target, expected, "the result's shape")
-        if any(stride == 0 and size > 1 for size, stride in zip(target.shape, target.stride())):
+        if 0 in target.stride() and any(st == 0 and size > 1 for size, st in zip(target.shape, target.stride())):
             raise ValueError(f"compact: {name} must not be expanded, got strides {target.stride()}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *outs)):
         raise ValueError("compact: out must be None where a tensor requires grad, got a tensor")
@@ -317,7 +318,7 @@ def compact(
     selection: Selection,
     *tensors: Tensor,
     dim: int | tuple[int, ...] = 1,
-    batch_dim: int | None | tuple[int | None, ...] = 0,
+    batch_dim: int | tuple[int | None, ...] | None = 0,
     packed: bool = False,
     total: int | None = None,
     pad_value: float | tuple[float, ...] = 0,
@@ -393,7 +394,14 @@ def compact(
             for target, result in zip(outs, reference.compact(*rows)):
                 target.copy_(result)
         return out
-    results = torch.ops.pyvtk.compact(*rows) if chosen == "compiled" else reference.compact(*rows)
+    if chosen != "compiled":
+        results = reference.compact(*rows)
+    elif torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        results = torch.ops.pyvtk.compact(*rows)
+    else:
+        # Spares the call the autograd wrapper, which is Python and costs more than moving a few tokens.
+        results = _compact_fake(*rows)
+        torch.ops.pyvtk.compact_out(*rows, results)
     return results[0] if count == 1 else tuple(results)
 
 
