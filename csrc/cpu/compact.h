@@ -146,16 +146,16 @@ inline void gather_rows(char* target, int64_t target_stride, const char* source,
     for (int64_t i = 0; i < count; ++i) copy_row<true>(target + i * target_stride, row(i), row(i + 1), run);
     return finish_streaming();
   }
-  // Long rows are for memcpy; fetching ahead pays for short ones, as many rows early as memory takes to answer.
-  constexpr int64_t kShort = 1024, kAhead = 8;
+  // So many rows early that memory can answer in time.
+  const int64_t ahead = std::max<int64_t>(1, 2048 / run);
   const bool dense = source_stride == run && target_stride == run;
   for (int64_t i = 0; i < count;) {
     int64_t together = 1;  // neighbours that stay neighbours move as one
     if (dense) {
       while (i + together < count && tokens[i + together] == tokens[i] + together) ++together;
     }
-    if (together == 1 && run <= kShort) {
-      copy_row<false>(target + i * target_stride, row(i), row(i + kAhead), run);
+    if (together == 1) {
+      copy_row<false>(target + i * target_stride, row(i), row(i + ahead), run);
     } else {
       std::memcpy(target + i * target_stride, row(i), static_cast<size_t>(together * run));
     }

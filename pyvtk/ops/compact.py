@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -215,7 +217,7 @@ def _check_selection(op: str, selection) -> None:
 
 def _check_dim(op: str, name: str, value, rank: int) -> int:
     """``value`` as a number from 0."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if type(value) is not int:
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if not -rank <= value < rank:
         raise ValueError(f"{op}: {name} must be in {-rank}..{rank - 1} for a tensor of {rank} dimensions, got {value}")
@@ -224,40 +226,37 @@ def _check_dim(op: str, name: str, value, rank: int) -> int:
 
 def _per_tensor(op: str, name: str, value, count: int) -> tuple:
     """One value for every tensor, from one value or one per tensor."""
-    if not isinstance(value, (tuple, list)):
+    if not isinstance(value, tuple):
         return (value,) * count
     if len(value) != count:
         raise ValueError(f"{op}: {name} must be one value or one per tensor ({count}), got {len(value)} values")
-    return tuple(value)
+    return value
 
 
-def _check_source(op: str, name: str, selection: Selection, x, dim, batch_dim) -> tuple[int, int]:
-    """Whether ``x`` can be compacted along ``dim``; gives dim and batch_dim counted from 0, batch_dim -1 for None."""
-    checks.tensor(op, name, x)
-    rows, rank = selection.indices.shape[:-1], x.dim()
-    checks.same_device(op, name, x, selection.indices, "selection")
-    dim = _check_dim(op, "dim", dim, rank)
-    batch_dim = -1 if batch_dim is None else _check_dim(op, "batch_dim", batch_dim, rank)
+def _check_axes(op: str, name: str, rows, num_tokens: int, packed: bool, shape, dim, batch_dim) -> tuple[int, int]:
+    """Whether a selection with ``rows`` (the shape of its counts) applies to a tensor of this shape along ``dim``;
+    gives dim and batch_dim counted from 0, batch_dim -1 for None."""
+    dim = _check_dim(op, "dim", dim, len(shape))
+    batch_dim = -1 if batch_dim is None else _check_dim(op, "batch_dim", batch_dim, len(shape))
     if dim == batch_dim:
         raise ValueError(f"{op}: batch_dim must differ from dim, got {batch_dim} for both")
-    if selection.packed and batch_dim >= 0:
-        raise ValueError(f"{op}: batch_dim must be None for a selection of a packed source, got {batch_dim}")
-    if x.shape[dim] != selection.num_tokens:
-        raise ValueError(
-            f"{op}: {name} must have {selection.num_tokens} tokens in dimension {dim}, got shape {tuple(x.shape)}"
-        )
+    if shape[dim] != num_tokens:
+        raise ValueError(f"{op}: {name} must have {num_tokens} tokens in dimension {dim}, got shape {tuple(shape)}")
     if len(rows) == 2:
         if (dim, batch_dim) != (2, 0):
             raise ValueError(
                 f"{op}: dim and batch_dim must be 2 and 0 for a selection with a head axis, "
                 f"got {dim} and {None if batch_dim < 0 else batch_dim}"
             )
-        if x.shape[0] != rows[0] or x.shape[1] != rows[1]:
-            raise ValueError(f"{op}: {name} must begin with [batch, heads] = {list(rows)}, got shape {tuple(x.shape)}")
-    elif batch_dim >= 0 and x.shape[batch_dim] != rows[0] and x.shape[batch_dim] != 1:
-        raise ValueError(
-            f"{op}: {name} must have batch size {rows[0]} or 1 in dimension {batch_dim}, got shape {tuple(x.shape)}"
-        )
+        if shape[0] != rows[0] or shape[1] != rows[1]:
+            raise ValueError(f"{op}: {name} must begin with [batch, heads] = {list(rows)}, got shape {tuple(shape)}")
+    elif batch_dim >= 0:
+        if packed:
+            raise ValueError(f"{op}: batch_dim must be None for a selection of a packed source, got {batch_dim}")
+        if shape[batch_dim] != rows[0] and shape[batch_dim] != 1:
+            raise ValueError(
+                f"{op}: {name} must have batch size {rows[0]} or 1 in dimension {batch_dim}, got shape {tuple(shape)}"
+            )
     return dim, batch_dim
 
 
@@ -272,6 +271,27 @@ def _check_pad(value, dtype: torch.dtype) -> float:
         if not low <= value <= high or value != int(value) or int(float(value)) != value:
             raise ValueError(f"compact: pad_value must fit dtype {str(dtype).removeprefix('torch.')}, got {value}")
     return float(value)
+
+
+def _plan(rows, num_tokens: int, packed_source: bool, shapes, dtypes, dim, batch_dim, pad_value):
+    """dims, batch_dims and pads of a call to compact, checked."""
+    count = len(shapes)
+    dims, batch_dims, pads = [], [], []
+    per_tensor = zip(
+        _per_tensor("compact", "dim", dim, count),
+        _per_tensor("compact", "batch_dim", batch_dim, count),
+        _per_tensor("compact", "pad_value", pad_value, count),
+    )
+    for i, (d, b, pad) in enumerate(per_tensor):
+        d, b = _check_axes("compact", f"tensors[{i}]", rows, num_tokens, packed_source, shapes[i], d, b)
+        dims.append(d)
+        batch_dims.append(b)
+        pads.append(_check_pad(pad, dtypes[i]))
+    return dims, batch_dims, pads
+
+
+# Shapes repeat from layer to layer and step to step, and checking them costs more than moving a few tokens.
+_plan_again = lru_cache(maxsize=1024, typed=True)(_plan)
 
 
 def _check_apart(op: str, name: str, written, read=()) -> None:
@@ -353,18 +373,20 @@ def compact(
     if count == 0:
         raise ValueError("compact: tensors must be at least one tensor, got none")
     checks.boolean("compact", "packed", packed)
-    dims, batch_dims, pads = [], [], []
-    per_tensor = zip(
-        tensors,
-        _per_tensor("compact", "dim", dim, count),
-        _per_tensor("compact", "batch_dim", batch_dim, count),
-        _per_tensor("compact", "pad_value", pad_value, count),
+    for i, x in enumerate(tensors):
+        if type(x) is not Tensor or x.layout is not torch.strided:
+            checks.tensor("compact", f"tensors[{i}]", x)
+        if x.device != selection.indices.device:
+            checks.same_device("compact", f"tensors[{i}]", x, selection.indices, "selection")
+    plan = _plan if torch.compiler.is_compiling() else _plan_again
+    dims, batch_dims, pads = plan(
+        selection.counts.shape,
+        selection.num_tokens,
+        selection.packed,
+        tuple([x.shape for x in tensors]),
+        tuple([x.dtype for x in tensors]),
+        *(tuple(value) if isinstance(value, list) else value for value in (dim, batch_dim, pad_value)),
     )
-    for i, (x, d, b, pad) in enumerate(per_tensor):
-        d, b = _check_source("compact", f"tensors[{i}]", selection, x, d, b)
-        dims.append(d)
-        batch_dims.append(b)
-        pads.append(_check_pad(pad, x.dtype))
     if not packed:
         if total is not None:
             raise ValueError(f"compact: total must be None unless packed=True, got {total}")
@@ -376,7 +398,7 @@ def compact(
         checks.integer("compact", "total", total)
 
     chosen = backends.pick("compact", backend, tensors[0])
-    rows = (
+    call = (
         selection.indices,
         selection.counts,
         selection.align == "right",
@@ -389,19 +411,19 @@ def compact(
     if out is not None:
         outs = _check_out(out, selection.indices, tensors, dims, batch_dims, total)
         if chosen == "compiled":
-            torch.ops.pyvtk.compact_out(*rows, list(outs))
+            torch.ops.pyvtk.compact_out(*call, list(outs))
         else:
-            for target, result in zip(outs, reference.compact(*rows)):
+            for target, result in zip(outs, reference.compact(*call)):
                 target.copy_(result)
         return out
     if chosen != "compiled":
-        results = reference.compact(*rows)
+        results = reference.compact(*call)
     elif torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-        results = torch.ops.pyvtk.compact(*rows)
+        results = torch.ops.pyvtk.compact(*call)
     else:
         # Spares the call the autograd wrapper, which is Python and costs more than moving a few tokens.
-        results = _compact_fake(*rows)
-        torch.ops.pyvtk.compact_out(*rows, results)
+        results = _compact_fake(*call)
+        torch.ops.pyvtk.compact_out(*call, results)
     return results[0] if count == 1 else tuple(results)
 
 
@@ -507,14 +529,14 @@ def compact_kv_(selection: Selection, *caches: Tensor, backend: str | None = Non
         raise ValueError(f"{op}: selection must select from padded rows, got one of a packed source")
     if not caches:
         raise ValueError(f"{op}: caches must be at least one tensor, got none")
+    rows = selection.counts.shape
     for i, cache in enumerate(caches):
         name = f"caches[{i}]"
         checks.tensor(op, name, cache, 4)
-        _check_source(op, name, selection, cache, 2, 0)
-        if cache.shape[0] != selection.indices.shape[0]:
-            raise ValueError(
-                f"{op}: {name} must have batch size {selection.indices.shape[0]}, got shape {tuple(cache.shape)}"
-            )
+        checks.same_device(op, name, cache, selection.indices, "selection")
+        _check_axes(op, name, rows, selection.num_tokens, False, cache.shape, 2, 0)
+        if cache.shape[0] != rows[0]:
+            raise ValueError(f"{op}: {name} must have batch size {rows[0]}, got shape {tuple(cache.shape)}")
         strides = [stride for size, stride in zip(cache.shape, cache.stride()) if size > 1]
         if 0 in strides or (cache.shape[3] > 1 and cache.stride(3) != 1):
             raise ValueError(
