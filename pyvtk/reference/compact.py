@@ -26,6 +26,11 @@ def _tokens_first(x: Tensor, dim: int, batch_dim: int, heads: bool, rows: tuple[
     return x.expand(*rows, *x.shape[len(rows) :])
 
 
+def _is_byte_float(x: Tensor) -> bool:
+    """8-bit floats, for which torch has hardly any kernels: they travel as uint8."""
+    return x.dtype.itemsize == 1 and x.dtype.is_floating_point
+
+
 def _column(values: Tensor, like: Tensor) -> Tensor:
     """``values`` with axes of size 1 behind, so that it broadcasts with ``like``."""
     return values.reshape(*values.shape, *([1] * (like.dim() - values.dim())))
@@ -50,6 +55,10 @@ def compact(
     valid = _valid(indices, counts, align_right)
     outs = []
     for x, dim, batch_dim, pad in zip(tensors, dims, batch_dims, pads):
+        dtype = x.dtype
+        if _is_byte_float(x):
+            pad = int(torch.tensor(pad).to(dtype).view(torch.uint8)) if pad else 0
+            x = x.view(torch.uint8)
         table = _tokens_first(x, dim, batch_dim, len(rows) == 2, rows)
         where = _column(torch.where(valid, indices, 0), table)
         if table.shape[len(rows)] > 0:
@@ -57,17 +66,18 @@ def compact(
         else:
             out = x.new_zeros((*indices.shape, *table.shape[len(rows) + 1 :]))
         pad = pad if x.dtype.is_floating_point or x.dtype.is_complex else int(pad)
-        # Not where(): that has no kernel for 8-bit floats.
         out = out.masked_fill(~_column(valid, out), pad)
         first = max(batch_dim, 0)
         if total is None:
             place = dim + 1 if batch_dim < 0 else dim
-            outs.append(out.movedim(list(range(len(rows) + 1)), [first, *range(1, len(rows)), place]).contiguous())
+            outs.append(
+                out.movedim(list(range(len(rows) + 1)), [first, *range(1, len(rows)), place]).contiguous().view(dtype)
+            )
             continue
         # The order of valid slots; padding goes to one slot past the end, which is cut off.
         target = torch.where(valid.flatten(), valid.flatten().cumsum(0) - 1, total).clamp(max=total)
         packed = x.new_full((total + 1, *out.shape[2:]), pad).index_put((target,), out.flatten(0, 1))[:total]
-        outs.append(packed.movedim(0, first - (0 <= dim < first)).contiguous())
+        outs.append(packed.movedim(0, first - (0 <= dim < first)).contiguous().view(dtype))
     return outs
 
 
@@ -96,6 +106,11 @@ def restore(
     With ``gate`` [batch, (heads,) capacity]: base + gate * update there, every slot adding its own, summed in float32
     for 16-bit tensors and rounded once.
     """
+    if _is_byte_float(update):
+        base = None if base is None else base.view(torch.uint8)
+        update, dtype = update.view(torch.uint8), update.dtype
+        out = restore(indices, counts, align_right, update, base, gate, dim, num_tokens, packed_source)
+        return out.view(dtype)
     lead = indices.dim() - 1
     valid = _valid(indices, counts, align_right)
     where = _flat_targets(indices, valid, num_tokens, packed_source)
