@@ -55,9 +55,8 @@ def compact(
     valid = _valid(indices, counts, align_right)
     outs = []
     for x, dim, batch_dim, pad in zip(tensors, dims, batch_dims, pads):
-        dtype = x.dtype
         if _is_byte_float(x):
-            pad = int(torch.tensor(pad).to(dtype).view(torch.uint8)) if pad else 0
+            pad = int(torch.tensor(pad).to(x.dtype).view(torch.uint8)) if pad else 0
             x = x.view(torch.uint8)
         table = _tokens_first(x, dim, batch_dim, len(rows) == 2, rows)
         where = _column(torch.where(valid, indices, 0), table)
@@ -70,15 +69,14 @@ def compact(
         first = max(batch_dim, 0)
         if total is None:
             place = dim + 1 if batch_dim < 0 else dim
-            outs.append(
-                out.movedim(list(range(len(rows) + 1)), [first, *range(1, len(rows)), place]).contiguous().view(dtype)
-            )
+            outs.append(out.movedim(list(range(len(rows) + 1)), [first, *range(1, len(rows)), place]).contiguous())
             continue
         # The order of valid slots; padding goes to one slot past the end, which is cut off.
         target = torch.where(valid.flatten(), valid.flatten().cumsum(0) - 1, total).clamp(max=total)
         packed = x.new_full((total + 1, *out.shape[2:]), pad).index_put((target,), out.flatten(0, 1))[:total]
-        outs.append(packed.movedim(0, first - (0 <= dim < first)).contiguous().view(dtype))
-    return outs
+        outs.append(packed.movedim(0, first - (0 <= dim < first)).contiguous())
+    # A view in the own dtype would cut the graph.
+    return [out if out.dtype == x.dtype else out.view(x.dtype) for out, x in zip(outs, tensors)]
 
 
 def _flat_targets(indices: Tensor, valid: Tensor, num_tokens: int, packed_source: bool) -> Tensor:
