@@ -463,6 +463,7 @@ def test_opcheck(grad):
     ]
     if not grad:
         calls += [
+            (OPS.compact_forward, (*rows, [x, table], [1, 0], [0, -1], [0.0, 0.0], 6)),
             (OPS.compact_out, (*rows, [x], [1], [0], [0.0], None, [torch.empty(2, 5, 4)])),
             (OPS.restore_backward, (*rows, x, u, gate, 1, False)),
             (OPS.restore_backward, (*rows, x, None, None, 1, False)),

@@ -692,6 +692,7 @@ std::tuple<Tensor, Tensor> merge_tokens_backward(Tensor grad, Tensor x, Tensor a
 
 STABLE_TORCH_LIBRARY_IMPL(pyvtk, CPU, m) {
   m.impl("compact", TORCH_BOX(&compact));
+  m.impl("compact_forward", TORCH_BOX(&compact));
   m.impl("compact_out", TORCH_BOX(&compact_out));
   m.impl("compact_backward", TORCH_BOX(&compact_backward));
   m.impl("restore", TORCH_BOX(&restore));

@@ -81,11 +81,10 @@ def _merge_tokens_backward_fake(grad, x, assignment, weights, totals, mean):
 
 
 _SELECTION = "Tensor indices, Tensor counts, bool align_right"
-backends.define(
-    "compact",
-    f"({_SELECTION}, Tensor[] tensors, int[] dims, int[] batch_dims, float[] pads, SymInt? total) -> Tensor[]",
-    fake=_compact_fake,
-)
+_COMPACT = f"({_SELECTION}, Tensor[] tensors, int[] dims, int[] batch_dims, float[] pads, SymInt? total) -> Tensor[]"
+backends.define("compact", _COMPACT, fake=_compact_fake)
+# The same without a gradient: torch's autograd wrapper is Python, and costs more than moving a few tokens.
+backends.define("compact_forward", _COMPACT, fake=_compact_fake)
 backends.define(
     "compact_out",
     f"({_SELECTION}, Tensor[] tensors, int[] dims, int[] batch_dims, float[] pads, SymInt? total, "
@@ -411,19 +410,17 @@ def compact(
     if out is not None:
         outs = _check_out(out, selection.indices, tensors, dims, batch_dims, total)
         if chosen == "compiled":
-            torch.ops.pyvtk.compact_out(*call, list(outs))
+            torch.ops.pyvtk.compact_out.default(*call, list(outs))
         else:
             for target, result in zip(outs, reference.compact(*call)):
                 target.copy_(result)
         return out
     if chosen != "compiled":
         results = reference.compact(*call)
-    elif torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    elif torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
         results = torch.ops.pyvtk.compact(*call)
     else:
-        # Spares the call the autograd wrapper, which is Python and costs more than moving a few tokens.
-        results = _compact_fake(*call)
-        torch.ops.pyvtk.compact_out(*call, results)
+        results = torch.ops.pyvtk.compact_forward.default(*call)
     return results[0] if count == 1 else tuple(results)
 
 
