@@ -83,25 +83,21 @@ struct Gather {
 
 // memcpy that fetches `next`, a row of the same length, into the cache meanwhile: the processor cannot foresee where
 // the next selected row lies. With kStreaming, stores bypass the cache: the target is not read first.
-template <bool kStreaming>
-inline void copy_row(char* target, const char* source, const char* next, int64_t bytes) {
+inline void copy_streaming(char* target, const char* source, const char* next, int64_t bytes) {
   int64_t at = 0;
 #if defined(__SSE2__)
-  const auto store = [](__m128i* to, __m128i x) { kStreaming ? _mm_stream_si128(to, x) : _mm_storeu_si128(to, x); };
-  if constexpr (kStreaming) {
-    at = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(target) & 15);
-    std::memcpy(target, source, static_cast<size_t>(at));
-  }
+  at = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(target) & 15);
+  std::memcpy(target, source, static_cast<size_t>(at));
   for (; at + 64 <= bytes; at += 64) {
     __builtin_prefetch(next + at);
     const auto* from = reinterpret_cast<const __m128i*>(source + at);
     auto* to = reinterpret_cast<__m128i*>(target + at);
     const __m128i a = _mm_loadu_si128(from), b = _mm_loadu_si128(from + 1);
     const __m128i c = _mm_loadu_si128(from + 2), d = _mm_loadu_si128(from + 3);
-    store(to, a);
-    store(to + 1, b);
-    store(to + 2, c);
-    store(to + 3, d);
+    _mm_stream_si128(to, a);
+    _mm_stream_si128(to + 1, b);
+    _mm_stream_si128(to + 2, c);
+    _mm_stream_si128(to + 3, d);
   }
 #else
   __builtin_prefetch(next);
@@ -143,22 +139,16 @@ inline void gather_rows(char* target, int64_t target_stride, const char* source,
   }
   const auto row = [&](int64_t i) { return source + tokens[std::min(i, count - 1)] * source_stride; };
   if (streaming) {
-    for (int64_t i = 0; i < count; ++i) copy_row<true>(target + i * target_stride, row(i), row(i + 1), run);
+    for (int64_t i = 0; i < count; ++i) copy_streaming(target + i * target_stride, row(i), row(i + 1), run);
     return finish_streaming();
   }
-  // So many rows early that memory can answer in time.
-  const int64_t ahead = std::max<int64_t>(1, 2048 / run);
   const bool dense = source_stride == run && target_stride == run;
   for (int64_t i = 0; i < count;) {
     int64_t together = 1;  // neighbours that stay neighbours move as one
     if (dense) {
       while (i + together < count && tokens[i + together] == tokens[i] + together) ++together;
     }
-    if (together == 1) {
-      copy_row<false>(target + i * target_stride, row(i), row(i + ahead), run);
-    } else {
-      std::memcpy(target + i * target_stride, row(i), static_cast<size_t>(together * run));
-    }
+    std::memcpy(target + i * target_stride, row(i), static_cast<size_t>(together * run));
     i += together;
   }
 }
