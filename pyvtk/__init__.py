@@ -14,10 +14,23 @@ backends.load_libraries()
 from pyvtk._version import __version__
 from pyvtk.backends import info
 from pyvtk.ops import probe as _probe
+from pyvtk.ops.compact import compact, compact_kv_, merge_tokens, restore
 from pyvtk.ops.score import attention_scores
+from pyvtk.ops.score_and_select import score_and_select
 from pyvtk.ops.select import select
 from pyvtk.selection import Selection
 
 backends.complete()
 
-__all__ = ["Selection", "__version__", "attention_scores", "info", "select"]
+__all__ = [
+    "Selection",
+    "__version__",
+    "attention_scores",
+    "compact",
+    "compact_kv_",
+    "info",
+    "merge_tokens",
+    "restore",
+    "score_and_select",
+    "select",
+]

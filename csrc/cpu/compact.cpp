@@ -1,0 +1,705 @@
+// Binding of the compact family for CPU tensors. Meaning: pyvtk/reference/compact.py.
+#include "cpu/compact.h"
+
+#include <memory>
+#include <tuple>
+
+#include "binding.h"
+
+#define PYVTK_KERNEL_HEADER "cpu/compact_sum.h"
+#include "cpu/each_isa.h"
+
+namespace pyvtk {
+namespace {
+
+using cpu::Axis;
+using cpu::Gather;
+using cpu::Links;
+using cpu::Recall;
+using cpu::Row;
+using cpu::Scatter;
+using cpu::Shape;
+
+constexpr double kNanosecondsPerByte = 0.1;
+
+// Outputs of this size would only push everything else out of the cache.
+constexpr int64_t kStreamingBytes = 16 * 1024 * 1024;
+
+// A tensor taken apart: strides (in bytes) of the axes that a selection names, and the axes that are left.
+struct View {
+  int64_t batch = 0, head = 0, token = 0;
+  int64_t tokens = 0;
+  std::vector<int64_t> sizes, strides;
+};
+
+// `batch_dim` < 0: the tensor has no batch axis. An axis of size 1 repeats, through stride 0.
+View view_of(const Tensor& tensor, int64_t dim, int64_t batch_dim, bool heads, int64_t element) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const auto rank = static_cast<int64_t>(sizes.size());
+  PYVTK_GUARD(0 <= dim && dim < rank && batch_dim < rank && dim != batch_dim, "dim ", dim, " and batch_dim ", batch_dim,
+              " do not fit a tensor of ", rank, " dimensions");
+  View view;
+  for (int64_t d = 0; d < rank; ++d) {
+    const int64_t size = sizes[static_cast<size_t>(d)];
+    const int64_t stride = strides[static_cast<size_t>(d)] * element;
+    if (d == dim) {
+      view.token = stride;
+      view.tokens = size;
+    } else if (d == batch_dim) {
+      view.batch = size == 1 ? 0 : stride;
+    } else if (heads && d == batch_dim + 1) {
+      view.head = stride;
+    } else {
+      view.sizes.push_back(size);
+      view.strides.push_back(stride);
+    }
+  }
+  return view;
+}
+
+// What the views of source, target and base (which may be the source once more) have in common.
+Shape shape_of(const View& source, const View& target, const View& base, int64_t element) {
+  PYVTK_GUARD(source.sizes == target.sizes && source.sizes == base.sizes, "tensors differ in an axis that only moves");
+  Shape shape;
+  shape.batch = {0, source.batch, target.batch, base.batch};
+  shape.head = {0, source.head, target.head, base.head};
+  shape.token = {0, source.token, target.token, base.token};
+  shape.element = shape.run = element;
+  shape.lines = 1;
+  bool together = true;
+  for (size_t axis = source.sizes.size(); axis-- > 0;) {
+    const Axis here{source.sizes[axis], source.strides[axis], target.strides[axis], base.strides[axis]};
+    if (here.size == 1) continue;
+    together = together && here.source == shape.run && here.target == shape.run && here.base == shape.run;
+    if (together) {
+      shape.run *= here.size;
+    } else {
+      shape.outer.insert(shape.outer.begin(), here);
+      shape.lines *= here.size;
+    }
+  }
+  return shape;
+}
+
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+// A copy only where neither the last dimension nor the tokens lie next to each other, which no loop here likes.
+Tensor with_runs(const Tensor& tensor, int64_t dim) {
+  const int64_t last = tensor.dim() - 1;
+  if (dim == last || tensor.size(last) <= 1 || tensor.stride(last) == 1) return tensor;
+  return torch::stable::contiguous(tensor);
+}
+
+int64_t element_size(const Tensor& tensor) { return static_cast<int64_t>(tensor.element_size()); }
+
+// The rows of a selection as output positions, checked against the length of the token axis.
+struct Selected {
+  Tensor indices, counts;  // keep the memory that rows point to
+  std::vector<Row> rows;
+  int64_t batch, heads;  // heads is 1 for a selection without a head axis
+  bool has_heads;
+  int64_t capacity;
+  int64_t extent;  // the largest number of positions that a row owns
+  int64_t sum = 0;
+
+  // `total` given: rows follow each other on one axis of that length, and one more row owns its padded tail.
+  Selected(const Tensor& indices_, const Tensor& counts_, bool align_right, int64_t tokens,
+           std::optional<int64_t> total = std::nullopt)
+      : indices(dense(indices_)), counts(dense(counts_)) {
+    guard_dtype(indices, ScalarType::Long, "indices");
+    guard_dtype(counts, ScalarType::Int, "counts");
+    has_heads = indices.dim() == 3;
+    PYVTK_GUARD(has_heads || indices.dim() == 2, "indices has ", indices.dim(), " dimensions, expected 2 or 3");
+    batch = indices.size(0);
+    heads = has_heads ? indices.size(1) : 1;
+    capacity = indices.size(indices.dim() - 1);
+    PYVTK_GUARD(counts.numel() == batch * heads, "counts has ", counts.numel(), " elements, expected ", batch * heads);
+    extent = capacity;
+    const int64_t* index = data<int64_t>(indices);
+    const int32_t* count = data<int32_t>(counts);
+    rows.reserve(static_cast<size_t>(batch * heads) + 1);
+    for (int64_t r = 0; r < batch * heads; ++r, index += capacity) {
+      int64_t kept = std::clamp<int64_t>(count[r], 0, capacity);
+      const int64_t slot = align_right ? capacity - kept : 0;
+      for (int64_t i = slot; i < slot + kept; ++i) {
+        PYVTK_GUARD(0 <= index[i] && index[i] < tokens, "selection holds index ", index[i], " in row ", r,
+                    ", but the token axis has length ", tokens);
+      }
+      Row row{index + slot, r / heads, r % heads, 0, capacity, slot, slot + kept};
+      if (total.has_value()) {
+        row.begin = row.first = std::min(sum, *total);
+        row.end = row.last = std::min(sum + kept, *total);
+        extent = r == 0 ? kept : std::max(extent, kept);
+      }
+      sum += kept;
+      rows.push_back(row);
+    }
+    if (total.has_value()) {
+      const int64_t tail = std::min(sum, *total);
+      rows.push_back({nullptr, 0, 0, tail, *total, tail, tail});
+      extent = std::max(rows.size() == 1 ? 0 : extent, *total - tail);
+    }
+  }
+
+  int64_t count() const { return static_cast<int64_t>(rows.size()); }
+};
+
+// The arithmetic of a dtype; complex numbers are added as two real ones.
+struct Arithmetic {
+  cpu::SumRows sum = nullptr;
+  cpu::Dot dot = nullptr;
+  int64_t number = 1;  // bytes
+};
+
+template <class T>
+Arithmetic arithmetic() {
+  return {PYVTK_FOR_ISA(sum_rows<T>), PYVTK_FOR_ISA(dot<T>), sizeof(T)};
+}
+
+Arithmetic arithmetic_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+    case ScalarType::ComplexFloat:
+      return arithmetic<float>();
+    case ScalarType::Double:
+    case ScalarType::ComplexDouble:
+      return arithmetic<double>();
+    case ScalarType::Half:
+    case ScalarType::ComplexHalf:
+      return arithmetic<float16>();
+    case ScalarType::BFloat16:
+      return arithmetic<bfloat16>();
+    default:
+      return {};
+  }
+}
+
+// A gate or a weight as doubles, whatever float type it came in.
+std::vector<double> doubles(const Tensor& tensor) {
+  const Tensor values = dense(tensor);
+  const auto count = static_cast<size_t>(values.numel());
+  std::vector<double> result(count);
+  if (values.scalar_type() == ScalarType::Double) {
+    std::copy_n(data<double>(values), count, result.begin());
+  } else {
+    guard_dtype(values, ScalarType::Float, "gate or weights");
+    std::copy_n(data<float>(values), count, result.begin());
+  }
+  return result;
+}
+
+// The same way back.
+void store_doubles(const std::vector<double>& values, const Tensor& tensor) {
+  if (tensor.scalar_type() == ScalarType::Double) {
+    std::copy(values.begin(), values.end(), mutable_data<double>(tensor));
+  } else {
+    std::transform(values.begin(), values.end(), mutable_data<float>(tensor),
+                   [](double x) { return static_cast<float>(x); });
+  }
+}
+
+// Runs `work(job, item)` over the items of all jobs in one parallel loop.
+template <class Job, class Work>
+void run(const std::vector<Job>& jobs, Work&& work) {
+  int64_t items = 0;
+  double bytes = 0;
+  for (const Job& job : jobs) {
+    items += job.shape.items;
+    bytes += static_cast<double>(job.shape.items) * static_cast<double>(job.shape.block * job.shape.run);
+  }
+  parallel_for(items, bytes / static_cast<double>(std::max<int64_t>(items, 1)) * kNanosecondsPerByte,
+               [&](int64_t begin, int64_t end) {
+                 int64_t first = 0;  // item of the whole loop at which a job begins
+                 for (const Job& job : jobs) {
+                   const int64_t last = std::min(end, first + job.shape.items);
+                   for (int64_t item = std::max(begin, first); item < last; ++item) work(job, item - first);
+                   first += job.shape.items;
+                 }
+               });
+}
+
+// Where the token axis, and the fused axis of a packed result, stand in the output.
+struct Place {
+  int64_t dim, batch_dim;
+};
+Place place_of(int64_t dim, int64_t batch_dim, bool packed) {
+  if (!packed) return batch_dim < 0 ? Place{dim + 1, 0} : Place{dim, batch_dim};
+  return {batch_dim < 0 ? 0 : batch_dim - (dim < batch_dim), -1};
+}
+
+std::vector<int64_t> compacted_shape(const Tensor& tensor, const Selected& selected, int64_t dim, int64_t batch_dim,
+                                     std::optional<int64_t> total) {
+  const auto sizes = tensor.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  PYVTK_GUARD(0 <= dim && dim < tensor.dim() && batch_dim < tensor.dim(), "dim ", dim, " and batch_dim ", batch_dim,
+              " do not fit a tensor of ", tensor.dim(), " dimensions");
+  const Place place = place_of(dim, batch_dim, total.has_value());
+  if (total.has_value()) {
+    shape.erase(shape.begin() + dim);
+    if (batch_dim < 0) shape.insert(shape.begin(), 0);
+    shape[static_cast<size_t>(place.dim)] = *total;
+  } else {
+    shape[static_cast<size_t>(dim)] = selected.capacity;
+    if (batch_dim < 0) shape.insert(shape.begin(), 0);
+    shape[static_cast<size_t>(place.batch_dim)] = selected.batch;
+  }
+  return shape;
+}
+
+int64_t common_tokens(const std::vector<Tensor>& tensors, const std::vector<int64_t>& dims) {
+  PYVTK_GUARD(dims.size() == tensors.size(), "dims has ", dims.size(), " entries, expected ", tensors.size());
+  const int64_t tokens = tensors.empty() ? 0 : tensors[0].size(dims[0]);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    PYVTK_GUARD(tensors[i].size(dims[i]) == tokens, "tensor ", i, " has ", tensors[i].size(dims[i]),
+                " tokens, expected ", tokens);
+  }
+  return tokens;
+}
+
+void compact_into(const Selected& selected, const std::vector<Tensor>& tensors, const std::vector<Tensor>& outs,
+                  const std::vector<int64_t>& dims, const std::vector<int64_t>& batch_dims,
+                  const std::vector<double>& pads, bool packed) {
+  PYVTK_GUARD(outs.size() == tensors.size() && batch_dims.size() == tensors.size() && pads.size() == tensors.size(),
+              "lists of different lengths");
+  std::vector<Gather> jobs(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& tensor = tensors[i];
+    Gather& job = jobs[i];
+    PYVTK_GUARD(outs[i].scalar_type() == tensor.scalar_type(), "out ", i, " has another dtype than its tensor");
+    const int64_t element = element_size(tensor);
+    const View source = view_of(tensor, dims[i], batch_dims[i], selected.has_heads, element);
+    const Place place = place_of(dims[i], batch_dims[i], packed);
+    const View target = view_of(outs[i], place.dim, place.batch_dim, selected.has_heads, element);
+    PYVTK_GUARD(target.tokens == (packed ? selected.rows.back().end : selected.capacity), "out ", i, " has ",
+                target.tokens, " positions");
+    PYVTK_GUARD(batch_dims[i] < 0 || source.batch == 0 || tensor.size(batch_dims[i]) == selected.batch, "tensor ", i,
+                " has another batch size than the selection");
+    job.shape = shape_of(source, target, source, element);
+    job.shape.divide(selected.count(), selected.extent);
+    job.source = static_cast<const char*>(tensor.const_data_ptr());
+    job.target = static_cast<char*>(outs[i].mutable_data_ptr());
+    job.pad = {};
+    if (pads[i] != 0) {
+      const Tensor pad = torch::stable::full({1}, pads[i], tensor.scalar_type());
+      std::memcpy(job.pad.data(), pad.const_data_ptr(), static_cast<size_t>(element));
+    }
+    job.streaming = outs[i].numel() * element >= kStreamingBytes && job.shape.run >= 256;
+    if (outs[i].numel() == 0) job.shape.items = 0;
+  }
+  run(jobs, [&](const Gather& job, int64_t item) { cpu::gather(job, selected.rows, item); });
+}
+
+std::vector<Tensor> compact(Tensor indices, Tensor counts, bool align_right, std::vector<Tensor> tensors,
+                            std::vector<int64_t> dims, std::vector<int64_t> batch_dims, std::vector<double> pads,
+                            std::optional<int64_t> total) {
+  const Selected selected(indices, counts, align_right, common_tokens(tensors, dims), total);
+  std::vector<Tensor> outs;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    outs.push_back(new_empty(tensors[i], compacted_shape(tensors[i], selected, dims[i], batch_dims[i], total),
+                             tensors[i].scalar_type()));
+  }
+  compact_into(selected, tensors, outs, dims, batch_dims, pads, total.has_value());
+  return outs;
+}
+
+void compact_out(Tensor indices, Tensor counts, bool align_right, std::vector<Tensor> tensors,
+                 std::vector<int64_t> dims, std::vector<int64_t> batch_dims, std::vector<double> pads,
+                 std::optional<int64_t> total, std::vector<Tensor> outs) {
+  const Selected selected(indices, counts, align_right, common_tokens(tensors, dims), total);
+  PYVTK_GUARD(outs.size() == tensors.size(), "lists of different lengths");
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const auto shape = compacted_shape(tensors[i], selected, dims[i], batch_dims[i], total);
+    const auto sizes = outs[i].sizes();
+    PYVTK_GUARD(std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end()), "out ", i, " has a wrong shape");
+  }
+  compact_into(selected, tensors, outs, dims, batch_dims, pads, total.has_value());
+}
+
+std::vector<Tensor> compact_backward(Tensor indices, Tensor counts, bool align_right, std::vector<Tensor> grads,
+                                     std::vector<int64_t> dims, std::vector<int64_t> batch_dims,
+                                     std::vector<int64_t> batch_sizes, int64_t num_tokens,
+                                     std::optional<int64_t> total) {
+  PYVTK_GUARD(dims.size() == grads.size() && batch_dims.size() == grads.size() && batch_sizes.size() == grads.size(),
+              "lists of different lengths");
+  const Selected selected(indices, counts, align_right, num_tokens, total);
+  const bool packed = total.has_value();
+  // Shared by the tensors of a kind: one batch row each, or one table for all rows.
+  std::array<std::unique_ptr<Links>, 2> links;
+  std::vector<Tensor> sources, results;
+  std::vector<Scatter> jobs(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const bool unbatched = batch_dims[i] < 0;
+    const bool merged = unbatched || (batch_sizes[i] == 1 && selected.batch != 1);
+    PYVTK_GUARD(merged || batch_sizes[i] == selected.batch, "batch size ", batch_sizes[i], " of gradient ", i);
+    PYVTK_GUARD(!merged || !selected.has_heads, "a selection with a head axis cannot repeat a batch");
+    const Place place = place_of(dims[i], batch_dims[i], packed);
+    const Tensor grad = with_runs(grads[i], place.dim);
+    const auto sizes = grad.sizes();
+    std::vector<int64_t> shape(sizes.begin(), sizes.end());
+    PYVTK_GUARD(place.dim < grad.dim() && place.batch_dim < grad.dim(), "gradient ", i, " has too few dimensions");
+    if (packed) {
+      shape.erase(shape.begin() + place.dim);
+      if (unbatched) {
+        shape.insert(shape.begin() + dims[i], num_tokens);
+      } else {
+        // the lower of the two axes first, so that the other one's number holds
+        const bool token_first = dims[i] < batch_dims[i];
+        shape.insert(shape.begin() + std::min(dims[i], batch_dims[i]), token_first ? num_tokens : batch_sizes[i]);
+        shape.insert(shape.begin() + std::max(dims[i], batch_dims[i]), token_first ? batch_sizes[i] : num_tokens);
+      }
+    } else if (unbatched) {
+      shape.erase(shape.begin());
+      shape[static_cast<size_t>(dims[i])] = num_tokens;
+    } else {
+      shape[static_cast<size_t>(batch_dims[i])] = batch_sizes[i];
+      shape[static_cast<size_t>(dims[i])] = num_tokens;
+    }
+    Tensor result = new_empty(grad, shape, grad.scalar_type());
+    const int64_t element = element_size(grad);
+    const View source = view_of(grad, place.dim, place.batch_dim, selected.has_heads, element);
+    const View target = view_of(result, dims[i], batch_dims[i], selected.has_heads, element);
+    PYVTK_GUARD(source.tokens == (packed ? *total : selected.capacity), "gradient ", i, " has ", source.tokens,
+                " positions");
+    Scatter& job = jobs[i];
+    job = {};
+    job.shape = shape_of(source, target, source, element);
+    job.shape.divide(merged ? 1 : selected.batch * selected.heads, num_tokens);
+    if (result.numel() == 0) job.shape.items = 0;
+    if (!links[merged]) links[merged] = std::make_unique<Links>(selected.rows, num_tokens, merged);
+    const Arithmetic arithmetic = arithmetic_of(grad.scalar_type());
+    PYVTK_GUARD(arithmetic.sum != nullptr, "gradient ", i, " has a dtype that cannot be added");
+    job.source = static_cast<const char*>(grad.const_data_ptr());
+    job.target = static_cast<char*>(result.mutable_data_ptr());
+    job.links = links[merged].get();
+    job.merged = merged;
+    job.add = true;
+    job.tokens = num_tokens;
+    job.sum = arithmetic.sum;
+    job.number = arithmetic.number;
+    sources.push_back(grad);
+    results.push_back(result);
+  }
+  run(jobs, [&](const Scatter& job, int64_t item) { cpu::scatter(job, selected.rows, item); });
+  return results;
+}
+
+// A packed source has one token axis for all samples, and the update one axis more than the restored tensor.
+Tensor restore(Tensor indices, Tensor counts, bool align_right, OptionalTensor update, OptionalTensor base,
+               OptionalTensor gate, int64_t dim, int64_t num_tokens, bool packed_source) {
+  PYVTK_GUARD(update.has_value() || base.has_value(), "restore needs update or base");
+  const Selected selected(indices, counts, align_right, num_tokens);
+  std::vector<int64_t> shape;
+  if (base.has_value()) {
+    base = with_runs(*base, dim);
+    shape.assign(base->sizes().begin(), base->sizes().end());
+  } else {
+    shape.assign(update->sizes().begin(), update->sizes().end());
+    if (packed_source) shape.erase(shape.begin());
+    shape[static_cast<size_t>(dim)] = num_tokens;
+  }
+  Tensor result = new_empty(base.has_value() ? *base : *update, shape,
+                            base.has_value() ? base->scalar_type() : update->scalar_type());
+  const int64_t element = element_size(result);
+  const int64_t batch_dim = packed_source ? -1 : 0;
+  const View target = view_of(result, dim, batch_dim, selected.has_heads, element);
+  PYVTK_GUARD(target.tokens == num_tokens, "base has ", target.tokens, " tokens, expected ", num_tokens);
+  PYVTK_GUARD(packed_source || result.size(0) == selected.batch, "base has another batch size than the selection");
+  View source = target;
+  if (update.has_value()) {
+    guard_dtype(*update, result.scalar_type(), "update");
+    update = with_runs(*update, dim + (packed_source ? 1 : 0));
+    source = view_of(*update, dim + (packed_source ? 1 : 0), 0, selected.has_heads, element);
+    PYVTK_GUARD(source.tokens == selected.capacity && update->size(0) == selected.batch, "update has a wrong shape");
+  }
+  const std::vector<double> gates = gate.has_value() ? doubles(*gate) : std::vector<double>{};
+  PYVTK_GUARD(!gate.has_value() || gate->numel() == indices.numel(), "gate has a wrong shape");
+
+  const Links links(selected.rows, num_tokens, packed_source);
+  const Arithmetic arithmetic = arithmetic_of(result.scalar_type());
+  PYVTK_GUARD(!gate.has_value() || arithmetic.sum != nullptr, "update has a dtype that cannot be added");
+  std::vector<Scatter> jobs(1);
+  Scatter& job = jobs[0];
+  job = {};
+  job.shape = shape_of(source, target, target, element);
+  job.shape.divide(packed_source ? 1 : selected.count(), num_tokens);
+  if (result.numel() == 0) job.shape.items = 0;
+  job.source = update.has_value() ? static_cast<const char*>(update->const_data_ptr()) : nullptr;
+  job.target = static_cast<char*>(result.mutable_data_ptr());
+  job.base = base.has_value() ? static_cast<const char*>(base->const_data_ptr()) : nullptr;
+  job.links = &links;
+  job.merged = packed_source;
+  job.add = gate.has_value();
+  job.gates = gate.has_value() ? gates.data() : nullptr;
+  job.capacity = selected.capacity;
+  job.tokens = num_tokens;
+  job.sum = arithmetic.sum;
+  job.number = arithmetic.number;
+  run(jobs, [&](const Scatter& work, int64_t item) { cpu::scatter(work, selected.rows, item); });
+  return result;
+}
+
+// Gradients of restore with respect to update and gate; the latter is empty if there was no gate.
+std::tuple<Tensor, Tensor> restore_backward(Tensor indices, Tensor counts, bool align_right, Tensor grad,
+                                            OptionalTensor update, OptionalTensor gate, int64_t dim,
+                                            bool packed_source) {
+  const int64_t num_tokens = grad.size(dim);
+  const Selected selected(indices, counts, align_right, num_tokens);
+  PYVTK_GUARD(update.has_value() == gate.has_value(), "the gradient of a gate needs the update");
+  grad = with_runs(grad, dim);
+  std::vector<int64_t> shape(grad.sizes().begin(), grad.sizes().end());
+  shape[static_cast<size_t>(dim)] = selected.capacity;
+  if (packed_source) shape.insert(shape.begin(), selected.batch);
+  Tensor result = new_empty(grad, shape, grad.scalar_type());
+  const int64_t element = element_size(grad);
+  const int64_t position_dim = dim + (packed_source ? 1 : 0);
+  const View source = view_of(grad, dim, packed_source ? -1 : 0, selected.has_heads, element);
+  const View target = view_of(result, position_dim, 0, selected.has_heads, element);
+  View base = target;
+  std::vector<double> gates, grad_gates;
+  if (gate.has_value()) {
+    guard_dtype(*update, grad.scalar_type(), "update");
+    update = with_runs(*update, position_dim);
+    base = view_of(*update, position_dim, 0, selected.has_heads, element);
+    PYVTK_GUARD(base.tokens == selected.capacity && update->size(0) == selected.batch, "update has a wrong shape");
+    PYVTK_GUARD(gate->numel() == indices.numel(), "gate has a wrong shape");
+    gates = doubles(*gate);
+    grad_gates.assign(gates.size(), 0.0);
+  }
+  const Links links = gate.has_value() ? Links() : Links(selected.rows, num_tokens, packed_source);
+  const Arithmetic arithmetic = arithmetic_of(grad.scalar_type());
+  PYVTK_GUARD(!gate.has_value() || arithmetic.sum != nullptr, "update has a dtype that cannot be added");
+  std::vector<Recall> jobs(1);
+  Recall& job = jobs[0];
+  job = {};
+  job.shape = shape_of(source, target, base, element);
+  job.shape.divide(selected.count(), selected.capacity);
+  job.shape.items = result.numel() == 0 ? 0 : selected.count() * job.shape.blocks;
+  job.source = static_cast<const char*>(grad.const_data_ptr());
+  job.target = static_cast<char*>(result.mutable_data_ptr());
+  job.base = gate.has_value() ? static_cast<const char*>(update->const_data_ptr()) : nullptr;
+  job.links = &links;
+  job.gates = gate.has_value() ? gates.data() : nullptr;
+  job.grad_gates = grad_gates.data();
+  job.merged = packed_source;
+  job.capacity = selected.capacity;
+  job.tokens = num_tokens;
+  job.sum = arithmetic.sum;
+  job.dot = arithmetic.dot;
+  job.number = arithmetic.number;
+  run(jobs, [&](const Recall& work, int64_t item) { cpu::recall(work, selected.rows, item); });
+
+  if (!gate.has_value()) return {result, new_empty(grad, {0}, ScalarType::Float)};
+  std::vector<int64_t> gate_shape(gate->sizes().begin(), gate->sizes().end());
+  Tensor grad_gate = new_empty(*gate, gate_shape, gate->scalar_type());
+  store_doubles(grad_gates, grad_gate);
+  return {result, grad_gate};
+}
+
+void compact_kv_(Tensor indices, Tensor counts, std::vector<Tensor> caches) {
+  if (caches.empty()) return;
+  const Selected selected(indices, counts, false, common_tokens(caches, std::vector<int64_t>(caches.size(), 2)));
+  for (const Row& row : selected.rows) {
+    for (int64_t i = 1; i < row.last; ++i) {
+      PYVTK_GUARD(row.tokens[i - 1] < row.tokens[i], "compact_kv_ needs ascending indices, got ", row.tokens[i - 1],
+                  " before ", row.tokens[i]);
+    }
+  }
+  struct Slices {
+    char* data;
+    int64_t batch, head, token, run;  // strides in bytes
+    int64_t heads, count;
+  };
+  std::vector<Slices> work;
+  int64_t slices = 0;
+  double bytes = 0;
+  for (const Tensor& cache : caches) {
+    guard_dim(cache, 4, "cache");
+    guard_last_contiguous(cache, "cache");
+    PYVTK_GUARD(cache.size(0) == selected.batch && (!selected.has_heads || cache.size(1) == selected.heads),
+                "cache has other rows than the selection");
+    const int64_t element = element_size(cache);
+    const int64_t heads = cache.size(1);
+    const Slices one{static_cast<char*>(cache.mutable_data_ptr()),
+                     cache.stride(0) * element,
+                     cache.stride(1) * element,
+                     cache.stride(2) * element,
+                     cache.size(3) * element,
+                     heads,
+                     cache.numel() == 0 ? 0 : selected.batch * heads};
+    slices += one.count;
+    bytes += static_cast<double>(one.count) * static_cast<double>(one.run * selected.capacity);
+    work.push_back(one);
+  }
+  parallel_for(slices, bytes / static_cast<double>(std::max<int64_t>(slices, 1)) * kNanosecondsPerByte,
+               [&](int64_t begin, int64_t end) {
+                 int64_t first = 0;
+                 for (const Slices& one : work) {
+                   const int64_t last = std::min(end, first + one.count);
+                   for (int64_t slice = std::max(begin, first); slice < last; ++slice) {
+                     const int64_t b = (slice - first) / one.heads, h = (slice - first) % one.heads;
+                     const Row& row = selected.rows[static_cast<size_t>(selected.has_heads ? slice - first : b)];
+                     cpu::compact_in_place(one.data + b * one.batch + h * one.head, one.token, one.run, row.tokens,
+                                           row.last, selected.capacity);
+                   }
+                   first += one.count;
+                 }
+               });
+}
+
+// The members of every group of merge_tokens, in ascending order; one group more per sample collects what is left out.
+struct Groups {
+  int64_t batch, tokens, groups;
+  Links links;
+  std::vector<double> weights;  // [batch, tokens], or empty: all 1
+
+  Groups(const Tensor& x, const Tensor& assignment, const OptionalTensor& weights_, int64_t num_groups)
+      : batch(x.size(0)), tokens(x.size(1)), groups(num_groups) {
+    guard_dtype(assignment, ScalarType::Long, "assignment");
+    guard_shape(assignment, {batch, tokens}, "assignment");
+    if (weights_.has_value()) {
+      guard_shape(*weights_, {batch, tokens}, "weights");
+      weights = doubles(*weights_);
+    }
+    const Tensor assigned = dense(assignment);
+    const int64_t* group = data<int64_t>(assigned);
+    for (int64_t i = 0; i < batch * tokens; ++i) {
+      PYVTK_GUARD(group[i] < groups, "assignment holds ", group[i], ", but num_groups is ", groups);
+    }
+    links.build(batch * (groups + 1), [&](auto&& visit) {
+      for (int64_t b = 0; b < batch; ++b) {
+        for (int64_t t = 0; t < tokens; ++t) {
+          const int64_t k = group[b * tokens + t];
+          visit(b * (groups + 1) + (k < 0 ? groups : k), {b, t});
+        }
+      }
+    });
+  }
+
+  double weight(const cpu::Link& link) const {
+    return weights.empty() ? 1.0 : weights[static_cast<size_t>(link.row * tokens + link.position)];
+  }
+};
+
+// x as [batch, tokens, channels] with contiguous channels; strides in bytes.
+struct Rows3 {
+  Tensor keep;
+  const char* data;
+  int64_t batch, token;
+
+  explicit Rows3(const Tensor& x) : keep(x) {
+    if (x.size(2) > 1 && x.stride(2) != 1) keep = torch::stable::contiguous(x);
+    data = static_cast<const char*>(keep.const_data_ptr());
+    batch = keep.stride(0) * element_size(keep);
+    token = keep.stride(1) * element_size(keep);
+  }
+  const char* at(const cpu::Link& link) const { return data + link.row * batch + link.position * token; }
+};
+
+std::tuple<Tensor, Tensor> merge_tokens(Tensor x, Tensor assignment, OptionalTensor weights, int64_t num_groups,
+                                        bool mean) {
+  guard_dim(x, 3, "x");
+  const Groups groups(x, assignment, weights, num_groups);
+  const Arithmetic arithmetic = arithmetic_of(x.scalar_type());
+  PYVTK_GUARD(arithmetic.sum != nullptr, "x has a dtype that cannot be added");
+  const int64_t channels = x.size(2);
+  const Rows3 rows(x);
+  Tensor result = new_empty(x, {groups.batch, num_groups, channels}, x.scalar_type());
+  Tensor totals = new_empty(x, {groups.batch, num_groups}, ScalarType::Double);
+  char* out = static_cast<char*>(result.mutable_data_ptr());
+  double* total = mutable_data<double>(totals);
+  const int64_t row_bytes = channels * element_size(x);
+  const int64_t count = groups.batch * num_groups;
+  const double cost = static_cast<double>(groups.tokens * groups.batch * row_bytes) /
+                      static_cast<double>(std::max<int64_t>(count, 1)) * kNanosecondsPerByte;
+  parallel_for(count, cost, [&](int64_t begin, int64_t end) {
+    std::vector<const void*> members;
+    std::vector<double> factors;
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t number = group / num_groups * (num_groups + 1) + group % num_groups;
+      members.clear();
+      factors.clear();
+      double sum = 0;
+      for (const cpu::Link* link = groups.links.begin(number); link != groups.links.end(number); ++link) {
+        members.push_back(rows.at(*link));
+        factors.push_back(groups.weight(*link));
+        sum += factors.back();
+      }
+      total[group] = sum;
+      if (mean && sum == 0) members.clear();
+      arithmetic.sum(out + group * row_bytes, nullptr, members.data(), factors.data(),
+                     static_cast<int64_t>(members.size()), mean && sum != 0 ? sum : 1.0, row_bytes / arithmetic.number);
+    }
+  });
+  return {result, totals};
+}
+
+// Of the mean m = sum w x / W: dx = (w / W) g and dw = (g . x - g . m) / W, where g . m is the mean of the g . x.
+std::tuple<Tensor, Tensor> merge_tokens_backward(Tensor grad, Tensor x, Tensor assignment, OptionalTensor weights,
+                                                 Tensor totals, bool mean) {
+  guard_dim(x, 3, "x");
+  guard_dim(grad, 3, "grad");
+  const int64_t num_groups = grad.size(1), channels = x.size(2);
+  guard_dtype(grad, x.scalar_type(), "grad");
+  guard_shape(grad, {x.size(0), num_groups, channels}, "grad");
+  guard_shape(totals, {x.size(0), num_groups}, "totals");
+  guard_dtype(totals, ScalarType::Double, "totals");
+  const Groups groups(x, assignment, weights, num_groups);
+  const Arithmetic arithmetic = arithmetic_of(x.scalar_type());
+  PYVTK_GUARD(arithmetic.sum != nullptr, "x has a dtype that cannot be added");
+  const Rows3 rows(x), grads(grad);
+  const Tensor sums = dense(totals);
+  const double* total = data<double>(sums);
+  Tensor grad_x = new_empty(x, {groups.batch, groups.tokens, channels}, x.scalar_type());
+  char* out = static_cast<char*>(grad_x.mutable_data_ptr());
+  std::vector<double> grad_weights(weights.has_value() ? groups.weights.size() : 0, 0.0);
+  const int64_t row_bytes = channels * element_size(x);
+  const int64_t size = row_bytes / arithmetic.number;
+  const int64_t count = groups.batch * (num_groups + 1);
+  const double cost = 3.0 * static_cast<double>(groups.tokens * groups.batch * row_bytes) /
+                      static_cast<double>(std::max<int64_t>(count, 1)) * kNanosecondsPerByte;
+  parallel_for(count, cost, [&](int64_t begin, int64_t end) {
+    for (int64_t number = begin; number < end; ++number) {
+      const int64_t b = number / (num_groups + 1), k = number % (num_groups + 1);
+      const double sum = k == num_groups ? 0.0 : mean ? total[b * num_groups + k] : 1.0;
+      const bool alive = sum != 0;  // not so for what is left out, and for groups of no weight
+      const void* from = alive ? grads.at({b, k}) : nullptr;
+      double average = 0;
+      for (const cpu::Link* link = groups.links.begin(number); link != groups.links.end(number); ++link) {
+        const int64_t at = link->row * groups.tokens + link->position;
+        const double weight = groups.weight(*link);
+        const double factor = alive ? weight / sum : 0.0;
+        arithmetic.sum(out + at * row_bytes, nullptr, &from, &factor, alive ? 1 : 0, 1.0, size);
+        if (alive && !grad_weights.empty()) {
+          const double product = arithmetic.dot(from, rows.at(*link), size);
+          grad_weights[static_cast<size_t>(at)] = product / sum;
+          average += weight / sum * product;
+        }
+      }
+      if (!alive || !mean || grad_weights.empty()) continue;
+      for (const cpu::Link* link = groups.links.begin(number); link != groups.links.end(number); ++link) {
+        grad_weights[static_cast<size_t>(link->row * groups.tokens + link->position)] -= average / sum;
+      }
+    }
+  });
+  if (!weights.has_value()) return {grad_x, new_empty(x, {0}, ScalarType::Float)};
+  Tensor grad_w = new_empty(*weights, {groups.batch, groups.tokens}, weights->scalar_type());
+  store_doubles(grad_weights, grad_w);
+  return {grad_x, grad_w};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pyvtk, CPU, m) {
+  m.impl("compact", TORCH_BOX(&compact));
+  m.impl("compact_forward", TORCH_BOX(&compact));
+  m.impl("compact_out", TORCH_BOX(&compact_out));
+  m.impl("compact_backward", TORCH_BOX(&compact_backward));
+  m.impl("restore", TORCH_BOX(&restore));
+  m.impl("restore_backward", TORCH_BOX(&restore_backward));
+  m.impl("compact_kv_", TORCH_BOX(&compact_kv_));
+  m.impl("merge_tokens", TORCH_BOX(&merge_tokens));
+  m.impl("merge_tokens_backward", TORCH_BOX(&merge_tokens_backward));
+}
+
+}  // namespace pyvtk

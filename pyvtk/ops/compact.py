@@ -1,0 +1,611 @@
+"""Move only the tokens that stay: ``compact``, ``restore``, ``compact_kv_``, ``merge_tokens``."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pyvtk import backends, checks
+from pyvtk.reference import compact as reference
+from pyvtk.selection import Selection
+
+# In every schema: indices [batch, (heads,) capacity] int64 and counts [batch, (heads)] int32 of a selection;
+# batch_dims -1 for a tensor without a batch axis; total for a packed result; num_tokens the length before.
+
+
+def _compacted_shape(shape, indices: Tensor, dim: int, batch_dim: int, total: int | None) -> list[int]:
+    sizes = list(shape)
+    if total is None:
+        sizes[dim] = indices.shape[-1]
+        if batch_dim < 0:
+            return [indices.shape[0], *sizes]
+        sizes[batch_dim] = indices.shape[0]
+        return sizes
+    del sizes[dim]
+    if batch_dim < 0:
+        return [total, *sizes]
+    sizes[batch_dim - (dim < batch_dim)] = total
+    return sizes
+
+
+def _compact_fake(indices, counts, align_right, tensors, dims, batch_dims, pads, total):
+    shapes = [_compacted_shape(x.shape, indices, d, b, total) for x, d, b in zip(tensors, dims, batch_dims)]
+    return [x.new_empty(shape) for x, shape in zip(tensors, shapes)]
+
+
+def _compact_backward_fake(
+    indices, counts, align_right, grads, dims, batch_dims, batch_sizes, num_tokens, total
+) -> list[Tensor]:
+    outs = []
+    for grad, dim, batch_dim, batch in zip(grads, dims, batch_dims, batch_sizes):
+        sizes = list(grad.shape)
+        if total is None:
+            if batch_dim < 0:
+                del sizes[0]
+            else:
+                sizes[batch_dim] = batch
+            sizes[dim] = num_tokens
+        else:
+            del sizes[max(batch_dim, 0) - (0 <= dim < batch_dim)]
+            for axis, size in sorted([(dim, num_tokens), *([(batch_dim, batch)] if batch_dim >= 0 else [])]):
+                sizes.insert(axis, size)
+        outs.append(grad.new_empty(sizes))
+    return outs
+
+
+def _restore_fake(indices, counts, align_right, update, base, gate, dim, num_tokens, packed_source):
+    if base is not None:
+        return base.new_empty(base.shape)
+    sizes = list(update.shape)[1 if packed_source else 0 :]
+    sizes[dim] = num_tokens
+    return update.new_empty(sizes)
+
+
+def _restore_backward_fake(indices, counts, align_right, grad, update, gate, dim, packed_source):
+    sizes = list(grad.shape)
+    sizes[dim] = indices.shape[-1]
+    grad_update = grad.new_empty([indices.shape[0], *sizes] if packed_source else sizes)
+    return grad_update, grad.new_empty(0, dtype=torch.float32) if gate is None else gate.new_empty(gate.shape)
+
+
+def _merge_tokens_fake(x, assignment, weights, num_groups, mean):
+    batch, _, channels = x.shape
+    return x.new_empty((batch, num_groups, channels)), x.new_empty((batch, num_groups), dtype=torch.float64)
+
+
+def _merge_tokens_backward_fake(grad, x, assignment, weights, totals, mean):
+    grad_weights = x.new_empty(0, dtype=torch.float32) if weights is None else weights.new_empty(weights.shape)
+    return x.new_empty(x.shape), grad_weights
+
+
+_SELECTION = "Tensor indices, Tensor counts, bool align_right"
+_COMPACT = f"({_SELECTION}, Tensor[] tensors, int[] dims, int[] batch_dims, float[] pads, SymInt? total) -> Tensor[]"
+backends.define("compact", _COMPACT, fake=_compact_fake)
+# The same without a gradient: torch's autograd wrapper is Python, and costs more than moving a few tokens.
+backends.define("compact_forward", _COMPACT, fake=_compact_fake)
+backends.define(
+    "compact_out",
+    f"({_SELECTION}, Tensor[] tensors, int[] dims, int[] batch_dims, float[] pads, SymInt? total, "
+    "Tensor(a!)[] outs) -> ()",
+    fake=lambda *args: None,
+)
+backends.define(
+    "compact_backward",
+    f"({_SELECTION}, Tensor[] grads, int[] dims, int[] batch_dims, SymInt[] batch_sizes, SymInt num_tokens, "
+    "SymInt? total) -> Tensor[]",
+    fake=_compact_backward_fake,
+)
+# Without update, the rows are cleared.
+backends.define(
+    "restore",
+    f"({_SELECTION}, Tensor? update, Tensor? base, Tensor? gate, int dim, SymInt num_tokens, bool packed_source) "
+    "-> Tensor",
+    fake=_restore_fake,
+)
+backends.define(
+    "restore_backward",
+    f"({_SELECTION}, Tensor grad, Tensor? update, Tensor? gate, int dim, bool packed_source) -> (Tensor, Tensor)",
+    fake=_restore_backward_fake,
+)
+backends.define(
+    "compact_kv_",
+    "(Tensor indices, Tensor counts, Tensor(a!)[] caches) -> ()",
+    fake=lambda indices, counts, caches: None,
+)
+# Gives the sums of weights too, in float64, which the gradient needs.
+backends.define(
+    "merge_tokens",
+    "(Tensor x, Tensor assignment, Tensor? weights, SymInt num_groups, bool mean) -> (Tensor, Tensor)",
+    fake=_merge_tokens_fake,
+    dtypes=checks.FLOATS,
+)
+backends.define(
+    "merge_tokens_backward",
+    "(Tensor grad, Tensor x, Tensor assignment, Tensor? weights, Tensor totals, bool mean) -> (Tensor, Tensor)",
+    fake=_merge_tokens_backward_fake,
+    dtypes=checks.FLOATS,
+)
+
+
+def _compact_setup(ctx, inputs, output):
+    indices, counts, align_right, tensors, dims, batch_dims, _, total = inputs
+    ctx.save_for_backward(indices, counts)
+    ctx.align_right, ctx.dims, ctx.batch_dims, ctx.total = align_right, dims, batch_dims, total
+    ctx.batch_sizes = [1 if b < 0 else x.shape[b] for x, b in zip(tensors, batch_dims)]
+    ctx.num_tokens = tensors[0].shape[dims[0]]
+
+
+def _compact_grad(ctx, grads):
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3]) if needed and grads[i] is not None]
+    result = [None] * len(grads)
+    found = torch.ops.pyvtk.compact_backward(
+        *ctx.saved_tensors,
+        ctx.align_right,
+        [grads[i] for i in wanted],
+        [ctx.dims[i] for i in wanted],
+        [ctx.batch_dims[i] for i in wanted],
+        [ctx.batch_sizes[i] for i in wanted],
+        ctx.num_tokens,
+        ctx.total,
+    )
+    for i, grad in zip(wanted, found):
+        result[i] = grad
+    return None, None, None, result, None, None, None, None
+
+
+def _compact_backward_setup(ctx, inputs, output):
+    indices, counts, *ctx.rest = inputs[0], inputs[1], inputs[2], inputs[4], inputs[5], inputs[8]
+    ctx.save_for_backward(indices, counts)
+
+
+def _compact_backward_grad(ctx, grads):
+    # The adjoint of the adjoint: gather once more.
+    align_right, dims, batch_dims, total = ctx.rest
+    pads = [0.0] * len(grads)
+    result = torch.ops.pyvtk.compact(*ctx.saved_tensors, align_right, grads, dims, batch_dims, pads, total)
+    return None, None, None, list(result), None, None, None, None, None
+
+
+def _restore_setup(ctx, inputs, output):
+    indices, counts, ctx.align_right, update, _, gate, ctx.dim, ctx.num_tokens, ctx.packed_source = inputs
+    ctx.save_for_backward(indices, counts, None if gate is None else update, gate)
+
+
+def _restore_grad(ctx, grad):
+    indices, counts, update, gate = ctx.saved_tensors
+    selection = (indices, counts, ctx.align_right)
+    grad_update = grad_base = grad_gate = None
+    if ctx.needs_input_grad[4]:
+        grad_base = grad
+        if gate is None:
+            rest = (ctx.dim, ctx.num_tokens, ctx.packed_source)
+            grad_base = torch.ops.pyvtk.restore(*selection, None, grad, None, *rest)
+    if ctx.needs_input_grad[3] or ctx.needs_input_grad[5]:
+        grad_update, grad_gate = torch.ops.pyvtk.restore_backward(
+            *selection, grad, update, gate, ctx.dim, ctx.packed_source
+        )
+    return None, None, None, grad_update, grad_base, None if gate is None else grad_gate, None, None, None
+
+
+def _merge_tokens_setup(ctx, inputs, output):
+    x, assignment, weights, _, ctx.mean = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, assignment, weights, output[1])
+
+
+def _merge_tokens_grad(ctx, grad, _):
+    x, assignment, weights, totals = ctx.saved_tensors
+    grad_x, grad_weights = torch.ops.pyvtk.merge_tokens_backward(grad, x, assignment, weights, totals, ctx.mean)
+    return grad_x, None, None if weights is None else grad_weights, None, None
+
+
+torch.library.register_autograd("pyvtk::compact", _compact_grad, setup_context=_compact_setup)
+torch.library.register_autograd(
+    "pyvtk::compact_backward", _compact_backward_grad, setup_context=_compact_backward_setup
+)
+torch.library.register_autograd("pyvtk::restore", _restore_grad, setup_context=_restore_setup)
+torch.library.register_autograd("pyvtk::merge_tokens", _merge_tokens_grad, setup_context=_merge_tokens_setup)
+
+
+def _check_selection(op: str, selection) -> None:
+    if not isinstance(selection, Selection):
+        raise TypeError(f"{op}: selection must be a Selection, got {type(selection).__name__}")
+
+
+def _check_dim(op: str, name: str, value, rank: int) -> int:
+    """``value`` as a number from 0."""
+    if type(value) is not int:
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if not -rank <= value < rank:
+        raise ValueError(f"{op}: {name} must be in {-rank}..{rank - 1} for a tensor of {rank} dimensions, got {value}")
+    return value % rank
+
+
+def _per_tensor(op: str, name: str, value, count: int) -> tuple:
+    """One value for every tensor, from one value or one per tensor."""
+    if not isinstance(value, tuple):
+        return (value,) * count
+    if len(value) != count:
+        raise ValueError(f"{op}: {name} must be one value or one per tensor ({count}), got {len(value)} values")
+    return value
+
+
+def _check_axes(op: str, name: str, rows, num_tokens: int, packed: bool, shape, dim, batch_dim) -> tuple[int, int]:
+    """Whether a selection with ``rows`` (the shape of its counts) applies to a tensor of this shape along ``dim``;
+    gives dim and batch_dim counted from 0, batch_dim -1 for None."""
+    dim = _check_dim(op, "dim", dim, len(shape))
+    batch_dim = -1 if batch_dim is None else _check_dim(op, "batch_dim", batch_dim, len(shape))
+    if dim == batch_dim:
+        raise ValueError(f"{op}: batch_dim must differ from dim, got {batch_dim} for both")
+    if shape[dim] != num_tokens:
+        raise ValueError(f"{op}: {name} must have {num_tokens} tokens in dimension {dim}, got shape {tuple(shape)}")
+    if len(rows) == 2:
+        if (dim, batch_dim) != (2, 0):
+            raise ValueError(
+                f"{op}: dim and batch_dim must be 2 and 0 for a selection with a head axis, "
+                f"got {dim} and {None if batch_dim < 0 else batch_dim}"
+            )
+        if shape[0] != rows[0] or shape[1] != rows[1]:
+            raise ValueError(f"{op}: {name} must begin with [batch, heads] = {list(rows)}, got shape {tuple(shape)}")
+    elif batch_dim >= 0:
+        if packed:
+            raise ValueError(f"{op}: batch_dim must be None for a selection of a packed source, got {batch_dim}")
+        if shape[batch_dim] != rows[0] and shape[batch_dim] != 1:
+            raise ValueError(
+                f"{op}: {name} must have batch size {rows[0]} or 1 in dimension {batch_dim}, got shape {tuple(shape)}"
+            )
+    return dim, batch_dim
+
+
+def _check_pad(value, dtype: torch.dtype) -> float:
+    """``value`` as a float that ``dtype`` can hold: integers are passed that way too."""
+    if not isinstance(value, (bool, int, float)):
+        raise TypeError(f"compact: pad_value must be a number, got {type(value).__name__}")
+    if value == 0:
+        return 0.0
+    if not (dtype.is_floating_point or dtype.is_complex):
+        low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        if not low <= value <= high or value != int(value) or int(float(value)) != value:
+            raise ValueError(f"compact: pad_value must fit dtype {str(dtype).removeprefix('torch.')}, got {value}")
+    return float(value)
+
+
+def _plan(rows, num_tokens: int, packed_source: bool, shapes, dtypes, dim, batch_dim, pad_value):
+    """dims, batch_dims and pads of a call to compact, checked."""
+    count = len(shapes)
+    dims, batch_dims, pads = [], [], []
+    per_tensor = zip(
+        _per_tensor("compact", "dim", dim, count),
+        _per_tensor("compact", "batch_dim", batch_dim, count),
+        _per_tensor("compact", "pad_value", pad_value, count),
+    )
+    for i, (d, b, pad) in enumerate(per_tensor):
+        d, b = _check_axes("compact", f"tensors[{i}]", rows, num_tokens, packed_source, shapes[i], d, b)
+        dims.append(d)
+        batch_dims.append(b)
+        pads.append(_check_pad(pad, dtypes[i]))
+    return dims, batch_dims, pads
+
+
+# Shapes repeat from layer to layer and step to step, and checking them costs more than moving a few tokens.
+_plan_again = lru_cache(maxsize=1024, typed=True)(_plan)
+
+
+def _check_apart(op: str, name: str, written, read=()) -> None:
+    """No tensor of ``written`` shares memory with another one. Traced tensors have no address to compare."""
+    if torch.compiler.is_compiling():
+        return
+    spans = []
+    for writes, group in ((True, written), (False, read)):
+        for x in group:
+            last = x.numel() - 1
+            if last >= 0 and not x.is_contiguous():
+                last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+            start = x.data_ptr()
+            spans.append((start, start + (last + 1) * x.element_size(), writes))
+    end_of_any = end_of_written = 0
+    for start, end, writes in sorted(spans):
+        if start < (end_of_any if writes else end_of_written) and start < end:
+            raise ValueError(f"{op}: {name} must not share memory with another argument, got one that does")
+        end_of_any = max(end_of_any, end)
+        if writes:
+            end_of_written = max(end_of_written, end)
+
+
+def _check_out(out, indices: Tensor, tensors, dims, batch_dims, total) -> tuple[Tensor, ...]:
+    outs = (out,) if isinstance(out, Tensor) else out
+    if not isinstance(outs, (tuple, list)) or len(outs) != len(tensors):
+        raise TypeError(f"compact: out must be a tensor or a tuple with one per tensor ({len(tensors)}), got {out!r}")
+    for i, (x, target) in enumerate(zip(tensors, outs)):
+        name = f"out[{i}]"
+        checks.tensor("compact", name, target)
+        checks.dtype("compact", name, target, (x.dtype,))
+        checks.same_device("compact", name, target, x, "its tensor")
+        expected = tuple(_compacted_shape(x.shape, indices, dims[i], batch_dims[i], total))
+        checks.shape("compact", name, target, expected, "the result's shape")
+        if 0 in target.stride() and any(st == 0 and size > 1 for size, st in zip(target.shape, target.stride())):
+            raise ValueError(f"compact: {name} must not be expanded, got strides {target.stride()}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *outs)):
+        raise ValueError("compact: out must be None where a tensor requires grad, got a tensor")
+    _check_apart("compact", "out", outs, tensors)
+    return tuple(outs)
+
+
+def compact(
+    selection: Selection,
+    *tensors: Tensor,
+    dim: int | tuple[int, ...] = 1,
+    batch_dim: int | tuple[int | None, ...] | None = 0,
+    packed: bool = False,
+    total: int | None = None,
+    pad_value: float | tuple[float, ...] = 0,
+    out: Tensor | tuple[Tensor, ...] | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """The selected tokens of every tensor, all moved by one operator call.
+
+    Args:
+        selection: which tokens. With a head axis it applies to [batch, heads, tokens, ...] (dim=2); of a packed source
+            to [total tokens, ...] (dim=0, batch_dim=None).
+        tensors: of any dtype and strides, e.g. hidden states [batch, tokens, channels], positions [3, batch, tokens]
+            (batch_dim=1, dim=2), keys [batch, heads, tokens, channels] (dim=2). A batch axis of size 1 repeats.
+        dim: the token axis, one value or one per tensor.
+        batch_dim: the batch axis, likewise; None: the tensor has none, all samples take from the same table.
+        packed: let the samples follow each other on one axis, which stands where the batch axis stood.
+        total: length of that axis, padded or cut off; None: as long as needed (one host synchronisation).
+        pad_value: for slots without a token, one value or one per tensor.
+        out: where to write, of the results' shapes and dtypes; not where a tensor requires grad.
+        backend: "compiled", "reference", or None for the best one.
+
+    Returns:
+        A tensor, or a tuple if there are several: the token axis has become selection.capacity (the batch axis as long
+        as the selection's; it is added in front where there was none).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+        RuntimeError: an index outside the token axis, on the CPU; on CUDA such a slot is padding.
+    """
+    _check_selection("compact", selection)
+    count = len(tensors)
+    if count == 0:
+        raise ValueError("compact: tensors must be at least one tensor, got none")
+    checks.boolean("compact", "packed", packed)
+    for i, x in enumerate(tensors):
+        if type(x) is not Tensor or x.layout is not torch.strided:
+            checks.tensor("compact", f"tensors[{i}]", x)
+        if x.device != selection.indices.device:
+            checks.same_device("compact", f"tensors[{i}]", x, selection.indices, "selection")
+    plan = _plan if torch.compiler.is_compiling() else _plan_again
+    dims, batch_dims, pads = plan(
+        selection.counts.shape,
+        selection.num_tokens,
+        selection.packed,
+        tuple([x.shape for x in tensors]),
+        tuple([x.dtype for x in tensors]),
+        *(tuple(value) if isinstance(value, list) else value for value in (dim, batch_dim, pad_value)),
+    )
+    if not packed:
+        if total is not None:
+            raise ValueError(f"compact: total must be None unless packed=True, got {total}")
+    elif selection.indices.dim() == 3:
+        raise ValueError("compact: packed must be False for a selection with a head axis, got True")
+    elif total is None:
+        total = int(selection.counts.sum())
+    else:
+        checks.integer("compact", "total", total)
+
+    chosen = backends.pick("compact", backend, tensors[0])
+    call = (
+        selection.indices,
+        selection.counts,
+        selection.align == "right",
+        list(tensors),
+        dims,
+        batch_dims,
+        pads,
+        total,
+    )
+    if out is not None:
+        outs = _check_out(out, selection.indices, tensors, dims, batch_dims, total)
+        if chosen == "compiled":
+            torch.ops.pyvtk.compact_out.default(*call, list(outs))
+        else:
+            for target, result in zip(outs, reference.compact(*call)):
+                target.copy_(result)
+        return out
+    if chosen != "compiled":
+        results = reference.compact(*call)
+    elif torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
+        results = torch.ops.pyvtk.compact(*call)
+    else:
+        results = torch.ops.pyvtk.compact_forward.default(*call)
+    return results[0] if count == 1 else tuple(results)
+
+
+def restore(
+    selection: Selection,
+    update: Tensor,
+    base: Tensor | None = None,
+    *,
+    dim: int = 1,
+    gate: float | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``base`` with the selected tokens replaced by ``update``, or with gate * update added to them.
+
+    Args:
+        selection: the one that ``update`` was compacted with.
+        update: shaped like compact's result, e.g. [batch, capacity, channels]. Its padding is ignored.
+        base: e.g. [batch, tokens, channels]; None: zeros.
+        dim: the token axis of base, as in compact (batch_dim is 0; None for a selection of a packed source).
+        gate: a number, or shaped like selection.indices, in any float dtype.
+        backend: "compiled", "reference", or None for the best one.
+
+    Returns:
+        A tensor like ``base``. Where a token was selected twice, the last slot replaces; with a gate, both add.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit. RuntimeError: an index outside the token axis (CPU).
+    """
+    _check_selection("restore", selection)
+    checks.tensor("restore", "update", update)
+    indices, packed = selection.indices, selection.packed
+    checks.same_device("restore", "update", update, indices, "selection")
+    dim = _check_dim("restore", "dim", dim, update.dim() - packed)
+    if dim < indices.dim() - 1 - packed or (indices.dim() == 3 and dim != 2):
+        raise ValueError(f"restore: dim must lie behind the rows of the selection (heads: 2), got {dim}")
+    rows = (*indices.shape[:-1], indices.shape[-1])
+    here = (*update.shape[: indices.dim() - 1], update.shape[dim + packed])
+    if any(a != b for a, b in zip(here, rows)):
+        raise ValueError(
+            f"restore: update must have rows and slots {list(rows)} (slots in dimension {dim + packed}), "
+            f"got shape {tuple(update.shape)}"
+        )
+    if base is not None:
+        checks.tensor("restore", "base", base)
+        checks.dtype("restore", "base", base, (update.dtype,))
+        checks.same_device("restore", "base", base, update, "update")
+        expected = list(update.shape)[packed:]
+        expected[dim] = selection.num_tokens
+        checks.shape("restore", "base", base, tuple(expected), "update's shape before compacting")
+    if gate is not None:
+        checks.dtype("restore", "update", update, checks.FLOATS)
+        wide = torch.float64 if update.dtype == torch.float64 else torch.float32
+        if isinstance(gate, Tensor):
+            checks.shape("restore", "gate", gate, tuple(indices.shape), "shaped like selection.indices")
+            checks.dtype("restore", "gate", gate, checks.FLOATS)
+            checks.same_device("restore", "gate", gate, update, "update")
+            gate = gate.to(wide)
+        elif isinstance(gate, (int, float)) and not isinstance(gate, bool):
+            gate = torch.full(indices.shape, float(gate), dtype=wide, device=indices.device)
+        else:
+            raise TypeError(f"restore: gate must be a number or a tensor, got {type(gate).__name__}")
+
+    rest = (
+        indices,
+        selection.counts,
+        selection.align == "right",
+        update,
+        base,
+        gate,
+        dim,
+        selection.num_tokens,
+        packed,
+    )
+    if backends.pick("restore", backend, update) == "compiled":
+        return torch.ops.pyvtk.restore(*rest)
+    return reference.restore(*rest)
+
+
+def compact_kv_(selection: Selection, *caches: Tensor, backend: str | None = None) -> Tensor | tuple[Tensor, ...]:
+    """Move the kept tokens of KV caches to the front, in place, and zero the rest of the first ``capacity`` slots.
+
+    Args:
+        selection: ascending, align="left"; [batch, capacity], or per head of the caches.
+        caches: [batch, heads, tokens, channels] each, any strides with a contiguous last dimension. What lies behind
+            ``capacity`` stays as it is. To free memory, use ``compact(..., dim=2)`` instead.
+        backend: "compiled", "reference", or None for the best one.
+
+    Returns:
+        A view [batch, heads, capacity, channels] of each cache; a tuple if there are several.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+        RuntimeError: an index outside the token axis, or indices that do not ascend (CPU).
+    """
+    op = "compact_kv_"
+    _check_selection(op, selection)
+    if not selection.ascending or selection.align != "left":
+        raise ValueError(
+            f"{op}: selection must be ascending with align='left', "
+            f"got ascending={selection.ascending}, align={selection.align!r}"
+        )
+    if selection.packed:
+        raise ValueError(f"{op}: selection must select from padded rows, got one of a packed source")
+    if not caches:
+        raise ValueError(f"{op}: caches must be at least one tensor, got none")
+    rows = selection.counts.shape
+    for i, cache in enumerate(caches):
+        name = f"caches[{i}]"
+        checks.tensor(op, name, cache, 4)
+        checks.same_device(op, name, cache, selection.indices, "selection")
+        _check_axes(op, name, rows, selection.num_tokens, False, cache.shape, 2, 0)
+        if cache.shape[0] != rows[0]:
+            raise ValueError(f"{op}: {name} must have batch size {rows[0]}, got shape {tuple(cache.shape)}")
+        strides = [stride for size, stride in zip(cache.shape, cache.stride()) if size > 1]
+        if 0 in strides or (cache.shape[3] > 1 and cache.stride(3) != 1):
+            raise ValueError(
+                f"{op}: {name} must be contiguous in its last dimension and not expanded, got strides {cache.stride()}"
+            )
+        if cache.requires_grad:
+            raise ValueError(f"{op}: {name} must not require grad, got one that does")
+    if selection.capacity > selection.num_tokens:
+        raise ValueError(
+            f"{op}: selection must have a capacity of at most {selection.num_tokens} tokens, got {selection.capacity}"
+        )
+    if len(caches) > 1:
+        _check_apart(op, "caches", caches)
+
+    if backends.pick(op, backend, caches[0]) == "compiled":
+        torch.ops.pyvtk.compact_kv_(selection.indices, selection.counts, list(caches))
+    else:
+        reference.compact_kv_(selection.indices, selection.counts, list(caches))
+    views = tuple(cache[:, :, : selection.capacity] for cache in caches)
+    return views[0] if len(views) == 1 else views
+
+
+def merge_tokens(
+    x: Tensor,
+    assignment: Tensor,
+    *,
+    num_groups: int | None = None,
+    weights: Tensor | None = None,
+    sizes: Tensor | None = None,
+    reduce: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Sum or average the tokens that were assigned to each group.
+
+    Args:
+        x: [batch, tokens, channels], floating.
+        assignment: int [batch, tokens], the group of each token in 0..num_groups - 1; negative: left out.
+        num_groups: None takes the largest group + 1 (one host synchronisation).
+        weights: float [batch, tokens]; factors of the tokens, in the divisor of the mean too.
+        sizes: the same once more; how many tokens each one stands for already (ToMe).
+        reduce: "mean" (a group without tokens, or whose factors sum to 0, is 0) or "sum".
+        backend: "compiled", "reference", or None for the best one.
+
+    Returns:
+        [batch, num_groups, channels] in x's dtype. Differentiable in x, weights and sizes; the same bits on every run.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit. RuntimeError: a group >= num_groups (CPU).
+    """
+    op = "merge_tokens"
+    checks.tensor(op, "x", x, 3)
+    checks.dtype(op, "x", x, checks.FLOATS)
+    checks.tensor(op, "assignment", assignment)
+    checks.dtype(op, "assignment", assignment, checks.INTEGERS)
+    checks.shape(op, "assignment", assignment, tuple(x.shape[:2]), "[batch, tokens]")
+    checks.same_device(op, "assignment", assignment, x, "x")
+    checks.choice(op, "reduce", reduce, ("mean", "sum"))
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    factors = None
+    for name, value in (("weights", weights), ("sizes", sizes)):
+        if value is None:
+            continue
+        checks.tensor(op, name, value)
+        checks.dtype(op, name, value, checks.FLOATS)
+        checks.shape(op, name, value, tuple(x.shape[:2]), "[batch, tokens]")
+        checks.same_device(op, name, value, x, "x")
+        factors = value.to(wide) if factors is None else factors * value.to(wide)
+    if num_groups is None:
+        num_groups = max(int(assignment.max()) + 1, 0) if assignment.numel() else 0
+    checks.integer(op, "num_groups", num_groups)
+
+    rest = (x, assignment.long(), factors, num_groups, reduce == "mean")
+    if backends.pick(op, backend, x, x.dtype) == "compiled":
+        return torch.ops.pyvtk.merge_tokens(*rest)[0]
+    return reference.merge_tokens(*rest)[0]
