@@ -44,7 +44,7 @@ def main(wheel: str) -> int:
         found = architectures(library)
     print(f"libpyvtk_cuda.so holds code for {', '.join(sorted(found))}")
     if foreign:
-        print("it needs symbols that torch does not keep stable, or one version of the CUDA runtime:", *foreign, sep="\n  ")
+        print("it needs symbols that torch does not keep stable, or one CUDA runtime version:", *foreign, sep="\n  ")
     if missing := sorted(set(WANTED) - found):
         print(f"missing: {', '.join(missing)}")
     return bool(foreign or missing)
