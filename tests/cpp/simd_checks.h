@@ -18,7 +18,9 @@ void check_loads() {
   store(lanes, load(values.data() + 1));
   for (int64_t lane = 0; lane < kLanes; ++lane) CHECK(lanes[lane] == to_float(values[lane + 1]), lane, lanes[lane]);
 
-  for (int64_t count = 0; count <= kLanes; ++count) {
+  store(lanes, load_partial(values.data(), 0));
+  for (int64_t lane = 0; lane < kLanes; ++lane) CHECK(lanes[lane] == 0.0f, lane, lanes[lane]);
+  for (int64_t count = 1; count <= kLanes; ++count) {
     const std::vector<T> some = ramp<T>(count);
     store(lanes, load_partial(some.data(), count));
     for (int64_t lane = 0; lane < kLanes; ++lane) {
