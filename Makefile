@@ -86,7 +86,7 @@ asan: $(VENV)/.built
 	rm -rf build/asan
 	PYVTK_SANITIZE=address,undefined PYVTK_CUDA=0 \
 	  $(PIP) install -q --no-build-isolation --no-deps --target build/asan .
-	$(ASAN_ENV) $(BIN)/python -c 'from pyvtk import _C; assert _C.build_info()["sanitize"], _C.__file__'
+	cd build && $(ASAN_ENV) $(BIN)/python -c 'from pyvtk import _C; assert _C.build_info()["sanitize"], _C.__file__'
 	$(ASAN_ENV) $(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist loadgroup -m 'not compile and not package' \
 	  -k 'not compile and not compiles' $(PYTEST_ARGS)
 
