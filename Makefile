@@ -98,7 +98,7 @@ cpp-test: $(VENV)/.tools
 # Through a wheel of its own, so that the installed package stays as it is.
 cuda: $(VENV)/.built
 	rm -rf build/cuda
-	PYVTK_CUDA=1 $(PIP) wheel -q --no-build-isolation --no-deps -w build/cuda .
+	PYVTK_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0a" $(PIP) wheel -q --no-build-isolation --no-deps -w build/cuda .
 	$(BIN)/python .ci/check_cuda.py build/cuda/*.whl
 
 wheel: $(VENV)/.built $(VENV)/.dev
