@@ -44,8 +44,10 @@ def _versions(facts: dict) -> list[tuple[str, str]]:
             lines.append(("sanitizers", build["sanitize"]))
         others = ", ".join(facts["instruction_sets"])
         lines.append(("instruction set", f"{facts['instruction_set']} (this machine runs {others})"))
-        cuda = build["cuda_architectures"]
-        lines.append(("CUDA code", f"for {cuda}, nvcc {build['cuda_compiler']}" if cuda else "not built (needs nvcc)"))
+        if cuda := build["cuda_architectures"]:
+            lines.append(("CUDA code", f"for {cuda}, nvcc {build['cuda_compiler']}"))
+        else:
+            lines.append(("CUDA code", "not built: nvcc was missing, or PYVTK_CUDA=0"))
     lines += [(library, error or "loaded") for library, error in facts["libraries"].items()]
     return lines + (_cuda_devices() or [("CUDA device", "none that torch can use")])
 
