@@ -242,7 +242,7 @@ def test_wheel_says_where_it_runs(wheel):
 
 def test_wheel_runs(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = "import pyvtk.triton_kernels as t; from pyvtk import _C; print(pyvtk.__file__, _C.__file__, t.__file__)"
+    code = "import pyvtk; from pyvtk import _C, triton_kernels as t; print(pyvtk.__file__, _C.__file__, t.__file__)"
     for line in run("-c", ONLY_PATH + code, path=[tmp_path], cwd=tmp_path).split():
         assert line.startswith(str(tmp_path))
     assert re.search(r"libpyvtk_cpu.so +loaded\n", run("-c", INFO, path=[tmp_path], cwd=tmp_path))
