@@ -1,7 +1,9 @@
 """Builds the compiled parts of pyvtk by driving CMakeLists.txt with Ninja, and says what was built.
 
+Objects are kept in build/, one folder per Python and sanitizer, so a second build compiles only what changed.
+
 Environment:
-  PYVTK_CUDA=auto|0|1       CUDA library: where nvcc is found (auto, the default), never, or always (an error without nvcc)
+  PYVTK_CUDA=auto|0|1       CUDA library: where nvcc is found (auto, the default), never, or always (else an error)
   PYVTK_SANITIZE            sanitizers for the CPU library, e.g. "address,undefined"
   TORCH_CUDA_ARCH_LIST      e.g. "8.0;8.6;8.9;9.0a"; default: the architectures of DEFAULT_ARCHITECTURES
   MAX_JOBS                  parallel compiler processes
@@ -9,6 +11,7 @@ Environment:
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -60,16 +63,54 @@ def cuda_architectures() -> str:
     for item in re.split(r"[;,\s]+", listed.strip()):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
         if not match:
-            raise SystemExit(f"pyvtk: TORCH_CUDA_ARCH_LIST holds {item!r}; expected entries such as 8.0, 9.0a or 12.0+PTX")
+            raise SystemExit(f"pyvtk: TORCH_CUDA_ARCH_LIST holds {item!r}; expected entries like 8.0, 9.0a, 12.0+PTX")
         major, minor, suffix, ptx = match.groups()
         architectures.append(f"{major}{minor}{suffix}" + ("" if ptx else "-real"))
     return ";".join(architectures)
+
+
+def build_folder() -> Path:
+    """Where CMake works: under build/, apart for every Python and every sanitizer."""
+    name = "-".join(["cmake", sys.implementation.cache_tag, *re.findall(r"\w+", os.environ.get("PYVTK_SANITIZE", ""))])
+    folder = ROOT / "build" / name
+    cache = folder / "CMakeCache.txt"
+    if cache.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+        shutil.rmtree(folder)  # copied along with the tree: CMake refuses a folder made for another one
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def jobs() -> str:
+    wanted = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise SystemExit(f"pyvtk: MAX_JOBS must be a positive number, got {wanted!r}")
+    return wanted
+
+
+def require(name: str, hint: str) -> str:
+    """Path of a build tool: from PATH, or beside the interpreter (a virtual environment that is not activated)."""
+    places = [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)]
+    path = shutil.which(name, path=os.pathsep.join(places))
+    if path is None:
+        raise SystemExit(f"pyvtk: {name} not found; install it ({hint})")
+    return path
 
 
 class CMakeBuild(build_ext):
     """One CMake run builds every extension; what it built is printed at the end."""
 
     def run(self):
+        wanted = os.environ.get("PYVTK_CUDA") or "auto"
+        if wanted not in ("auto", "0", "1"):
+            raise SystemExit(f"pyvtk: PYVTK_CUDA must be auto, 0 or 1, got {wanted!r}")
+        nvcc = find_nvcc() if wanted != "0" else None
+        if wanted == "1" and nvcc is None:
+            raise SystemExit(
+                "pyvtk: PYVTK_CUDA=1 but nvcc was not found on PATH or under CUDA_HOME; install the CUDA toolkit "
+                "(13.0 or newer, nvcc and cudart), or set PYVTK_CUDA=0 to build for the CPU only"
+            )
+        architectures = cuda_architectures() if nvcc else None
+        processes = jobs()
         root = torch_root()
         if root is None:
             raise SystemExit(
@@ -79,38 +120,30 @@ class CMakeBuild(build_ext):
         found = torch_version(root)
         if tuple(int(x) for x in found.split(".")[:2]) < MINIMUM_TORCH:
             raise SystemExit(f"pyvtk: torch {found} is too old; pyvtk needs torch >= 2.11")
-        cmake = shutil.which("cmake")
-        if cmake is None:
-            raise SystemExit("pyvtk: cmake not found; install it (pip install cmake, or your system's package)")
+        cmake = require("cmake", "pip install cmake, or your system's package")
+        ninja = require("ninja", "pip install ninja, or your system's package")
 
-        wanted = os.environ.get("PYVTK_CUDA", "auto").lower()
-        if wanted not in ("auto", "0", "1"):
-            raise SystemExit(f"pyvtk: PYVTK_CUDA must be auto, 0 or 1, got {wanted!r}")
-        nvcc = find_nvcc() if wanted != "0" else None
-        if wanted == "1" and nvcc is None:
-            raise SystemExit(
-                "pyvtk: PYVTK_CUDA=1 but nvcc was not found on PATH or under CUDA_HOME; install the CUDA toolkit "
-                "(13.0 or newer, nvcc and cudart), or set PYVTK_CUDA=0 to build for the CPU only"
-            )
-
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
+        build = build_folder()
         destination = Path(self.get_ext_fullpath("pyvtk._C")).resolve().parent
         arguments = [
-            cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPYVTK_TORCH_ROOT={root}", f"-DPython_EXECUTABLE={sys.executable}", f"-DPYVTK_VERSION={version()}",
             f"-DCMAKE_INSTALL_PREFIX={destination}", f"-DPYVTK_SANITIZE={os.environ.get('PYVTK_SANITIZE', '')}",
             f"-DPYVTK_CUDA={'ON' if nvcc else 'OFF'}",
         ]  # fmt: skip
         if nvcc:
-            arguments += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={cuda_architectures()}"]
-        subprocess.run(arguments, check=True)
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run([cmake, "--build", str(build), "--target", "install", "-j", jobs], check=True)
+            arguments += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+        else:
+            # Left by an earlier build with CUDA, it would be packed as if it belonged to this one.
+            (destination / "libpyvtk_cuda.so").unlink(missing_ok=True)
+        for command in (arguments, [cmake, "--build", str(build), "--target", "install", "-j", processes]):
+            if subprocess.run(command).returncode != 0:
+                raise SystemExit("pyvtk: the build failed; the compiler's message stands above")
 
-        built = f"pyvtk {version()}: built libpyvtk_cpu.so (portable, AVX2, AVX-512) against torch {found}"
+        sets = "portable, AVX2, AVX-512" if platform.machine() == "x86_64" else "portable"
+        built = f"pyvtk {version()}: built libpyvtk_cpu.so ({sets}) against torch {found}"
         if nvcc:
-            built += f"; built libpyvtk_cuda.so for {cuda_architectures()} with {nvcc}"
+            built += f"; built libpyvtk_cuda.so for {architectures} with {nvcc}"
         elif wanted == "0":
             built += "; NOT built: libpyvtk_cuda.so (PYVTK_CUDA=0)"
         else:

@@ -53,8 +53,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build and capability facts of pyvtk.";
   m.def("build_info", &build_info, "What this build of pyvtk was made with.");
   m.def("instruction_sets", &instruction_sets, "Instruction sets that this machine can run, weakest first.");
-  m.def("instruction_set", [] { return std::string(pyvtk::cpu::isa_name(pyvtk::cpu::isa())); },
-        "The instruction set that CPU kernels use now.");
+  m.def(
+      "instruction_set", [] { return std::string(pyvtk::cpu::isa_name(pyvtk::cpu::isa())); },
+      "The instruction set that CPU kernels use now.");
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"),
         "Choose the instruction set of all CPU kernels in this process (for tests and measurements).");
   m.def("poison_new_memory", [](bool on) { pyvtk::poisons_new_memory() = on; }, py::arg("on"),

