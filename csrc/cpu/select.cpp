@@ -38,25 +38,9 @@ PerGroup<T> per_group(const OptionalTensor& tensor, ScalarType dtype, const Sele
   return {data<T>(*tensor), per_row};
 }
 
-// binding.h's new_empty goes through the dispatcher with a stack of boxed arguments; three of those would take longer
-// than the selection of a small row.
-Tensor empty_on_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
-  int64_t strides[4] = {};
-  int64_t stride = 1;
-  for (size_t dim = shape.size(); dim-- > 0;) {
-    strides[dim] = stride;
-    stride *= shape[dim] > 0 ? shape[dim] : 1;
-  }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides,
-                                                  static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0,
-                                                  &handle));
-  return Tensor(handle);
-}
-
 }  // namespace
 
-SelectResult prepare_select(const std::vector<int64_t>& shape, const SelectArguments& arguments,
+SelectResult prepare_select(const Tensor& like, const std::vector<int64_t>& shape, const SelectArguments& arguments,
                             SelectProblem& problem) {
   const bool packed = arguments.cu_seqlens.has_value();
   if (packed) {
@@ -106,8 +90,8 @@ SelectResult prepare_select(const std::vector<int64_t>& shape, const SelectArgum
   problem.by_score = arguments.by_score;
   std::vector<int64_t> indices_shape = rows_shape;
   indices_shape.push_back(arguments.capacity);
-  SelectResult result{empty_on_cpu(indices_shape, ScalarType::Long), empty_on_cpu(rows_shape, ScalarType::Int),
-                      empty_on_cpu(rows_shape, ScalarType::Bool)};
+  SelectResult result{new_empty(like, indices_shape, ScalarType::Long), new_empty(like, rows_shape, ScalarType::Int),
+                      new_empty(like, rows_shape, ScalarType::Bool)};
   problem.indices = mutable_data<int64_t>(result.indices);
   problem.counts = mutable_data<int32_t>(result.counts);
   problem.overflow = mutable_data<bool>(result.overflow);
@@ -126,7 +110,7 @@ SelectResult select(const Tensor& scores, const SelectArguments& arguments) {
   std::vector<int64_t> shape(static_cast<size_t>(dims));
   for (int64_t dim = 0; dim < dims; ++dim) shape[static_cast<size_t>(dim)] = scores.size(dim);
   SelectProblem problem;
-  SelectResult result = prepare_select(shape, arguments, problem);
+  SelectResult result = prepare_select(scores, shape, arguments, problem);
   problem.scores = scores.const_data_ptr();
   problem.batch_stride = dims > 1 ? scores.stride(0) : 0;
   problem.head_stride = dims > 2 ? scores.stride(1) : 0;

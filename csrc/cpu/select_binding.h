@@ -34,8 +34,9 @@ struct SelectResult {
 
 // Guards the arguments, allocates the result and fills all of `problem` but `scores` and its strides (which it sets for
 // contiguous scores).
+//   like: any tensor on the device
 //   shape: of scores: [batch, tokens], [batch, heads, tokens] or, with cu_seqlens, [tokens]
-SelectResult prepare_select(const std::vector<int64_t>& shape, const SelectArguments& arguments,
+SelectResult prepare_select(const Tensor& like, const std::vector<int64_t>& shape, const SelectArguments& arguments,
                             SelectProblem& problem);
 
 // Rows [begin, end) of a prepared problem with scores of this dtype, on the calling thread.

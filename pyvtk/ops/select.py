@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -35,23 +37,31 @@ backends.define(
 _operator = torch.ops.pyvtk.select.default
 
 
-def _mask(name: str, value, scores: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.bool,)) -> Tensor:
+class Scores(NamedTuple):
+    """What the checks need to know of scores that may not exist yet."""
+
+    shape: tuple
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _mask(op: str, name: str, value, scores: Scores, dtypes: tuple[torch.dtype, ...] = (torch.bool,)) -> Tensor:
     """``value``, contiguous, after checking that it holds one entry per token."""
-    checks.tensor("select", name, value)
-    checks.dtype("select", name, value, dtypes)
+    checks.tensor(op, name, value)
+    checks.dtype(op, name, value, dtypes)
     shape = scores.shape
     if value.shape != shape and not (len(shape) == 3 and value.shape == (shape[0], shape[2])):
         allowed = f"{list(shape)} (the shape of scores)"
         if len(shape) == 3:
             allowed = f"[batch, tokens] = {[shape[0], shape[2]]} or {allowed}"
-        raise ValueError(f"select: {name} must be {allowed}, got shape {tuple(value.shape)}")
-    checks.same_device("select", name, value, scores, "scores")
+        raise ValueError(f"{op}: {name} must be {allowed}, got shape {tuple(value.shape)}")
+    checks.same_device(op, name, value, scores, "scores")
     return value.contiguous()
 
 
-def _per_row(name: str, value: Tensor, num_segments, scores: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _per_row(op: str, name: str, value: Tensor, num_segments, scores: Scores, cu_seqlens: Tensor | None) -> Tensor:
     """``value`` as [rows, 1 or num_segments], from one for all, per sample, per row, and those per segment."""
-    checks.same_device("select", name, value, scores, "scores")
+    checks.same_device(op, name, value, scores, "scores")
     rows = tuple(scores.shape[:-1]) if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
     shapes = {"[]": (), "[batch]": rows[:1]}
     if len(rows) == 2 and num_segments is None:
@@ -63,7 +73,7 @@ def _per_row(name: str, value: Tensor, num_segments, scores: Tensor, cu_seqlens:
     shape = tuple(value.shape)
     if not any(shape == allowed for allowed in shapes.values()):
         allowed = " or ".join(f"{meaning} = {list(sizes)}" for meaning, sizes in shapes.items())
-        raise ValueError(f"select: {name} must be {allowed}, got shape {shape}")
+        raise ValueError(f"{op}: {name} must be {allowed}, got shape {shape}")
     per_row = 1 if num_segments is None or len(shape) < 2 else num_segments
     if len(shape) - (num_segments is not None and len(shape) > 1) < 2:  # the same for all heads
         value = value.expand(rows[0]) if len(shape) == 0 else value
@@ -72,17 +82,98 @@ def _per_row(name: str, value: Tensor, num_segments, scores: Tensor, cu_seqlens:
     return value.reshape(rows[0] * (rows[1] if len(rows) == 2 else 1), per_row).contiguous()
 
 
-def _number(name: str, value, scores: Tensor) -> Tensor:
+def _number(op: str, name: str, value, scores: Scores) -> Tensor:
     """A Python number as a tensor; a tensor after a check of its dtype."""
     if isinstance(value, Tensor):
-        checks.tensor("select", name, value)
-        checks.dtype("select", name, value, checks.FLOATS)
+        checks.tensor(op, name, value)
+        checks.dtype(op, name, value, checks.FLOATS)
         return value.detach()
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"select: {name} must be a number or a tensor, got {type(value).__name__}")
+        raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
     if value != value:
-        raise ValueError(f"select: {name} must be a number, got nan")
+        raise ValueError(f"{op}: {name} must be a number, got nan")
     return torch.full((), value, dtype=torch.float64, device=scores.device)
+
+
+def resolve(
+    op: str, scores: Scores, num_keep, *, threshold, top_p, keep, drop, candidates, others, segments, num_segments,
+    cu_seqlens, capacity, align, order,
+) -> tuple[tuple, bool]:  # fmt: skip
+    """Check the selecting arguments of ``op``.
+
+    Returns:
+        The operator's arguments after scores, and whether the result is to be trimmed.
+    """
+    if num_keep is None and threshold is None and top_p is None:
+        raise ValueError(f"{op}: num_keep, threshold or top_p must be given, got none of them")
+    if others != "drop":
+        checks.choice(op, "others", others, ("drop", "keep"))
+    if align != "left":
+        checks.choice(op, "align", align, ("left", "right"))
+    if order != "index":
+        checks.choice(op, "order", order, ("index", "score"))
+    tokens = scores.shape[-1]
+    if cu_seqlens is not None:
+        checks.tensor(op, "cu_seqlens", cu_seqlens, 1)
+        checks.dtype(op, "cu_seqlens", cu_seqlens, checks.INTEGERS)
+        checks.same_device(op, "cu_seqlens", cu_seqlens, scores, "scores")
+        if cu_seqlens.shape[0] < 1:
+            raise ValueError(f"{op}: cu_seqlens must hold at least one entry, got shape (0,)")
+        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+    if keep is not None:
+        keep = _mask(op, "keep", keep, scores)
+    if drop is not None:
+        drop = _mask(op, "drop", drop, scores)
+    if candidates is not None:
+        candidates = _mask(op, "candidates", candidates, scores)
+
+    per_row = None
+    if isinstance(num_keep, Tensor):
+        checks.tensor(op, "num_keep", num_keep)
+        checks.dtype(op, "num_keep", num_keep, checks.INTEGERS)
+    elif num_keep is not None:
+        checks.integer(op, "num_keep", num_keep)
+    if segments is not None:
+        segments = _mask(op, "segments", segments, scores, checks.INTEGERS)
+        if num_segments is None and isinstance(num_keep, Tensor) and num_keep.dim() > 1:
+            num_segments = num_keep.shape[-1]
+        if num_segments is None:
+            raise ValueError(f"{op}: num_segments must be given with segments, unless num_keep is [batch, segments]")
+        checks.integer(op, "num_segments", num_segments, 1)
+        if segments.dtype != torch.int32:
+            # Clamped first: an id beyond int32 must not wrap around to a valid one.
+            segments = segments.clamp(-1, num_segments).to(torch.int32)
+    elif num_segments is not None:
+        raise ValueError(f"{op}: num_segments must be None without segments, got {num_segments}")
+    groups = 1 if num_segments is None else num_segments
+    if isinstance(num_keep, Tensor):
+        per_row = _per_row(op, "num_keep", num_keep.long(), num_segments, scores, cu_seqlens)
+    if threshold is not None:
+        threshold = _number(op, "threshold", threshold, scores).to(scores.dtype)
+        threshold = threshold if scores.dtype == torch.float64 else threshold.float()
+        threshold = _per_row(op, "threshold", threshold, num_segments, scores, cu_seqlens)
+    if top_p is not None:
+        if not isinstance(top_p, Tensor) and isinstance(top_p, (int, float)) and not 0 <= top_p <= 1:
+            raise ValueError(f"{op}: top_p must be in 0..1, got {top_p}")
+        top_p = _per_row(op, "top_p", _number(op, "top_p", top_p, scores).double(), num_segments, scores, cu_seqlens)
+
+    limit = -1 if num_keep is None or per_row is not None else num_keep
+    exact = False
+    if capacity is None:
+        capacity = tokens
+        if per_row is None and num_keep is not None and keep is None and others == "drop":
+            # min() of symbolic sizes would compile one graph for each outcome; sym_min takes its time with plain ints.
+            capacity = (torch.sym_min if torch.compiler.is_compiling() else min)(limit * groups, tokens)
+    elif capacity == "exact":
+        exact, capacity = True, tokens
+    else:
+        checks.integer(op, "capacity", capacity)
+
+    arguments = (
+        limit, per_row, threshold, top_p, keep, drop, candidates, others == "keep", segments, groups, cu_seqlens,
+        capacity, align == "right", order == "score",
+    )  # fmt: skip
+    return arguments, exact
 
 
 def select(
@@ -143,81 +234,25 @@ def select(
     """
     checks.tensor("select", "scores", scores, (2, 3) if cu_seqlens is None else 1)
     checks.dtype("select", "scores", scores, checks.FLOATS)
-    if num_keep is None and threshold is None and top_p is None:
-        raise ValueError("select: num_keep, threshold or top_p must be given, got none of them")
-    if others != "drop":
-        checks.choice("select", "others", others, ("drop", "keep"))
-    if align != "left":
-        checks.choice("select", "align", align, ("left", "right"))
-    if order != "index":
-        checks.choice("select", "order", order, ("index", "score"))
     if scores.requires_grad:
         scores = scores.detach()
-    tokens = scores.shape[-1]
     if scores.stride(-1) != 1:
         scores = scores.contiguous()
-
-    if cu_seqlens is not None:
-        checks.tensor("select", "cu_seqlens", cu_seqlens, 1)
-        checks.dtype("select", "cu_seqlens", cu_seqlens, checks.INTEGERS)
-        checks.same_device("select", "cu_seqlens", cu_seqlens, scores, "scores")
-        if cu_seqlens.shape[0] < 1:
-            raise ValueError("select: cu_seqlens must hold at least one entry, got shape (0,)")
-        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
-    if keep is not None:
-        keep = _mask("keep", keep, scores)
-    if drop is not None:
-        drop = _mask("drop", drop, scores)
-    if candidates is not None:
-        candidates = _mask("candidates", candidates, scores)
-
-    per_row = None
-    if isinstance(num_keep, Tensor):
-        checks.tensor("select", "num_keep", num_keep)
-        checks.dtype("select", "num_keep", num_keep, checks.INTEGERS)
-    elif num_keep is not None:
-        checks.integer("select", "num_keep", num_keep)
-    if segments is not None:
-        segments = _mask("segments", segments, scores, checks.INTEGERS)
-        if num_segments is None and isinstance(num_keep, Tensor) and num_keep.dim() > 1:
-            num_segments = num_keep.shape[-1]
-        if num_segments is None:
-            raise ValueError("select: num_segments must be given with segments, unless num_keep is [batch, segments]")
-        checks.integer("select", "num_segments", num_segments, 1)
-        if segments.dtype != torch.int32:
-            # Clamped first: an id beyond int32 must not wrap around to a valid one.
-            segments = segments.clamp(-1, num_segments).to(torch.int32)
-    elif num_segments is not None:
-        raise ValueError(f"select: num_segments must be None without segments, got {num_segments}")
-    groups = 1 if num_segments is None else num_segments
-    if isinstance(num_keep, Tensor):
-        per_row = _per_row("num_keep", num_keep.long(), num_segments, scores, cu_seqlens)
-    if threshold is not None:
-        threshold = _number("threshold", threshold, scores).to(scores.dtype)
-        threshold = threshold if scores.dtype == torch.float64 else threshold.float()
-        threshold = _per_row("threshold", threshold, num_segments, scores, cu_seqlens)
-    if top_p is not None:
-        if not isinstance(top_p, Tensor) and isinstance(top_p, (int, float)) and not 0 <= top_p <= 1:
-            raise ValueError(f"select: top_p must be in 0..1, got {top_p}")
-        top_p = _per_row("top_p", _number("top_p", top_p, scores).double(), num_segments, scores, cu_seqlens)
-
-    limit = -1 if num_keep is None or per_row is not None else num_keep
-    exact = False
-    if capacity is None:
-        capacity = tokens
-        if per_row is None and num_keep is not None and keep is None and others == "drop":
-            # min() of symbolic sizes would compile one graph for each outcome; sym_min takes its time with plain ints.
-            capacity = (torch.sym_min if torch.compiler.is_compiling() else min)(limit * groups, tokens)
-    elif capacity == "exact":
-        exact, capacity = True, tokens
-    else:
-        checks.integer("select", "capacity", capacity)
-
-    arguments = (
-        scores, limit, per_row, threshold, top_p, keep, drop, candidates, others == "keep", segments, groups,
-        cu_seqlens, capacity, align == "right", order == "score",
+    arguments, exact = resolve(
+        "select", scores, num_keep, threshold=threshold, top_p=top_p, keep=keep, drop=drop, candidates=candidates,
+        others=others, segments=segments, num_segments=num_segments, cu_seqlens=cu_seqlens, capacity=capacity,
+        align=align, order=order,
     )  # fmt: skip
     chosen = backends.pick("select", backend, scores, scores.dtype)
-    indices, counts, overflow = _operator(*arguments) if chosen == "compiled" else reference.select(*arguments)
-    selection = Selection(indices, counts, tokens, order == "index", align, overflow, cu_seqlens)
+    run = _operator if chosen == "compiled" else reference.select
+    return selection_of(run(scores, *arguments), scores.shape[-1], arguments, exact)
+
+
+def selection_of(outputs: tuple, tokens: int, arguments: tuple, exact: bool) -> Selection:
+    """The operator's outputs (indices, counts, overflow) as a Selection; ``arguments`` as :func:`resolve` made them."""
+    *_, cu_seqlens, _, align_right, by_score = arguments
+    indices, counts, overflow = outputs
+    selection = Selection(
+        indices, counts, tokens, not by_score, "right" if align_right else "left", overflow, cu_seqlens
+    )
     return selection.trim() if exact else selection

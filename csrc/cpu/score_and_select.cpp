@@ -1,0 +1,87 @@
+// Binding of score_and_select: the kernels of score.h and select.h behind one operator.
+#include <tuple>
+
+#include "cpu/score_binding.h"
+#include "cpu/select_binding.h"
+
+namespace pyvtk::cpu {
+namespace {
+
+// Candidates that k_mask shows and that lie inside of the scored range; nothing if that is every key.
+OptionalTensor competing(const ScoreProblem& p, const Tensor& like, const OptionalTensor& candidates, int64_t heads) {
+  const bool whole = p.packed() || (p.key_start == 0 && p.key_stop == p.keys);
+  if (!p.k_mask && whole) return candidates;
+  const int64_t rows = p.packed() ? 1 : p.batch;
+  const bool per_head = candidates.has_value() && candidates->dim() == 3;
+  std::vector<int64_t> shape = p.packed() ? std::vector<int64_t>{p.keys} : std::vector<int64_t>{rows, p.keys};
+  if (per_head) shape = {rows, heads, p.keys};
+  if (candidates.has_value()) {
+    guard_dtype(*candidates, ScalarType::Bool, "candidates");
+    guard_contiguous(*candidates, "candidates");
+    guard_dim(*candidates, static_cast<int64_t>(shape.size()), "candidates");
+    for (size_t dim = 0; dim < shape.size(); ++dim) {
+      PYVTK_GUARD(candidates->size(static_cast<int64_t>(dim)) == shape[dim], "candidates must be shaped like the keys");
+    }
+  }
+  Tensor out = new_empty(like, shape, ScalarType::Bool);
+  bool* to = mutable_data<bool>(out);
+  const bool* from = data<bool>(candidates);
+  const int64_t repeats = per_head ? heads : 1;
+  for (int64_t row = 0; row < rows * repeats; ++row) {
+    const bool* shown = p.k_mask ? p.k_mask + row / repeats * p.keys : nullptr;
+    for (int64_t key = 0; key < p.keys; ++key) {
+      const bool inside = whole || (key >= p.key_start && key < p.key_stop);
+      to[row * p.keys + key] = inside && (!shown || shown[key]) && (!from || from[row * p.keys + key]);
+    }
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> score_and_select(
+    Tensor q, Tensor k, OptionalTensor q_positions, OptionalTensor k_positions, OptionalTensor q_mask,
+    OptionalTensor k_mask, OptionalTensor k_bias, OptionalTensor head_weights, OptionalTensor lse,
+    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool causal, int64_t key_start, int64_t key_stop,
+    bool range_denominator, double scale, std::string query_reduce, std::string head_reduce, bool heads_first,
+    bool logit, int64_t num_keep, OptionalTensor num_keep_per_row, OptionalTensor threshold, OptionalTensor top_p,
+    OptionalTensor keep, OptionalTensor drop, OptionalTensor candidates, bool keep_others, OptionalTensor segments,
+    int64_t num_segments, OptionalTensor cu_seqlens, int64_t capacity, bool align_right, bool by_score) {
+  ScoreProblem p = score_problem(q, k, q_positions, k_positions, q_mask, k_mask, k_bias, head_weights, lse,
+                                 cu_seqlens_q, cu_seqlens_k, causal, key_start, key_stop, range_denominator, scale,
+                                 query_reduce, head_reduce, heads_first, logit);
+  PYVTK_GUARD(p.num_reducers == 1, "score_and_select takes one query reduction, got ", p.num_reducers);
+  PYVTK_GUARD(p.packed() == cu_seqlens.has_value(), "cu_seqlens goes with cu_seqlens_k");
+  const bool per_head = p.head_reduce == HeadReduce::none || p.by_group();
+  PYVTK_GUARD(!(p.packed() && per_head), "packed rows have no heads");
+  const ScoreOutputs scored = score_outputs(q, p, false);
+  run_score(p, q.scalar_type());
+
+  std::vector<int64_t> shape{p.batch, p.keys};
+  if (per_head) shape = {p.batch, p.out_heads(), p.keys};
+  if (p.packed()) shape = {p.keys};
+  SelectProblem problem;
+  // The problem points into these tensors, so they live as long as it does.
+  const SelectArguments arguments{num_keep, num_keep_per_row, threshold, top_p, keep, drop,
+                                  competing(p, q, candidates, p.out_heads()), keep_others, segments, num_segments,
+                                  cu_seqlens, capacity, align_right, by_score};
+  const SelectResult result = prepare_select(q, shape, arguments, problem);
+  // Keys outside of the range have no score; as -inf they rank behind all others that are forced.
+  std::vector<float> whole;
+  problem.scores = p.scores;
+  if (!p.packed() && p.scored() != p.keys) {
+    whole.assign(static_cast<size_t>(problem.rows * p.keys), -std::numeric_limits<float>::infinity());
+    for (int64_t row = 0; row < problem.rows; ++row) {
+      std::copy_n(p.scores + row * p.scored(), p.scored(), whole.data() + row * p.keys + p.key_start);
+    }
+    problem.scores = whole.data();
+  }
+  const double cost = 2.0 * static_cast<double>(p.max_keys);
+  parallel_for(problem.rows, cost, [&](int64_t begin, int64_t end) {
+    run_select(problem, ScalarType::Float, begin, end);
+  });
+  return {result.indices, result.counts, result.overflow, scored.scores};
+}
+
+}  // namespace
+}  // namespace pyvtk::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(pyvtk, CPU, m) { m.impl("score_and_select", TORCH_BOX(&pyvtk::cpu::score_and_select)); }

@@ -1,0 +1,162 @@
+"""``score_and_select``: from queries and keys to the tokens that stay, in one operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyvtk import backends, checks
+from pyvtk.ops import score, select
+from pyvtk.reference import score as scoring
+from pyvtk.reference import score_and_select as reference
+from pyvtk.reference import select as selecting
+from pyvtk.selection import Selection
+
+OP = "score_and_select"
+
+
+def _fake(q, k, *arguments):
+    scoring_arguments, selecting_arguments = arguments[:18], arguments[18:]
+    scores = score._fake(q, k, *scoring_arguments, False)[0]
+    packed = scoring_arguments[7] is not None
+    heads = () if scores.shape[2] == 1 and scoring_arguments[15] in ("mean", "sum", "max") else (scores.shape[2],)
+    rows = (scoring_arguments[7].shape[0] - 1,) if packed else (q.shape[0], *heads)
+    capacity = selecting_arguments[-3]
+    return (
+        q.new_empty((*rows, capacity), dtype=torch.int64),
+        q.new_empty(rows, dtype=torch.int32),
+        q.new_empty(rows, dtype=torch.bool),
+        scores,
+    )
+
+
+# Arguments of attention_scores up to logit, then those of select after scores.
+backends.define(
+    OP,
+    "(Tensor q, Tensor k, Tensor? q_positions, Tensor? k_positions, Tensor? q_mask, Tensor? k_mask, Tensor? k_bias, "
+    "Tensor? head_weights, Tensor? lse, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, SymInt key_start, "
+    "SymInt key_stop, bool range_denominator, float scale, str query_reduce, str head_reduce, bool heads_first, "
+    "bool logit, SymInt num_keep, Tensor? num_keep_per_row, Tensor? threshold, Tensor? top_p, Tensor? keep, "
+    "Tensor? drop, Tensor? candidates, bool keep_others, Tensor? segments, SymInt num_segments, Tensor? cu_seqlens, "
+    "SymInt capacity, bool align_right, bool by_score) "
+    "-> (Tensor indices, Tensor counts, Tensor overflow, Tensor scores)",
+    fake=_fake,
+    dtypes=backends.HALF_AND_SINGLE,
+)
+
+
+def score_and_select(
+    q: Tensor,
+    k: Tensor,
+    num_keep: int | Tensor | None = None,
+    *,
+    causal: bool = False,
+    q_positions: Tensor | None = None,
+    k_positions: Tensor | None = None,
+    q_mask: Tensor | None = None,
+    k_mask: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    key_range: tuple[int, int] | None = None,
+    denominator: str = "visible",
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    query_reduce: str = "mean",
+    head_reduce: str | None = "mean",
+    head_weights: Tensor | None = None,
+    reduce_order: str = "queries_first",
+    quantity: str = "probability",
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    threshold: float | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    keep: Tensor | None = None,
+    drop: Tensor | None = None,
+    candidates: Tensor | None = None,
+    others: str = "drop",
+    segments: Tensor | None = None,
+    num_segments: int | None = None,
+    capacity: int | str | None = None,
+    align: str = "left",
+    order: str = "index",
+    return_scores: bool = False,
+    backend: str | None = None,
+) -> Selection | tuple[Selection, Tensor]:
+    """Score the keys and choose those that stay: FastV's or PyramidDrop's pruning step in one call.
+
+    The result is what :func:`pyvtk.select` gives of the scores that ``return_scores`` returns, bit for bit, with these
+    additions: indices are positions in k also with ``key_range``; keys that ``k_mask`` hides, and keys outside of the
+    range, are not candidates. (They go; stay with ``others="keep"``; or are forced by ``keep``.)
+
+    Args:
+        q, k: as in :func:`pyvtk.attention_scores`; meant for few queries, right for any number.
+        num_keep: as in :func:`pyvtk.select`, like every argument from threshold to order.
+        causal ... max_seqlen_k: as in :func:`pyvtk.attention_scores`. query_reduce names one reduction.
+        threshold ... order: as in :func:`pyvtk.select`; masks are [batch, keys] (packed [total]), or with
+            head_reduce None or by group also [batch, heads, keys].
+        return_scores: also return the scores, as attention_scores does. They carry a gradient if q or k want one; the
+            selection never does.
+        backend: "compiled", "reference", or None for the first that can run.
+
+    Returns:
+        Selection over the keys: rows [batch], or [batch, heads] with head_reduce None or by group; with return_scores
+        a tuple (selection, scores).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, device or shape; the message names it.
+        RuntimeError: the named backend cannot run.
+    """
+    options = score.resolve(
+        OP, q, k, causal=causal, q_positions=q_positions, k_positions=k_positions, q_mask=q_mask, k_mask=k_mask,
+        k_bias=k_bias, key_range=key_range, denominator=denominator, lse=lse, scale=scale, query_reduce=query_reduce,
+        head_reduce=head_reduce, head_weights=head_weights, reduce_order=reduce_order, quantity=quantity,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+    )  # fmt: skip
+    if not isinstance(query_reduce, str):
+        raise ValueError(f"{OP}: query_reduce must name one reduction, got {query_reduce!r}")
+    checks.boolean(OP, "return_scores", return_scores)
+    packed = cu_seqlens_k is not None
+    per_head = head_reduce not in ("mean", "sum", "max")
+    if packed and per_head:
+        raise ValueError(f"{OP}: head_reduce must be mean, sum or max for packed input, got {head_reduce!r}")
+    keys = k.shape[0] if packed else k.shape[2]
+    if packed:
+        shape = (keys,)
+    elif per_head:
+        shape = (q.shape[0], score.out_heads(q.shape[1], k.shape[1], options["head_reduce"]), keys)
+    else:
+        shape = (q.shape[0], keys)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    arguments, exact = select.resolve(
+        OP, select.Scores(shape, dtype, q.device), num_keep, threshold=threshold, top_p=top_p, keep=keep, drop=drop,
+        candidates=candidates, others=others, segments=segments, num_segments=num_segments,
+        cu_seqlens=options["cu_seqlens_k"], capacity=capacity, align=align, order=order,
+    )  # fmt: skip
+
+    differentiable = (q, k, k_bias, lse, head_weights)
+    wants_gradient = return_scores and torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in differentiable
+    )  # fmt: skip
+    chosen = backends.pick(OP, backend, q, q.dtype)
+    if chosen == "compiled" and not wants_gradient:
+        with torch.no_grad():
+            *outputs, scores = backends.call(
+                torch.ops.pyvtk.score_and_select.default, (), q, k, *score.kernel_arguments(options), *arguments
+            )
+    else:
+        # Scores with a gradient come from their own operator, whose bits are the same.
+        if chosen == "compiled":
+            scores = torch.ops.pyvtk.attention_scores(q, k, *score.kernel_arguments(options), False)[0]
+        else:
+            scores, _ = scoring.attention_scores(q, k, **options)
+        chosen_scores = score.shape_scores(scores.detach(), packed, False, head_reduce)
+        key_start, key_stop = (0, keys) if packed else (options["key_start"], options["key_stop"])
+        whole = reference.whole_axis(chosen_scores, keys, key_start)
+        competing = reference.competing(arguments[6], options["k_mask"], keys, key_start, key_stop, whole)
+        run = torch.ops.pyvtk.select.default if chosen == "compiled" else selecting.select
+        outputs = run(whole, *arguments[:6], competing, *arguments[7:])
+    selection = select.selection_of(tuple(outputs), keys, arguments, exact)
+    if not return_scores:
+        return selection
+    return selection, score.shape_scores(scores, packed, False, head_reduce)
