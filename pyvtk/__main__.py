@@ -1,4 +1,4 @@
-"""``python -m pyvtk``: info."""
+"""``python -m pyvtk``: info, bench, demo."""
 
 from __future__ import annotations
 
@@ -32,8 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pyvtk", description="Kernels for visual tokens.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, instruction set, backends and why one is missing")
-    parser.parse_args(arguments)
-    return info()
+    from pyvtk import bench, demo
+
+    bench.add_arguments(commands.add_parser("bench", help="measure against peers (from a source checkout)"))
+    demo.add_arguments(commands.add_parser("demo", help="prune the tokens of a real photograph in a real model"))
+    args = parser.parse_args(arguments)
+    return {"info": lambda args: info(), "bench": bench.main, "demo": demo.main}[args.command](args)
 
 
 if __name__ == "__main__":
