@@ -65,8 +65,8 @@ def attention_map(q: Tensor, k: Tensor, mask: Tensor | None = None, grouped: boo
 
 
 def attention_map_in_place(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same in one buffer (and one copy in float32 for half precision)."""
-    x = logits(q, k, grouped=True).float()
+    """The same in one buffer, in float32: without instructions for it, a bfloat16 product takes many times as long."""
+    x = logits(q.float(), k.float(), grouped=True)
     if mask is not None:
         x.masked_fill_(mask, float("-inf"))
     return torch.softmax(x, -1, out=x)
@@ -75,12 +75,12 @@ def attention_map_in_place(q: Tensor, k: Tensor, mask: Tensor | None = None) -> 
 def by_head(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over queries and heads, one head's map at a time, reused: the frugal way."""
     batch, heads, queries, size = q.shape
+    q, k = q.float(), k.float()
     out = torch.zeros(batch, k.shape[2])
-    one = torch.empty(queries, k.shape[2], dtype=q.dtype)
+    x = torch.empty(queries, k.shape[2])
     for b in range(batch):
         for h in range(heads):
-            torch.mm(q[b, h] * size**-0.5, k[b, h * k.shape[1] // heads].mT, out=one)
-            x = one.float()
+            torch.mm(q[b, h] * size**-0.5, k[b, h * k.shape[1] // heads].mT, out=x)
             if mask is not None:
                 x.masked_fill_(mask, float("-inf"))
             out[b] += torch.softmax(x, -1, out=x).sum(0)
@@ -127,6 +127,9 @@ def last_token(name, shape, dtype, bars, reduce="mean", make=cached):
     q, k = inputs()
     if q.shape[1] != k.shape[1]:
         providers["grouped"] = lambda q, k: reduced(attention_map(q, k, grouped=True))
+    if dtype != torch.float32:
+        # the better way where the processor has no instructions for bfloat16 products
+        providers["float32 first"] = lambda q, k: reduced(attention_map_in_place(q, k))
     return Case(
         "score",
         name,
@@ -217,6 +220,10 @@ def last_token_select(name, shape, keep, dtype, bars):
     inputs = cached(*shape, dtype)
     if shape[1] != shape[2]:
         providers["grouped + topk + sort"] = chain(grouped=True)
+    if dtype != torch.float32:
+        providers["float32 first + topk + sort"] = lambda q, k: (
+            attention_map_in_place(q, k)[:, :, 0].mean(1).topk(keep).indices.sort().values
+        )
     return Case(
         "score",
         name,
