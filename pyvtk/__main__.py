@@ -9,6 +9,8 @@ import sys
 # command -> module with add_arguments(parser) and main(arguments) -> exit status; one line of help
 COMMANDS = {
     "info": ("pyvtk._info", "versions, instruction set, backends, and why one is missing"),
+    "bench": ("pyvtk.bench", "measure against peers (from a source checkout)"),
+    "demo": ("pyvtk.demo", "prune the tokens of a real photograph in a real model"),
 }
 
 

@@ -1,0 +1,529 @@
+"""Runs cases: correctness first, then pyvtk, its peers and the limit of the machine, interleaved on the same inputs.
+
+A case says what is computed and by whom; nothing about timing. The rules, and why:
+
+- one thread: with two, OpenMP barriers meet CPU quotas and medians snap to the scheduler's period;
+- every call gets another input of a pool: a branch predictor learns one repeated row;
+- a warm case reads its inputs before each call, so that no provider pays for the cache misses of all; a cold case
+  rotates through copies that together exceed the last-level cache, and every call gets one that was long unused;
+- the limit (a plain read, copy or matrix product of the same size) is one more provider of the same rounds;
+- a case in which any provider fails the check gets no number at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+import pyvtk
+from pyvtk._measure import Timing, extra_memory, interleave
+
+OURS = "pyvtk"
+BEST = "best"  # in bars: the fastest peer of the row
+SHARE = "limit"  # in bars: share of the machine's limit
+MEMORY = "memory"  # in bars: extra memory as a share of the first peer's
+RESERVED = (OURS, BEST, SHARE, MEMORY)
+FAMILIES = ("score", "select", "compact")
+
+
+@dataclass
+class Limit:
+    """The plainest thing the machine can do with as many bytes or operations, as a call on the same inputs.
+
+    A share above 100 % is possible: torch's ``copy_`` does not bypass the cache as a streaming copy does.
+
+    Attributes:
+        kind: "read", "copy" or "matmul".
+        probe: called with the case's inputs.
+        amount: bytes or floating-point operations of the case, from its inputs.
+        scale: operations of the case per operation of the probe.
+    """
+
+    kind: str
+    probe: Callable
+    amount: Callable[..., float]
+    scale: Callable[..., float] = lambda *inputs: 1.0
+
+
+@dataclass
+class Case:
+    """One row: inputs, providers, and what is expected of them.
+
+    Attributes:
+        family: "score", "select", "compact".
+        name: shape named after the model it comes from.
+        dtype: of the main input, for the table.
+        inputs: makes fresh inputs; called after the seed is set.
+        providers: name -> callable on the inputs; "pyvtk" first, then what users write today, then other peers.
+        expect: given inputs, returns a check, ``check(provider name, result)``, that raises AssertionError.
+        limit: the machine's bound, if one is meaningful.
+        bars: what has to be reached: peer (or "best") -> least ratio, "limit" -> least share, "memory" -> largest
+            share of the first peer's extra memory.
+        cold: inputs come from memory rather than from cache.
+        mutates: providers change their inputs (the check then works on copies).
+        memory: measure extra memory too.
+    """
+
+    family: str
+    name: str
+    dtype: torch.dtype
+    inputs: Callable[[], tuple]
+    providers: dict[str, Callable]
+    expect: Callable[..., Callable[[str, object], None]]
+    limit: Limit | None = None
+    bars: dict[str, float] = field(default_factory=dict)
+    cold: bool = False
+    mutates: bool = False
+    memory: bool = False
+
+    def __post_init__(self):
+        first, *peers = self.providers
+        assert first == OURS, f"{self.name}: the first provider must be {OURS!r}"
+        assert not set(peers) & set(RESERVED), f"{self.name}: peers must not be named {RESERVED}"
+        assert set(self.bars) <= {*peers, BEST, SHARE, MEMORY}, f"{self.name}: unknown bar in {set(self.bars)}"
+
+    @property
+    def id(self) -> str:
+        return f"{self.family}: {self.name}, {short(self.dtype)}"
+
+
+@dataclass
+class Bar:
+    required: float
+    reached: float
+    met: bool
+
+
+@dataclass
+class Result:
+    """Everything that is known about one case; plain values only, so that it survives JSON."""
+
+    family: str
+    name: str
+    dtype: str
+    times: dict[str, Timing] = field(default_factory=dict)
+    limit: str | None = None
+    limit_time: float | None = None  # seconds the limit needs for this case's amount
+    amount: float | None = None  # bytes or floating-point operations
+    memory: dict[str, int] = field(default_factory=dict)  # provider -> extra bytes at the peak
+    bars: dict[str, Bar] = field(default_factory=dict)
+    error: str | None = None  # why there are no numbers
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """How many times as long each peer takes."""
+        return {n: t.median / self.times[OURS].median for n, t in self.times.items() if n != OURS}
+
+    @property
+    def share(self) -> float | None:
+        """Share of the limit's speed that is reached."""
+        return None if self.limit_time is None else self.limit_time / self.times[OURS].median
+
+
+@dataclass
+class Report:
+    machine: dict
+    results: list[Result]
+
+    def to_json(self) -> str:
+        return json.dumps({"schema": 1, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Report:
+        raw = json.loads(text)
+        results = []
+        for row in raw["results"]:
+            row["times"] = {name: Timing(**t) for name, t in row["times"].items()}
+            row["bars"] = {name: Bar(**b) for name, b in row["bars"].items()}
+            results.append(Result(**row))
+        return Report(raw["machine"], results)
+
+
+# ---- limits
+
+
+def _as_words(x: Tensor) -> Tensor:
+    """The same bytes as float32, whose sum runs at memory speed; a sum over bfloat16 would convert each value."""
+    fits = x.dim() and x.stride(-1) == 1 and x.shape[-1] % 2 == 0
+    return x.view(torch.float32) if x.element_size() == 2 and fits else x
+
+
+def read_limit(of: Callable[..., Tensor]) -> Limit:
+    """Reading a tensor once: a plain sum over it."""
+    return Limit("read", lambda *inputs: _as_words(of(*inputs)).sum(), lambda *inputs: of(*inputs).nbytes)
+
+
+def copy_limit(of: Callable[..., list[Tensor]]) -> Limit:
+    """Copying as many bytes as are kept, contiguous to contiguous: ``copy_`` of these views into existing memory."""
+    buffers: dict[tuple, Tensor] = {}
+
+    def probe(*inputs):
+        for i, source in enumerate(of(*inputs)):
+            key = (i, source.shape, source.dtype)
+            if key not in buffers:
+                buffers[key] = torch.zeros_like(source, memory_format=torch.contiguous_format)
+            buffers[key].copy_(source)
+
+    return Limit("copy", probe, lambda *inputs: 2 * sum(source.nbytes for source in of(*inputs)))
+
+
+_PROBE = 768  # three matrices of 768 x 768 stay in cache and still keep a core busy for some milliseconds
+
+
+@functools.cache
+def _matmul_operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Square operands in ``dtype`` or float32, whichever multiplies faster here."""
+
+    def operands(dtype):
+        return tuple(torch.randn(_PROBE, _PROBE).to(dtype) for _ in range(3))
+
+    candidates = {str(d): operands(d) for d in {dtype, torch.float32}}
+    calls = {name: functools.partial(torch.mm, a, b, out=c) for name, (a, b, c) in candidates.items()}
+    for call in calls.values():
+        call()
+    times = interleave(calls, seconds=0.2)
+    return candidates[min(times, key=lambda name: times[name].median)]
+
+
+def matmul_limit(operations: Callable[..., float], dtype: torch.dtype) -> Limit:
+    """Doing the case's multiplications at the rate of a large matrix product."""
+
+    def probe(*inputs):
+        a, b, c = _matmul_operands(dtype)
+        torch.mm(a, b, out=c)
+
+    return Limit("matmul", probe, operations, lambda *inputs: operations(*inputs) / (2 * _PROBE**3))
+
+
+# ---- checks
+
+
+# A check is called with the provider's name and its result, and raises AssertionError.
+
+
+def close(oracle: Tensor | list[Tensor], plain: Tensor | list[Tensor]) -> Callable:
+    """pyvtk may be twice as far from a float64 oracle as plain torch, plus one rounding of the largest value.
+
+    Peers get four times that: they only have to compute the same thing, in whatever order is fastest for them.
+    """
+    oracles, plains = tree_leaves(oracle), tree_leaves(plain)
+
+    def check(name, result):
+        results = tree_leaves(result)
+        assert len(results) == len(oracles), f"{len(results)} results, expected {len(oracles)}"
+        for actual, exact, other in zip(results, oracles, plains):
+            assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+            exact = exact.double()
+            error = (actual.double() - exact).abs().max().item()
+            rounding = torch.finfo(actual.dtype).eps * exact.abs().max().item()
+            budget = (1 if name == OURS else 4) * (2 * (other.double() - exact).abs().max().item() + rounding)
+            assert error <= budget, f"error {error:.2e} exceeds the budget {budget:.2e}"
+
+    return check
+
+
+def same(expected) -> Callable:
+    """Results are moved, not computed: every bit has to agree."""
+    wanted = tree_leaves(expected)
+
+    def check(name, result):
+        results = tree_leaves(result)
+        assert len(results) == len(wanted), f"{len(results)} results, expected {len(wanted)}"
+        for i, (actual, exact) in enumerate(zip(results, wanted)):
+            assert actual.dtype == exact.dtype and actual.shape == exact.shape, (
+                f"result {i} is {tuple(actual.shape)} {actual.dtype}, expected {tuple(exact.shape)} {exact.dtype}"
+            )
+            assert torch.equal(actual, exact), f"result {i} differs from plain indexing"
+
+    return check
+
+
+# ---- running
+
+
+def cache_bytes() -> int:
+    """Size of the last-level cache; 32 MiB where the system does not say."""
+    sizes = [32 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        sizes.append(int(path.read_text().strip().removesuffix("K")) << 10)
+    return max(sizes)
+
+
+def _tensors(inputs) -> list[Tensor]:
+    return [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+
+
+def _copy(inputs):
+    def copy(x):
+        return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+
+    return tree_map(copy, inputs)
+
+
+class Pool:
+    """Inputs made ahead, handed out in turn."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.entries = [self._make(0)]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in _tensors(self.entries[0])}
+        one = max(1, sum(storages.values()))
+        # warm: many rows, so that none is learnt, in a third of the cache; cold: as a call may touch only a quarter of
+        # an entry, eight times the cache lie between two uses
+        wanted = 8 * cache_bytes() // one + 2 if case.cold else cache_bytes() // 3 // one
+        self.count = max(2, min(wanted, 256))
+        self.entries += [self._make(i) for i in range(1, self.count)]
+
+    def _make(self, seed: int) -> tuple:
+        torch.manual_seed(seed)
+        return self.case.inputs()
+
+    def __call__(self, round: int, position: int) -> tuple:
+        if self.case.cold:
+            callers = len(self.case.providers) + (self.case.limit is not None)
+            return self.entries[(round * callers + position) % self.count]
+        inputs = self.entries[round % self.count]
+        for x in _tensors(inputs):
+            _as_words(x.detach()).sum()
+        return inputs
+
+
+def verify(case: Case, inputs: tuple) -> str | None:
+    """What is wrong with any provider of the case; None if all pass."""
+    check = case.expect(*(_copy(inputs) if case.mutates else inputs))
+    for name, provider in case.providers.items():
+        try:
+            check(name, provider(*(_copy(inputs) if case.mutates else inputs)))
+        except Exception as error:  # whatever went wrong, the row must not show numbers
+            return f"{name}: {type(error).__name__ + ': ' if not isinstance(error, AssertionError) else ''}{error}"
+    return None
+
+
+def judge(case: Case, result: Result) -> dict[str, Bar]:
+    """Compare the case's bars with what was measured."""
+    bars = {}
+    for name, required in case.bars.items():
+        if name == SHARE:
+            reached = result.share
+        elif name == BEST:
+            reached = min(result.ratios.values())
+        elif name == MEMORY:
+            if len(result.memory) < 2:
+                continue  # this system cannot measure it
+            reached = result.memory[OURS] / max(1, result.memory[list(case.providers)[1]])
+        else:
+            reached = result.ratios[name]
+        bars[name] = Bar(required, reached, reached <= required if name == MEMORY else reached >= required)
+    return bars
+
+
+def run_case(case: Case, *, seconds: float = 2.0) -> Result:
+    """Check a case, then measure it."""
+    result = Result(case.family, case.name, short(case.dtype))
+    torch.manual_seed(0)
+    inputs = case.inputs()
+    result.error = verify(case, inputs)
+    if result.error:
+        return result
+    if case.memory:
+        for name, provider in case.providers.items():
+            used = extra_memory(functools.partial(provider, *inputs))
+            if used is not None:
+                result.memory[name] = used
+    del inputs
+
+    calls = dict(case.providers)
+    if case.limit:
+        calls[SHARE] = case.limit.probe
+    pool = Pool(case)
+    for position, call in enumerate(calls.values()):
+        call(*pool(0, position))
+    times = interleave(calls, pool, seconds=seconds)
+    if case.limit:
+        entry = pool.entries[0]
+        result.limit = case.limit.kind
+        result.limit_time = times.pop(SHARE).median * case.limit.scale(*entry)
+        result.amount = case.limit.amount(*entry)
+    result.times = times
+    result.bars = judge(case, result)
+    return result
+
+
+def machine(command: str) -> dict:
+    """Where and when the numbers were taken. ``load`` is the load average at the start: above 0.5, expect noise."""
+    facts = pyvtk.info()
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    commit = git("rev-parse", "--short=10", "HEAD")
+    if commit and git("status", "--porcelain", "--untracked-files=no"):
+        commit += " with changes"
+    return {
+        "device": "cpu",
+        "cpu": cpu,
+        "instruction_set": facts["instruction_set"],
+        "cache": cache_bytes(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "pyvtk": facts["pyvtk"],
+        "python": platform.python_version(),
+        "commit": (git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""))
+        or None,
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+# ---- showing
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def size(count: float) -> str:
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def _limit_cell(result: Result) -> str:
+    if result.share is None:
+        return "-"
+    rate = result.amount / result.times[OURS].median
+    unit = "GFLOP/s" if result.limit == "matmul" else "GB/s"
+    return f"{100 * result.share:3.0f} % of {result.limit} ({rate / 1e9:.3g} {unit})"
+
+
+def _bar_cell(name: str, bar: Bar) -> str:
+    sign = "✓" if bar.met else "✗"
+    if name == SHARE:
+        return f"{sign} limit ≥ {100 * bar.required:.0f} %"
+    if name == MEMORY:
+        return f"{sign} memory ≤ {100 * bar.required:.0f} %"
+    return f"{sign} {name} ≥ {bar.required:g}x"
+
+
+def table(results: list[Result]) -> str:
+    """Aligned text, one block per family."""
+    blocks = []
+    for family in dict.fromkeys(r.family for r in results):
+        rows = [("case", "dtype", "pyvtk", "20-80 %", "limit", "peers: times as long", "bars")]
+        for r in (r for r in results if r.family == family):
+            if r.error:
+                rows.append((r.name, r.dtype, "RED", "-", "-", f"no numbers: {r.error}", ""))
+                continue
+            ours = r.times[OURS]
+            peers = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in r.ratios.items())
+            bars = ", ".join(_bar_cell(name, bar) for name, bar in r.bars.items())
+            spread = f"{duration(ours.low)} - {duration(ours.high)}"
+            rows.append((r.name, r.dtype, duration(ours.median), spread, _limit_cell(r), peers, bars))
+            if r.memory:
+                used = ", ".join(f"{name} {size(n)}" for name, n in r.memory.items())
+                rows.append(("", "", "", "", "", f"extra memory: {used}", ""))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        blocks.append("\n".join([family, *("  " + line for line in lines)]))
+    return "\n\n".join(blocks)
+
+
+def summary(results: list[Result]) -> str:
+    bars = [bar for r in results for bar in r.bars.values()]
+    red = sum(r.error is not None for r in results)
+    text = f"{len(results)} cases, {sum(bar.met for bar in bars)} of {len(bars)} bars met"
+    return text + (f", {red} RED (wrong result, no number)" if red else ", every result checked")
+
+
+def header(facts: dict) -> str:
+    lines = (
+        "{cpu}, {instruction_set}, {threads} thread, last-level cache {cache}, load {load}",
+        "pyvtk {pyvtk} at commit {commit}, torch {torch}, Python {python}, {date}",
+        "{command}",
+    )
+    return "\n".join(lines).format(**{**facts, "cache": size(facts["cache"])})
+
+
+# ---- the command
+
+
+def cases(families: list[str] | None = None, text: str | None = None) -> list[Case]:
+    """All cases of these families whose id contains ``text``."""
+    import importlib
+
+    found = []
+    for family in families or FAMILIES:
+        module = importlib.import_module(f"{__package__}.bench_{family}")
+        found += [case for case in module.CASES if text is None or text.lower() in case.id.lower()]
+    return found
+
+
+def run(chosen: list[Case], *, seconds: float, command: str) -> Report:
+    """Measure cases one after the other under a progress bar (on a terminal)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    torch.set_num_threads(1)
+    report = Report(machine(command), [])
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # refreshed by hand: a drawing thread would disturb the timings
+    with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for case in chosen:
+            progress.update(task, description=case.id[:70].ljust(70), refresh=True)
+            report.results.append(run_case(case, seconds=seconds))
+            progress.advance(task)
+    return report
+
+
+def main(args: argparse.Namespace) -> int:
+    chosen = cases(args.families, args.filter)
+    if args.list:
+        print("\n".join(case.id for case in chosen))
+        return 0
+    if not chosen:
+        print(f"pyvtk bench: no case contains {args.filter!r}; --list shows them", file=sys.stderr)
+        return 2
+    for folder in ([Path(args.json).parent] if args.json else []) + ([Path(args.plots)] if args.plots else []):
+        folder.mkdir(parents=True, exist_ok=True)  # now, lest the numbers be lost after the run
+    words = ["python -m pyvtk bench", *(args.families or []), *(["--quick"] if args.quick else [])]
+    words += [f"--filter {args.filter!r}"] if args.filter else []
+    report = run(chosen, seconds=0.2 if args.quick else 2.0, command=" ".join(words))
+    print(header(report.machine), table(report.results), summary(report.results), sep="\n\n")
+    if args.json:
+        Path(args.json).write_text(report.to_json())
+    if args.plots:
+        from . import plots
+
+        for path in plots.draw(report, Path(args.plots)):
+            print(f"wrote {path}")
+    return 1 if any(r.error for r in report.results) else 0

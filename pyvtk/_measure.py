@@ -1,0 +1,113 @@
+"""Time and memory of calls that compete with each other; shared by the benchmarks and the demo."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import struct
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+import torch
+
+
+@dataclass
+class Timing:
+    """Median and 20/80 % quantiles of one call, in seconds."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @staticmethod
+    def of(times: list[float]) -> Timing:
+        times = sorted(times)
+        at = lambda share: times[round(share * (len(times) - 1))]  # noqa: E731
+        return Timing(at(0.5), at(0.2), at(0.8), len(times))
+
+
+def interleave(
+    calls: dict[str, Callable],
+    prepare: Callable[[int, int], tuple] = lambda round, position: (),
+    *,
+    seconds: float,
+    min_rounds: int = 3,
+    max_rounds: int = 2000,
+) -> dict[str, Timing]:
+    """Time every call once per round, so that a slow spell of the machine hits all of them alike.
+
+    The order rotates from round to round: each call follows each other one equally often. What a call returns is freed
+    inside its own time. Rounds go on until ``seconds`` of measured time are spent.
+
+    Args:
+        calls: name -> callable.
+        prepare: gives the arguments, untimed, from the round and the position of the call in that round.
+    """
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    spent = 0
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for round in range(max_rounds):
+            for position in range(len(names)):
+                name = names[(round + position) % len(names)]
+                call, arguments = calls[name], prepare(round, position)
+                start = perf_counter_ns()
+                call(*arguments)
+                elapsed = perf_counter_ns() - start
+                times[name].append(elapsed * 1e-9)
+                spent += elapsed
+            if round + 1 >= min_rounds and spent > seconds * 1e9:
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing.of(values) for name, values in times.items()}
+
+
+def _resident(field: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+def extra_memory(call: Callable[[], object]) -> int | None:
+    """Bytes by which the process grows at its peak while ``call`` runs, its result included; None where unknown.
+
+    The kernel's high-water mark of resident memory sees what torch allocates and what C++ code takes for itself, which
+    a hook in torch's allocator does not. It is read in a forked child: there every block of 64 KiB and more can be
+    made a mapping of its own (so that freed memory cannot hide in the heap) without changing how the parent
+    allocates. On one thread. Numbers are exact to some hundred KiB.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the child runs one call and no other thread's code
+        child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(120)  # ends a child that waits for a lock or a thread that was not forked with it
+            torch.set_num_threads(1)  # OpenMP's other threads are not either
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+            call()  # maps the pages of libraries, which a fork leaves out, and makes what is made once
+            libc.malloc_trim(0)
+            with open("/proc/self/clear_refs", "w") as marks:
+                marks.write("5")  # the high-water mark falls to the present size
+            before = _resident("VmRSS")
+            call()
+            os.write(writer, struct.pack("q", max(0, _resident("VmHWM") - before)))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as result:
+        answer = result.read()
+    os.waitpid(child, 0)
+    return struct.unpack("q", answer)[0] if len(answer) == 8 else None

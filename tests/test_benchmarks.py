@@ -1,0 +1,179 @@
+"""The benchmark harness: the gate, the bars, the report; and the command that finds it."""
+
+import pytest
+import torch
+
+from pyvtk import bench
+from pyvtk.__main__ import main
+from pyvtk._measure import Timing, extra_memory, interleave
+
+harness = bench.load()
+
+
+def doubling(ours=lambda x: x * 2, peer=lambda x: x + x, **options):
+    """A tiny case: twice the input."""
+    return harness.Case(
+        "score",
+        "tiny",
+        torch.float32,
+        lambda: (torch.randn(64),),
+        {"pyvtk": ours, "peer": peer},
+        lambda x: harness.same(x * 2),
+        **options,
+    )
+
+
+def test_measures_checked_case():
+    result = harness.run_case(
+        doubling(limit=harness.read_limit(lambda x: x), bars={"peer": 1e-9, "best": 1e9, "limit": 1e-9}, memory=True),
+        seconds=0.01,
+    )
+    assert result.error is None
+    assert set(result.times) == {"pyvtk", "peer"} and all(t.median > 0 for t in result.times.values())
+    assert result.limit == "read" and result.amount == 256 and result.share > 0
+    assert {name: bar.met for name, bar in result.bars.items()} == {"peer": True, "best": False, "limit": True}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda x: x * 2 + 1, lambda x: x.double() * 2, lambda x: x[:1], lambda x: (x * 2, x), lambda x: x.nothing],
+    ids=["value", "dtype", "shape", "count", "exception"],
+)
+@pytest.mark.parametrize("who", ["ours", "peer"])
+def test_gate_blocks_numbers(wrong, who):
+    result = harness.run_case(doubling(**{who: wrong}, bars={"peer": 1.0}, memory=True), seconds=0.01)
+    assert result.error.startswith("pyvtk: " if who == "ours" else "peer: ")
+    assert not result.times and not result.bars and not result.memory
+    text = harness.table([result])
+    assert "RED" in text and "µs" not in text
+    assert "1 RED" in harness.summary([result])
+
+
+def test_close_allows_peers_more_than_us():
+    oracle = torch.ones(4, dtype=torch.float64)
+    check = harness.close(oracle, torch.full((4,), 1.01))
+    check("pyvtk", torch.full((4,), 1.019))
+    with pytest.raises(AssertionError, match="exceeds the budget"):
+        check("pyvtk", torch.full((4,), 1.03))
+    check("peer", torch.full((4,), 1.03))
+    with pytest.raises(AssertionError, match="exceeds the budget"):
+        check("peer", torch.full((4,), 1.2))
+    with pytest.raises(AssertionError):
+        check("pyvtk", torch.full((4,), float("nan")))
+
+
+def test_memory_bar_is_an_upper_one():
+    case = doubling(bars={"memory": 0.02})
+    times = {"pyvtk": Timing(1, 1, 1, 3), "peer": Timing(2, 2, 2, 3)}
+    result = harness.Result("score", "tiny", "fp32", times, memory={"pyvtk": 1, "peer": 100})
+    assert harness.judge(case, result)["memory"].met
+    result.memory["pyvtk"] = 3
+    assert not harness.judge(case, result)["memory"].met
+
+
+def test_json_round_trip():
+    results = [
+        harness.run_case(doubling(bars={"peer": 1.0}), seconds=0.01),
+        harness.Result("score", "x", "y", error="z"),
+    ]
+    report = harness.Report(harness.machine("test"), results)
+    assert harness.Report.from_json(report.to_json()) == report
+    assert {"cpu", "instruction_set", "torch", "pyvtk", "python", "commit", "command", "date"} <= set(report.machine)
+
+
+def test_mutating_case_is_checked_on_copies():
+    case = doubling(ours=lambda x: x.mul_(2), peer=lambda x: x * 2, mutates=True)
+    x = torch.randn(8)
+    before = x.clone()
+    assert harness.verify(case, (x,)) is None
+    assert torch.equal(x, before)
+
+
+def test_cold_case_gives_every_call_another_input():
+    pool = harness.Pool(doubling(cold=True))
+    seen = [pool(0, position)[0].data_ptr() for position in range(2)] + [pool(1, 0)[0].data_ptr()]
+    assert len(set(seen)) == 3
+
+
+def test_limits_run_on_every_dtype():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool):
+        x = torch.ones(3, 4).to(dtype)
+        for limit in (harness.read_limit(lambda x: x), harness.copy_limit(lambda x: [x])):
+            limit.probe(x)
+            assert limit.amount(x) == x.nbytes * (2 if limit.kind == "copy" else 1)
+    limit = harness.matmul_limit(lambda x: 2.0 * harness._PROBE**3, torch.bfloat16)
+    limit.probe(x)
+    assert limit.scale(x) == 1.0
+
+
+def test_case_refuses_unknown_bars_and_reserved_peers():
+    with pytest.raises(AssertionError, match="unknown bar"):
+        doubling(bars={"nobody": 1.0})
+    with pytest.raises(AssertionError, match="must not be named"):
+        harness.Case("score", "x", torch.float32, tuple, {"pyvtk": len, "best": len}, len)
+
+
+def test_every_case_is_named_once():
+    names = [case.id for case in harness.cases()]
+    assert len(names) == len(set(names))
+    assert {case.family for case in harness.cases()} == set(harness.FAMILIES)
+
+
+def test_rounds_rotate():
+    order = []
+    times = interleave({n: lambda n=n: order.append(n) for n in "abc"}, seconds=0, min_rounds=3)
+    assert "".join(order) == "abcbcacab"
+    assert all(t.rounds == 3 and t.low <= t.median <= t.high for t in times.values())
+
+
+def test_extra_memory_sees_peaks_and_frees():
+    x = torch.zeros(32 << 20, dtype=torch.uint8)
+    if (used := extra_memory(x.clone)) is None:
+        pytest.skip("this system does not tell")
+    assert abs(used - x.nbytes) < 1 << 20
+    assert extra_memory(lambda: (x.clone(), None)[1] or x.clone()) < 2.1 * x.nbytes
+    assert extra_memory(lambda: x.add_(1)) < 1 << 20
+
+
+def test_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = [harness.run_case(doubling(limit=harness.read_limit(lambda x: x)), seconds=0.01)]
+    (path,) = bench.load("plots").draw(harness.Report(harness.machine("test"), results), tmp_path)
+    assert path.name == "score.png" and path.stat().st_size > 10_000
+
+
+def test_command_lists_and_filters(capsys):
+    assert main(["bench", "--list", "select", "--filter", "snapkv"]) == 0
+    assert capsys.readouterr().out == "select: SnapKV per head [1, 4, 16384] to 2048, fp32\n"
+
+
+def test_command_runs_one_case(tmp_path, capsys):
+    pytest.importorskip("rich")
+    path = tmp_path / "new" / "x.json"
+    assert main(["bench", "select", "--quick", "--filter", "[1, 576] to 72,", "--json", str(path)]) == 0
+    assert "every result checked" in capsys.readouterr().out
+    assert harness.Report.from_json(path.read_text()).results[0].times["pyvtk"].median > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nothing"], "unknown family 'nothing'"), (["--filter", "no such case"], "no case contains 'no such case'")],
+)
+def test_command_refuses(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_command_exits_1_on_red(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(harness, "cases", lambda *_: [doubling(ours=lambda x: x)])
+    assert main(["bench"]) == 1
+    assert "RED" in capsys.readouterr().out
+
+
+def test_command_without_checkout(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    assert main(["bench", "--list"]) == 2
+    error = capsys.readouterr().err
+    assert "source checkout" in error and error.count("\n") == 1
