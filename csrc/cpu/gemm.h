@@ -111,16 +111,12 @@ PYVTK_INLINE void logits_tile(const float* q, int64_t ldq, const float* packed, 
   }
 }
 
-// s[row * lds + key * step], k[key][ldk]: one strip of channels.
+// out[row] += sum over i of s[row * row_step + i * sum_step] * x[i], one strip of channels. The sum starts from zero and
+// joins `out` once, so that rounding errors grow with the number of calls, not with that of summands.
 template <int64_t rows>
 PYVTK_INLINE void weigh_tile(const float* s, int64_t row_step, int64_t sum_step, int64_t count, const float* x,
                              int64_t ldx, float* out, int64_t ldo) {
-  vfloat sum[rows][2];
-#pragma GCC unroll 12
-  for (int64_t r = 0; r < rows; ++r) {
-    sum[r][0] = load(out + r * ldo);
-    sum[r][1] = load(out + r * ldo + kLanes);
-  }
+  vfloat sum[rows][2] = {};
   for (int64_t i = 0; i < count; ++i) {
     const vfloat x0 = load(x + i * ldx), x1 = load(x + i * ldx + kLanes);
 #pragma GCC unroll 12
@@ -132,8 +128,9 @@ PYVTK_INLINE void weigh_tile(const float* s, int64_t row_step, int64_t sum_step,
   }
 #pragma GCC unroll 12
   for (int64_t r = 0; r < rows; ++r) {
-    store(out + r * ldo, sum[r][0]);
-    store(out + r * ldo + kLanes, sum[r][1]);
+    float* to = out + r * ldo;
+    store(to, load(to) + sum[r][0]);
+    store(to + kLanes, load(to + kLanes) + sum[r][1]);
   }
 }
 

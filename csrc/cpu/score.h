@@ -168,13 +168,13 @@ class ScoreWalk {
 
 // exp(z - shift) in place; returns the sum.
 inline float exp_row(const ScoreRow& row, float shift) {
-  vfloat sum[2] = {};
+  vfloat sum[4] = {};  // short sums round less
   for (int64_t j = 0; j < row.count; j += kLanes) {
     const vfloat e = vexp(load(row.z + j) - shift);
     store(row.z + j, e);
-    sum[(j / kLanes) & 1] += e;
+    sum[(j / kLanes) & 3] += e;
   }
-  return reduce_add(sum[0] + sum[1]);
+  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 struct Softmax {
@@ -636,7 +636,8 @@ class ScoreBackward {
   }
 
  private:
-  static constexpr int64_t kKeys = 64;  // keys widened at a time: with 128 channels they fit the first-level cache
+  // Keys widened at a time: with 256 channels they fit the first-level cache, and sums over them stay short.
+  static constexpr int64_t kKeys = 32;
 
   float* partial(int64_t kv_head) const {
     return partial_ + ((sample_ * p_.kv_heads + kv_head) * score_backward_chunks(p_) + chunk_) * score_backward_pitch(p_);
@@ -692,12 +693,12 @@ class ScoreBackward {
     // Normalised anew: exp(z - lse) would carry the rounding of lse, which grows with it, into every probability.
     const float factor = p_.logit ? 1.0f : softmax_row(row, largest, p_.lse_given ? &lse : nullptr).factor;
 
-    vfloat sum = {};
+    vfloat sum[4] = {};
     for (int64_t j = 0; j < count; j += kLanes) {
       const vint seen = walk_.visible(row, start + j) & first_lanes(count - j);
-      sum += blend(seen, load(row.z + start + j) * load(column_.data() + j), vfloat{});
+      sum[(j / kLanes) & 3] += blend(seen, load(row.z + start + j) * load(column_.data() + j), vfloat{});
     }
-    const float dot = reduce_add(sum) * factor;
+    const float dot = reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])) * factor;
     weight_partial(kv_head)[row.head % p_.group()] += dot;
     if (g_.lse_given) g_.lse_given[lse_at] = -weight * dot;
 

@@ -1,7 +1,8 @@
 """Score keys, then select among them: ``select(attention_scores(q, k))`` with what masks and ranges imply.
 
-Indices are positions in k, also with key_range. Keys that k_mask hides and keys outside of key_range are not candidates:
-they go, stay with ``others="keep"``, or are forced by ``keep``; a key outside of the range ranks as if it scored -inf.
+Indices are positions in k, also with key_range. Keys that k_mask hides and keys outside of key_range are not
+candidates: they go, stay with ``others="keep"``, or are forced by ``keep``; a key outside of the range ranks as if it
+scored -inf.
 """
 
 from __future__ import annotations
@@ -27,4 +28,4 @@ def competing(candidates: Tensor | None, k_mask: Tensor | None, keys: int, key_s
         return candidates
     token = torch.arange(keys, device=like.device)
     inside = (token >= key_start) & (token < key_stop)
-    return inside.expand(like.shape[0], keys) if candidates is None else candidates & inside
+    return (inside.expand(like.shape[0], keys) if candidates is None else candidates & inside).contiguous()
