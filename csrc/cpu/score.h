@@ -76,7 +76,7 @@ class ScoreWalk {
     const bool pack_once = !few && reach * p_.dim <= kPackedFloats;
     // Whole queries: every head of the group has the same place in each block.
     const int64_t wanted = few ? kFewRows : (pack_once ? kBlockRows : kLargeBlockRows);
-    const int64_t block_rows = std::max<int64_t>(wanted / group, 1) * group;
+    const int64_t block_rows = std::min(std::max<int64_t>(wanted / group, 1) * group, rows);
     const int64_t chunk = pack_once ? reach : padded(std::max<int64_t>(kPackedFloats / 8 / p_.dim, 1));
     const int64_t ldq = padded(p_.dim);
     const int64_t ldz = padded(reach) + kStrip;
@@ -105,18 +105,20 @@ class ScoreWalk {
         }
       }
       for (int64_t r = 0; r < block_count; ++r) {
-        ScoreRow x;
+        ScoreRow x = row_of(first + (begin + r) / group);
         x.head = kv_head * group + (begin + r) % group;
-        x.query = first + (begin + r) / group;
         x.z = z_.data() + r * ldz;
-        x.count = visible_end(x.query);
         x.reach = block_reach;
-        x.position = position(x.query);
-        x.valid = valid(x.query);
         row(x);
       }
       block(block_count, q_.data(), ldq, z_.data(), ldz, block_reach);
     }
+  }
+
+  // What does not depend on the head; without logits.
+  ScoreRow row_of(int64_t query) const {
+    return {.head = 0, .query = query, .z = nullptr, .count = visible_end(query), .reach = 0,
+            .position = position(query), .valid = valid(query)};
   }
 
   // Keys of the window from its first to the last that this query (or, with default positions, any before it) may see.
@@ -230,7 +232,7 @@ inline ScorePlan score_plan(const ScoreProblem& p) {
   plan.slots = p.pairwise() || p.merges_heads() ? 1 : p.group();
   // The cut depends on the shape alone, so that results do not depend on the machine. 64 items keep many cores busy;
   // fewer than 96 rows would not repay packing the keys.
-  const int64_t rows = p.max_queries * (p.pairwise() ? p.heads_per_out() : p.group());
+  const int64_t rows = p.max_queries * p.group();
   plan.chunks = std::clamp<int64_t>(64 / std::max<int64_t>(p.batch * plan.groups, 1), 1, std::max<int64_t>(rows / 96, 1));
   plan.pitch = padded(p.max_scored()) + kStrip;
   plan.items = p.batch * plan.groups * plan.chunks;
@@ -375,54 +377,64 @@ void score_item(const ScoreProblem& p, float* workspace, int64_t item) {
     return;
   }
 
-  // Pairwise: a panel [queries][scored] of values reduced over heads, then over queries.
-  constexpr int64_t kQueries = 32;
+  // Pairwise: a panel [queries][scored] of values reduced over heads, then over queries. As many queries at a time as
+  // keep it near the second-level cache: packing a head's keys has to pay for each run.
+  const int64_t queries = std::clamp<int64_t>((int64_t{1} << 17) / plan.pitch, 32, std::max<int64_t>(last - first, 32));
   const int64_t kv_first = p.by_group() ? group : 0, kv_last = p.by_group() ? group + 1 : p.kv_heads;
   const ScoreColumns columns = item_columns(p, plan, workspace, item, 0);
-  std::vector<float> panel(kQueries * plan.pitch);
-  std::vector<int32_t> winner(p.head_max() ? panel.size() : 0), seen_by(kQueries * plan.pitch);
+  std::vector<float> panel(queries * plan.pitch);
+  std::vector<int32_t> winner(p.head_max() ? panel.size() : 0);
   const float mean = p.head_mean() ? 1.0f / static_cast<float>(p.heads_per_out()) : 1.0f;
-  for (int64_t begin = first; begin < last; begin += kQueries) {
-    const int64_t end = std::min(begin + kQueries, last);
+  for (int64_t begin = first; begin < last; begin += queries) {
+    const int64_t end = std::min(begin + queries, last);
     std::fill(panel.begin(), panel.end(), p.head_max() ? -kInfinity : 0.0f);
-    std::fill(seen_by.begin(), seen_by.end(), 0);
     for (int64_t kv_head = kv_first; kv_head < kv_last; ++kv_head) {
-      walk.visit(kv_head, begin, end,
-                 [&](const ScoreRow& row) {
-                   float factor;
-                   if (!values(row, &factor)) return;
-                   float* pair = panel.data() + (row.query - begin) * plan.pitch;
-                   int32_t* seen_pair = seen_by.data() + (row.query - begin) * plan.pitch;
-                   const int64_t count = std::min(row.count - start, scored);
-                   for (int64_t j = 0; j < count; j += kLanes) {
-                     const vint seen = walk.visible(row, start + j);
-                     const vfloat x = load(row.z + start + j) * factor;
-                     store(seen_pair + j, load(seen_pair + j) | seen);
-                     if (p.head_max()) {
-                      take_max(pair + j, winner.data() + (pair - panel.data()) + j, x, seen,
-                                splat(static_cast<int32_t>(row.head)));
-                     } else {
-                       store(pair + j, load(pair + j) + blend(seen, x, vfloat{}));
-                     }
-                   }
-                 },
-                 [](auto&&...) {});
+      walk.visit(
+          kv_head, begin, end,
+          [&](const ScoreRow& row) {
+            float factor;
+            const bool alive = values(row, &factor);
+            if (!row.valid) return;
+            // With a given lse a query may be dead for one head only; its values are zeros.
+            if (!alive) std::fill_n(row.z, padded(row.reach), 0.0f);
+            const int64_t at = (row.query - begin) * plan.pitch, count = std::min(row.count - start, scored);
+            if (p.head_max()) {
+              for (int64_t j = 0; j < count; j += kLanes) {
+                take_max(panel.data() + at + j, winner.data() + at + j, load(row.z + start + j) * factor,
+                         walk.visible(row, start + j), splat(static_cast<int32_t>(row.head)));
+              }
+            } else {
+              // What the query does not see is left out when queries are reduced.
+              for (int64_t j = 0; j < count; j += kLanes) {
+                float* to = panel.data() + at + j;
+                store(to, load(to) + load(row.z + start + j) * factor);
+              }
+            }
+          },
+          [](auto&&...) {});
     }
-    for (int64_t j = 0; j < scored; j += kLanes) {
-      vfloat sum = {};
-      for (int64_t query = begin; query < end; ++query) {
-        const int64_t at = (query - begin) * plan.pitch + j;
-        const vint seen = load(seen_by.data() + at);
-        const vfloat x = load(panel.data() + at) * mean;
-        sum += blend(seen, x, vfloat{});
-        if (columns.max) {
-          // The winner keeps the query, and with a maximum over heads that head: query * heads + head.
-          vint candidate = splat(static_cast<int32_t>(query));
-          if (p.head_max()) candidate = candidate * splat(static_cast<int32_t>(p.q_heads)) + load(winner.data() + at);
-          take_max(columns.max + j, columns.winner + j, x, seen, candidate);
+    constexpr int64_t kSummed = 24;  // queries that are added up before they join the column, as in blocks of rows
+    for (int64_t some = begin; some < end; some += kSummed) {
+      const int64_t some_end = std::min(some + kSummed, end);
+      std::vector<ScoreRow> rows;
+      for (int64_t query = some; query < some_end; ++query) rows.push_back(walk.row_of(query));
+      for (int64_t j = 0; j < scored; j += kLanes) {
+        vfloat sum = {};
+        for (const ScoreRow& row : rows) {
+          if (!row.valid || row.count <= start + j) continue;
+          const int64_t at = (row.query - begin) * plan.pitch + j;
+          const vint seen = walk.visible(row, start + j);
+          const vfloat x = load(panel.data() + at) * mean;
+          sum += blend(seen, x, vfloat{});
+          if (columns.max) {
+            // The winner keeps the query, and with a maximum over heads that head: query * heads + head.
+            vint candidate = splat(static_cast<int32_t>(row.query));
+            if (p.head_max()) candidate = candidate * splat(static_cast<int32_t>(p.q_heads)) + load(winner.data() + at);
+            take_max(columns.max + j, columns.winner + j, x, seen, candidate);
+          }
         }
+        if (columns.sum) store(columns.sum + j, load(columns.sum + j) + sum);
       }
-      if (columns.sum) store(columns.sum + j, load(columns.sum + j) + sum);
     }
   }
 }
@@ -570,8 +582,16 @@ inline int64_t score_backward_items(const ScoreProblem& p, const ScoreGradient& 
   return p.batch * p.kv_heads / std::max<int64_t>(g.pair_max_heads, 1) * score_backward_chunks(p);
 }
 
-// Floats of key gradients per chunk and head of keys: [max_keys][padded(dim)], then [max_keys] for the bias.
-inline int64_t score_backward_pitch(const ScoreProblem& p) { return p.max_keys * (padded(p.dim) + 1); }
+// Whether gradients of the keys are added up in the output itself: one chunk, and rows of whole strips.
+inline bool score_backward_direct(const ScoreProblem& p) {
+  return score_backward_chunks(p) == 1 && p.dim == padded(p.dim);
+}
+
+// Floats of scratch per chunk and head of keys: [max_keys] of the bias' gradient, then, if they are not added up in the
+// output, [max_keys][padded(dim)] of the keys'.
+inline int64_t score_backward_pitch(const ScoreProblem& p) {
+  return p.max_keys * (score_backward_direct(p) ? 1 : 1 + padded(p.dim));
+}
 
 // The gradient of one sample's run of queries.
 template <class T>
@@ -587,6 +607,7 @@ class ScoreBackward {
         chunk_(chunk),
         partial_(partial),
         weight_partial_(weight_partial),
+        direct_(score_backward_direct(p_)),
         ldk_(padded(p_.dim)),
         wide_keys_(kKeys * ldk_),
         column_(padded(s_.scored()) + kStrip) {
@@ -597,6 +618,9 @@ class ScoreBackward {
 
   void clear(int64_t kv_head) {
     std::fill_n(partial(kv_head), score_backward_pitch(p_), 0.0f);
+    for (int64_t key = 0; direct_ && key < s_.keys; ++key) {
+      std::fill_n(grad_k(kv_head) + key * grad_k_stride(), p_.dim, 0.0f);
+    }
     std::fill_n(weight_partial(kv_head), p_.group(), 0.0f);
   }
 
@@ -642,6 +666,13 @@ class ScoreBackward {
   float* partial(int64_t kv_head) const {
     return partial_ + ((sample_ * p_.kv_heads + kv_head) * score_backward_chunks(p_) + chunk_) * score_backward_pitch(p_);
   }
+  // Where the head's key gradients are added up.
+  float* grad_k(int64_t kv_head) const {
+    if (!direct_) return partial(kv_head) + p_.max_keys;
+    return g_.k + (p_.packed() ? s_.column_offset * p_.kv_heads + kv_head
+                               : (sample_ * p_.kv_heads + kv_head) * p_.keys) * p_.dim;
+  }
+  int64_t grad_k_stride() const { return direct_ && p_.packed() ? p_.kv_heads * p_.dim : ldk_; }
   float* weight_partial(int64_t kv_head) const {
     return weight_partial_ + ((sample_ * p_.kv_heads + kv_head) * score_backward_chunks(p_) + chunk_) * p_.group();
   }
@@ -732,8 +763,7 @@ class ScoreBackward {
     const int64_t window_start = walk_.window_start();
     const T* keys =
         static_cast<const T*>(p_.k) + s_.k_offset + kv_head * p_.k_head_stride + window_start * p_.k_row_stride;
-    float* grad_k = partial(kv_head);
-    float* grad_bias = grad_k + p_.max_keys * ldk_;
+    float* grad_bias = partial(kv_head);
     for (int64_t r = 0; r < rows; ++r) {
       // Rows may reach less far than their block.
       const int64_t end = std::min(reach, walk_.visible_end(first + (rows_done + r) / p_.group()));
@@ -752,7 +782,8 @@ class ScoreBackward {
         if (walk_.key_positions() && walk_.key_positions()[key + j] == kHidden) std::fill_n(wide, ldk_, 0.0f);
       }
       weigh_keys(z + key, ldz, rows, wide_keys_.data(), ldk_, count, grad_q_.data(), ldk_);
-      weigh_rows(z + key, ldz, rows, q, ldq, count, grad_k + (window_start + key) * ldk_, ldk_);
+      weigh_rows(z + key, ldz, rows, q, ldq, count, grad_k(kv_head) + (window_start + key) * grad_k_stride(),
+                 grad_k_stride());
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t head = kv_head * p_.group() + (rows_done + r) % p_.group();
@@ -770,6 +801,7 @@ class ScoreBackward {
   const int64_t sample_, chunk_;
   int64_t first_, last_;
   float *const partial_, *const weight_partial_;
+  const bool direct_;
   const int64_t ldk_;
   std::vector<float> wide_keys_, grad_q_;
   std::vector<float> column_;
@@ -798,15 +830,17 @@ inline void score_backward_finish(const ScoreProblem& p, const ScoreGradient& g,
   const ScoreSample s = score_sample(p, sample_number);
   if (key >= s.keys) return;
   const int64_t chunks = score_backward_chunks(p), pitch = score_backward_pitch(p), ldk = padded(p.dim);
+  const bool direct = score_backward_direct(p);
   float bias = 0.0f;
   for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head) {
     const float* from = partial + (sample_number * p.kv_heads + kv_head) * chunks * pitch;
     float* to = g.k + (p.packed() ? ((s.column_offset + key) * p.kv_heads + kv_head)
                                   : ((sample_number * p.kv_heads + kv_head) * p.keys + key)) * p.dim;
     for (int64_t chunk = 0; chunk < chunks; ++chunk, from += pitch) {
-      const float* x = from + key * ldk;
+      bias += from[key];
+      if (direct) continue;
+      const float* x = from + p.max_keys + key * ldk;
       for (int64_t d = 0; d < p.dim; ++d) to[d] = (chunk ? to[d] : 0.0f) + x[d];
-      bias += from[p.max_keys * ldk + key];
     }
     for (int64_t d = 0; d < p.dim; ++d) to[d] *= p.scale;
   }
