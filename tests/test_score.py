@@ -1,4 +1,4 @@
-"""attention_scores: every option against the float64 reference, the reference against loops written from its formula."""
+"""attention_scores: every option against the float64 reference, and that against loops written from the formula."""
 
 import itertools
 import math
@@ -191,18 +191,22 @@ def gradients(q, k, options, backend):
 
 @pytest.mark.parametrize("number", range(len(ALL)))
 def test_gradient_within_budget(number, instruction_set):
+    """The budget holds for the worst of three draws: the largest error of a few numbers in one draw is mere luck."""
     query_reduce, head_reduce, order, quantity = ALL[number]
     queries, keys, dim = [(1, 210, 16), (33, 140, 24)][number % 2]
-    q, k = inputs(queries=queries, keys=keys, dim=dim, seed=number)
-    options = {
-        "query_reduce": query_reduce, "head_reduce": head_reduce, "reduce_order": order, "quantity": quantity,
-        **extras(number // 2, 2, 4, queries, keys, quantity),
-    }  # fmt: skip
-    compiled = gradients(q, k, options, "compiled")
-    plain = gradients(q, k, options, "reference")
-    oracle = gradients(q.double(), k.double(), in_double(options), "reference")
-    for name, grad in compiled.items():
-        assert_within_budget(grad, oracle[name], plain[name])
+    draws = []
+    for seed in (number, number + 1000, number + 2000):
+        q, k = inputs(queries=queries, keys=keys, dim=dim, seed=seed)
+        options = {
+            "query_reduce": query_reduce, "head_reduce": head_reduce, "reduce_order": order, "quantity": quantity,
+            **extras(number // 2, 2, 4, queries, keys, quantity),
+        }  # fmt: skip
+        compiled = gradients(q, k, options, "compiled")
+        plain = gradients(q, k, options, "reference")
+        oracle = gradients(q.double(), k.double(), in_double(options), "reference")
+        draws.append((compiled, oracle, plain))
+    for name in draws[0][0]:
+        assert_within_budget(*(torch.stack([draw[i][name] for draw in draws]) for i in range(3)))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
@@ -347,7 +351,9 @@ def test_blind_queries(backend):
 
 @pytest.mark.parametrize("backend", ("compiled", "reference"))
 @pytest.mark.parametrize(
-    "shape", [(0, 4, 2, 3, 5), (2, 4, 2, 0, 5), (2, 4, 2, 3, 0), (1, 1, 1, 1, 1)], ids=("batch", "queries", "keys", "one")
+    "shape",
+    [(0, 4, 2, 3, 5), (2, 4, 2, 0, 5), (2, 4, 2, 3, 0), (1, 1, 1, 1, 1)],
+    ids=("batch", "queries", "keys", "one"),
 )
 def test_empty(shape, backend):
     q, k = inputs(*shape)
@@ -427,6 +433,7 @@ def test_opcheck(requires_grad):
     opcheck(torch.ops.pyvtk.attention_scores.default, operator_arguments(requires_grad))
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("backend", ("compiled", "reference"))
 def test_compiles_as_one_graph(backend):
     q, k = inputs(queries=3)
@@ -442,6 +449,7 @@ def test_compiles_as_one_graph(backend):
     torch.testing.assert_close(grad, expected)
 
 
+@pytest.mark.compile
 def test_compiles_at_most_twice_over_lengths():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()

@@ -112,10 +112,11 @@ PYVTK_INLINE void logits_tile(const float* q, int64_t ldq, const float* packed, 
 }
 
 // out[row] += sum over i of s[row * row_step + i * sum_step] * x[i], one strip of channels. The sum starts from zero and
-// joins `out` once, so that rounding errors grow with the number of calls, not with that of summands.
+// joins `out` once, so that rounding errors grow with the number of calls, not with that of summands. `fresh` writes
+// out instead of adding to it.
 template <int64_t rows>
 PYVTK_INLINE void weigh_tile(const float* s, int64_t row_step, int64_t sum_step, int64_t count, const float* x,
-                             int64_t ldx, float* out, int64_t ldo) {
+                             int64_t ldx, float* out, int64_t ldo, bool fresh) {
   vfloat sum[rows][2] = {};
   for (int64_t i = 0; i < count; ++i) {
     const vfloat x0 = load(x + i * ldx), x1 = load(x + i * ldx + kLanes);
@@ -129,8 +130,8 @@ PYVTK_INLINE void weigh_tile(const float* s, int64_t row_step, int64_t sum_step,
 #pragma GCC unroll 12
   for (int64_t r = 0; r < rows; ++r) {
     float* to = out + r * ldo;
-    store(to, load(to) + sum[r][0]);
-    store(to + kLanes, load(to + kLanes) + sum[r][1]);
+    store(to, fresh ? sum[r][0] : load(to) + sum[r][0]);
+    store(to + kLanes, fresh ? sum[r][1] : load(to + kLanes) + sum[r][1]);
   }
 }
 
@@ -162,53 +163,64 @@ inline void logits(const float* q, int64_t ldq, int64_t rows, const float* packe
   }
 }
 
-// Products of one key with `rows` queries, still spread over lanes. Two sums per query hide the latency of the
-// additions; with one query, four.
-template <int64_t rows, class T>
-PYVTK_INLINE void dot_rows(const float* q, int64_t ldq, const T* key, int64_t dim, vfloat* sum) {
-  constexpr int64_t parts = rows == 1 ? 4 : 2;
-  vfloat part[rows][parts] = {};
+// Products of `keys` keys with `rows` queries, still spread over lanes: sum[row * kLanes + key]. Eight sums at a time
+// hide the latency of the additions.
+template <int64_t keys, int64_t rows, class T>
+PYVTK_INLINE void dot_block(const float* q, int64_t ldq, const T* const* key, int64_t dim, vfloat* sum) {
+  constexpr int64_t kParts = keys * rows <= 4 ? 2 : 1;
+  vfloat part[rows][keys][kParts] = {};
+  const auto add = [&](int64_t i, auto&& load_key, auto&& load_query) __attribute__((always_inline)) {
+    vfloat k[keys];
+#pragma GCC unroll 4
+    for (int64_t n = 0; n < keys; ++n) k[n] = load_key(key[n]);
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < rows; ++r) {
+      const vfloat x = load_query(q + r * ldq);
+#pragma GCC unroll 4
+      for (int64_t n = 0; n < keys; ++n) part[r][n][i] += x * k[n];
+    }
+  };
   int64_t d = 0;
-  for (; d + parts * kLanes <= dim; d += parts * kLanes) {
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < parts; ++i) {
-      const vfloat k = load(key + d + i * kLanes);
-#pragma GCC unroll 4
-      for (int64_t r = 0; r < rows; ++r) part[r][i] += load(q + r * ldq + d + i * kLanes) * k;
+  for (; d + kParts * kLanes <= dim; d += kParts * kLanes) {
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < kParts; ++i) {
+      const auto whole = [&](const auto* p) { return load(p + d + i * kLanes); };
+      add(i, whole, whole);
     }
   }
-  for (; d + kLanes <= dim; d += kLanes) {
-    const vfloat k = load(key + d);
-#pragma GCC unroll 4
-    for (int64_t r = 0; r < rows; ++r) part[r][0] += load(q + r * ldq + d) * k;
-  }
-  if (d < dim) {
-    const vfloat k = load_partial(key + d, dim - d);
-#pragma GCC unroll 4
-    for (int64_t r = 0; r < rows; ++r) part[r][0] += load_partial(q + r * ldq + d, dim - d) * k;
+  for (; d < dim; d += kLanes) {
+    const auto rest = [&](const auto* p) { return dim - d < kLanes ? load_partial(p + d, dim - d) : load(p + d); };
+    add(0, rest, rest);
   }
 #pragma GCC unroll 4
   for (int64_t r = 0; r < rows; ++r) {
-    sum[r * kLanes] = parts == 4 ? (part[r][0] + part[r][1]) + (part[r][2] + part[r][parts - 1]) : part[r][0] + part[r][1];
+#pragma GCC unroll 4
+    for (int64_t n = 0; n < keys; ++n) {
+      sum[r * kLanes + n] = kParts == 2 ? part[r][n][0] + part[r][n][kParts - 1] : part[r][n][0];
+    }
   }
 }
 
 template <int64_t rows, class T>
 PYVTK_INLINE void logits_few_tile(const float* q, int64_t ldq, const T* keys, int64_t stride, int64_t count,
                                   int64_t dim, float* z, int64_t ldz) {
-  // Keys are read strictly one after the other, which is what the hardware prefetcher follows best; it stops at the
-  // end of a 4 KiB page, so the next rows are asked for by hand as well.
-  constexpr int64_t kAhead = 4096 / static_cast<int64_t>(sizeof(T));
-  vfloat sum[rows][kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    const T* key = keys + std::min(lane, count - 1) * stride;
-    if (rows <= 4) {
-      for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(key + d + kAhead);
+  // A single query shares its loads among several keys; several queries share those of one key.
+  constexpr int64_t kKeys = rows == 1 ? 4 : (rows == 2 ? 2 : 1);
+  // The hardware prefetcher stops at the end of a 4 KiB page and likes a single stream; the rows that follow are
+  // asked for by hand.
+  constexpr int64_t kAhead = 2048 / static_cast<int64_t>(sizeof(T)), kLine = 64 / static_cast<int64_t>(sizeof(T));
+  vfloat sum[rows * kLanes];
+  for (int64_t lane = 0; lane < kLanes; lane += kKeys) {
+    const T* key[kKeys];
+#pragma GCC unroll 4
+    for (int64_t n = 0; n < kKeys; ++n) {
+      key[n] = keys + std::min(lane + n, count - 1) * stride;
+      for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(key[n] + d + kAhead);
     }
-    dot_rows<rows>(q, ldq, key, dim, &sum[0][lane]);
+    dot_block<kKeys, rows>(q, ldq, key, dim, sum + lane);
   }
 #pragma GCC unroll 4
-  for (int64_t r = 0; r < rows; ++r) store(z + r * ldz, sum_each(sum[r]));
+  for (int64_t r = 0; r < rows; ++r) store(z + r * ldz, sum_each(sum + r * kLanes));
 }
 
 // The same without packing, for few rows: keys are read once, in their own type.
@@ -233,17 +245,17 @@ inline void weigh_keys(const float* s, int64_t lds, int64_t rows, const float* k
                        float* out, int64_t ldo) {
   for (int64_t d = 0; d < ldk; d += kStrip) {
     for_row_tiles(rows, [&](auto tile, int64_t row) {
-      weigh_tile<tile>(s + row * lds, lds, 1, count, keys + d, ldk, out + row * ldo + d, ldo);
+      weigh_tile<tile>(s + row * lds, lds, 1, count, keys + d, ldk, out + row * ldo + d, ldo, false);
     });
   }
 }
 
-// out [count][ldo] += s [rows][lds] transposed times q [rows][ldq], ldq and ldo whole strips.
+// out [count][ldo] += (or, fresh, =) s [rows][lds] transposed times q [rows][ldq], ldq whole strips.
 inline void weigh_rows(const float* s, int64_t lds, int64_t rows, const float* q, int64_t ldq, int64_t count, float* out,
-                       int64_t ldo) {
+                       int64_t ldo, bool fresh) {
   for (int64_t d = 0; d < ldq; d += kStrip) {
     for_row_tiles(count, [&](auto tile, int64_t key) {
-      weigh_tile<tile>(s + key, 1, lds, rows, q + d, ldq, out + key * ldo + d, ldo);
+      weigh_tile<tile>(s + key, 1, lds, rows, q + d, ldq, out + key * ldo + d, ldo, fresh);
     });
   }
 }

@@ -616,12 +616,11 @@ class ScoreBackward {
     last_ = std::min(first_ + step, s_.queries);
   }
 
+  // The first block of rows writes the gradients of the keys it reaches; this is for what it leaves.
   void clear(int64_t kv_head) {
-    std::fill_n(partial(kv_head), score_backward_pitch(p_), 0.0f);
-    for (int64_t key = 0; direct_ && key < s_.keys; ++key) {
-      std::fill_n(grad_k(kv_head) + key * grad_k_stride(), p_.dim, 0.0f);
-    }
+    std::fill_n(partial(kv_head), p_.max_keys, 0.0f);
     std::fill_n(weight_partial(kv_head), p_.group(), 0.0f);
+    if (first_ == last_) clear_keys(kv_head, 0, s_.keys);
   }
 
   void run(int64_t kv_head) {
@@ -671,6 +670,10 @@ class ScoreBackward {
     if (!direct_) return partial(kv_head) + p_.max_keys;
     return g_.k + (p_.packed() ? s_.column_offset * p_.kv_heads + kv_head
                                : (sample_ * p_.kv_heads + kv_head) * p_.keys) * p_.dim;
+  }
+  void clear_keys(int64_t kv_head, int64_t first, int64_t last) {
+    const int64_t width = direct_ ? p_.dim : ldk_;
+    for (int64_t key = first; key < last; ++key) std::fill_n(grad_k(kv_head) + key * grad_k_stride(), width, 0.0f);
   }
   int64_t grad_k_stride() const { return direct_ && p_.packed() ? p_.kv_heads * p_.dim : ldk_; }
   float* weight_partial(int64_t kv_head) const {
@@ -771,6 +774,12 @@ class ScoreBackward {
       if (g_.k_bias) {
         for (int64_t j = 0; j < end; ++j) grad_bias[window_start + j] += z[r * ldz + j];
       }
+      for (int64_t j = 0; j < padded(reach); j += kLanes) store(z + r * ldz + j, load(z + r * ldz + j) * p_.scale);
+    }
+    const bool fresh = first == first_ && rows_done == 0;
+    if (fresh) {
+      clear_keys(kv_head, 0, window_start);
+      clear_keys(kv_head, window_start + reach, s_.keys);
     }
     grad_q_.assign(rows * ldk_, 0.0f);
     for (int64_t key = 0; key < reach; key += kKeys) {
@@ -783,14 +792,14 @@ class ScoreBackward {
       }
       weigh_keys(z + key, ldz, rows, wide_keys_.data(), ldk_, count, grad_q_.data(), ldk_);
       weigh_rows(z + key, ldz, rows, q, ldq, count, grad_k(kv_head) + (window_start + key) * grad_k_stride(),
-                 grad_k_stride());
+                 grad_k_stride(), fresh);
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t head = kv_head * p_.group() + (rows_done + r) % p_.group();
       const int64_t query = first + (rows_done + r) / p_.group();
       const int64_t at = p_.packed() ? (s_.row_offset + query) * p_.q_heads + head
                                      : (sample_ * p_.q_heads + head) * p_.queries + query;
-      for (int64_t d = 0; d < p_.dim; ++d) g_.q[at * p_.dim + d] = grad_q_[r * ldk_ + d] * p_.scale;
+      std::copy_n(grad_q_.data() + r * ldk_, p_.dim, g_.q + at * p_.dim);
     }
   }
 
@@ -842,7 +851,6 @@ inline void score_backward_finish(const ScoreProblem& p, const ScoreGradient& g,
       const float* x = from + p.max_keys + key * ldk;
       for (int64_t d = 0; d < p.dim; ++d) to[d] = (chunk ? to[d] : 0.0f) + x[d];
     }
-    for (int64_t d = 0; d < p.dim; ++d) to[d] *= p.scale;
   }
   if (g.k_bias) g.k_bias[s.column_offset + key] = bias;
 }

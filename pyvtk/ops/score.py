@@ -22,7 +22,8 @@ _SCHEMA = (
 _BACKWARD_SCHEMA = (
     "(Tensor grad_linear, Tensor? grad_max, Tensor? max_query, Tensor? grad_lse, Tensor lse, Tensor q, Tensor k, "
     f"{_OPTIONS}Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, SymInt key_start, SymInt key_stop, "
-    "bool range_denominator, bool lse_given, float scale, bool logit, SymInt pair_max_heads) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool range_denominator, bool lse_given, float scale, bool logit, SymInt pair_max_heads) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -77,7 +78,8 @@ backends.define("attention_scores_backward", _BACKWARD_SCHEMA, fake=_fake_backwa
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, causal, key_start, key_stop, range_denominator, scale, reduces, head_reduce, heads_first, logit, _ = inputs
+    tensors = inputs[:11]
+    causal, key_start, key_stop, range_denominator, scale, reduces, head_reduce, heads_first, logit, _ = inputs[11:]
     _, lse, divisors, query_winners, head_winners = output
     ctx.mark_non_differentiable(divisors, query_winners, head_winners)
     ctx.set_materialize_grads(False)
