@@ -206,7 +206,7 @@ def test_gradient_within_budget(number, instruction_set):
         oracle = gradients(q.double(), k.double(), in_double(options), "reference")
         draws.append((compiled, oracle, plain))
     for name in draws[0][0]:
-        assert_within_budget(*(torch.stack([draw[i][name] for draw in draws]) for i in range(3)))
+        assert_within_budget(*(torch.stack([draw[i][name] for draw in draws]) for i in range(3)), instruction_set)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
