@@ -201,6 +201,19 @@ class Selection:
         return _replace(selection, indices=torch.where(selection.valid, selection.indices, -1))
 
 
+def ascending_rows(indices: Tensor, counts: Tensor, num_tokens: int, overflow: Tensor) -> Selection:
+    """``Selection(indices, counts, num_tokens, True, "left", overflow)`` in less than half of the time; not traceable.
+
+    A frozen dataclass sets each field by a call of its own, which one row of a few hundred tokens would notice.
+    """
+    selection = object.__new__(Selection)
+    selection.__dict__.update(
+        indices=indices, counts=counts, num_tokens=num_tokens, ascending=True, align="left", overflow=overflow,
+        source_cu_seqlens=None,
+    )  # fmt: skip
+    return selection
+
+
 _TENSORS = ("indices", "counts", "overflow", "source_cu_seqlens")
 _FACTS = ("num_tokens", "ascending", "align")
 
