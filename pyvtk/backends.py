@@ -123,7 +123,7 @@ def pick(name: str, backend: str | None, tensor: torch.Tensor, dtype: torch.dtyp
 
 
 def call(op, differentiable: tuple, *arguments):
-    """Call an operator; where none of the ``differentiable`` arguments wants a gradient, without torch's autograd layer.
+    """Call an operator; if none of the ``differentiable`` arguments wants a gradient, without torch's autograd layer.
 
     That layer, written in Python by torch.library.register_autograd, costs more than a small kernel (tens of
     microseconds with twenty arguments). torch.compile removes it on its own and cannot trace the shortcut.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyvtk import backends, checks
 from pyvtk.reference import select as reference
-from pyvtk.selection import Selection, ascending_rows
+from pyvtk.selection import Selection, assemble
 
 
 def _fake(
@@ -268,7 +268,7 @@ def select(
         # The usual call. What resolve() would check holds; an argument that it would refuse does not come here.
         tokens = scores.shape[-1]
         indices, counts, overflow = _top(scores, num_keep if num_keep < tokens else tokens)
-        return ascending_rows(indices, counts, tokens, overflow)
+        return assemble(indices, counts, tokens, True, "left", overflow)
     arguments, exact = resolve(
         "select", scores, num_keep, threshold=threshold, top_p=top_p, keep=keep, drop=drop, candidates=candidates,
         others=others, segments=segments, num_segments=num_segments, cu_seqlens=cu_seqlens, capacity=capacity,
@@ -283,7 +283,6 @@ def selection_of(outputs: tuple, tokens: int, arguments: tuple, exact: bool) -> 
     """The operator's outputs (indices, counts, overflow) as a Selection; ``arguments`` as :func:`resolve` made them."""
     *_, cu_seqlens, _, align_right, by_score = arguments
     indices, counts, overflow = outputs
-    selection = Selection(
-        indices, counts, tokens, not by_score, "right" if align_right else "left", overflow, cu_seqlens
-    )
+    make = Selection if torch.compiler.is_compiling() else assemble
+    selection = make(indices, counts, tokens, not by_score, "right" if align_right else "left", overflow, cu_seqlens)
     return selection.trim() if exact else selection
