@@ -27,6 +27,8 @@ _library_errors: dict[str, str | None] = {}
 _compiled_dtypes: dict[str, tuple[torch.dtype, ...] | None] = {}
 # (operator, device type) -> why its compiled kernel cannot run (None: it can); filled by complete()
 _compiled_errors: dict[tuple[str, str], str | None] = {}
+# (operator, dtype or None) of the compiled kernels that run on the CPU: pick()'s usual answer in one look
+_on_cpu: set[tuple[str, torch.dtype | None]] = set()
 
 
 def _load(name: str) -> None:
@@ -68,6 +70,9 @@ def complete() -> None:
             if error is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvtk::{name}", key):
                 error = f"pyvtk::{name} has no {key} kernel yet"
             _compiled_errors[name, device] = error
+    for name, dtypes in _compiled_dtypes.items():
+        if _compiled_errors[name, "cpu"] is None:
+            _on_cpu.update((name, dtype) for dtype in (None, *(dtypes or ())))
 
 
 def _triton_error(name: str) -> str | None:
@@ -102,6 +107,8 @@ def pick(name: str, backend: str | None, tensor: torch.Tensor, dtype: torch.dtyp
         ValueError: ``backend`` is not a backend's name.
         RuntimeError: the named backend cannot run; the message says why.
     """
+    if backend is None and tensor.is_cpu and (name, dtype) in _on_cpu:
+        return "compiled"
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{name}: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     device = tensor.device.type
@@ -116,15 +123,17 @@ def pick(name: str, backend: str | None, tensor: torch.Tensor, dtype: torch.dtyp
 
 
 def call(op, differentiable: tuple, *arguments):
-    """Call an operator, without torch's autograd layer where none of the ``differentiable`` arguments wants a gradient.
+    """Call an operator; if none of the ``differentiable`` arguments wants a gradient, without torch's autograd layer.
 
     That layer, written in Python by torch.library.register_autograd, costs more than a small kernel (tens of
     microseconds with twenty arguments). torch.compile removes it on its own and cannot trace the shortcut.
     """
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
-    ):
+    if torch.compiler.is_compiling():
         return op(*arguments)
+    if torch.is_grad_enabled():
+        for tensor in differentiable:
+            if tensor is not None and tensor.requires_grad:
+                return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 

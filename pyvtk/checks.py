@@ -13,7 +13,7 @@ def tensor(op: str, name: str, value, dim: int | tuple[int, ...] | None = None) 
     """``value`` is a strided tensor, with ``dim`` (one of several) dimensions if given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
+    if value.layout is not torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, got layout {value.layout}")
     if dim is not None and value.dim() not in (dim if isinstance(dim, tuple) else (dim,)):
         raise ValueError(f"{op}: {name} must have {dim} dimensions, got shape {tuple(value.shape)}")

@@ -585,3 +585,12 @@ def test_a_backend_that_cannot_run_says_why():
 
 def test_every_instruction_set_of_this_machine_is_tested():
     assert "portable" in _C.instruction_sets() and _C.instruction_set() in _C.instruction_sets()
+
+
+def test_usual_call_is_the_general_one():
+    """The page has an operator of its own for num_keep alone; any other argument at its default leaves that way."""
+    for shape in ((3, 70), (2, 2, 9), (0, 5), (2, 0)):
+        scores = torch.randint(4, shape) / 4
+        for num_keep in (0, 1, 4, 100):
+            assert_same(select(scores, num_keep), select(scores, num_keep, backend="compiled"))
+    torch.library.opcheck(torch.ops.pyvtk.select_top.default, (torch.rand(3, 9), 4))

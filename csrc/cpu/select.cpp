@@ -131,10 +131,20 @@ std::tuple<Tensor, Tensor, Tensor> select_operator(
   SelectResult result =
       select(scores, {num_keep, num_keep_per_row, threshold, top_p, keep, drop, candidates, keep_others, segments,
                       num_segments, cu_seqlens, capacity, align_right, by_score});
-  return {result.indices, result.counts, result.overflow};
+  return {std::move(result.indices), std::move(result.counts), std::move(result.overflow)};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyvtk, CPU, m) { m.impl("select", TORCH_BOX(&select_operator)); }
+std::tuple<Tensor, Tensor, Tensor> select_top_operator(const Tensor& scores, int64_t num_keep) {
+  SelectArguments arguments;
+  arguments.num_keep = arguments.capacity = num_keep;
+  SelectResult result = select(scores, arguments);
+  return {std::move(result.indices), std::move(result.counts), std::move(result.overflow)};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyvtk, CPU, m) {
+  m.impl("select", TORCH_BOX(&select_operator));
+  m.impl("select_top", TORCH_BOX(&select_top_operator));
+}
 
 }  // namespace
 }  // namespace pyvtk::cpu

@@ -165,34 +165,41 @@ def resolve(
     query_reduce, head_reduce, head_weights, reduce_order, quantity, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
     max_seqlen_k,
 ) -> dict:  # fmt: skip
-    """Check the scoring arguments of ``op`` and turn them into keyword arguments of operator and reference."""
-    for name, value in (("q", q), ("k", k)):
-        checks.tensor(op, name, value)
-        checks.dtype(op, name, value, checks.FLOATS)
+    """Check the scoring arguments of ``op`` and turn them into keyword arguments of operator and reference.
+
+    A tiny input takes no longer than the checks of its arguments, so a default is not handed to a helper.
+    """
+    checks.tensor(op, "q", q)
+    checks.dtype(op, "q", q, checks.FLOATS)
+    checks.tensor(op, "k", k)
+    checks.dtype(op, "k", k, checks.FLOATS)
+    q_shape, k_shape = q.shape, k.shape
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if packed and (cu_seqlens_q is None or cu_seqlens_k is None):
         raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k must be given together")
     layout = "[tokens, heads, dim]" if packed else "[batch, heads, tokens, dim]"
-    for name, value in (("q", q), ("k", k)):
-        if value.dim() != (3 if packed else 4):
-            raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(value.shape)}")
-        if value.shape[-1] > 1 and value.stride(-1) != 1:
+    for name, value, shape in (("q", q, q_shape), ("k", k, k_shape)):
+        if len(shape) != (3 if packed else 4):
+            raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(shape)}")
+        if value.stride(-1) != 1 and shape[-1] > 1:
             raise ValueError(f"{op}: {name} must be contiguous in its last dimension, got strides {value.stride()}")
     if k.dtype != q.dtype:
         raise TypeError(f"{op}: k must have the dtype of q ({q.dtype}), got {k.dtype}")
-    checks.same_device(op, "k", k, q, "q")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"{op}: k must have the head dimension of q ({q.shape[-1]}), got {k.shape[-1]}")
-    if q.shape[-1] % 8 or not 8 <= q.shape[-1] <= 256:
-        raise ValueError(f"{op}: q must have a head dimension that is a multiple of 8 up to 256, got {q.shape[-1]}")
-    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{op}: q must have a multiple of k's heads ({k.shape[1]}), got {q.shape[1]}")
-    if not packed and q.shape[0] != k.shape[0]:
-        raise ValueError(f"{op}: k must have the batch size of q ({q.shape[0]}), got {k.shape[0]}")
+    if k.device != q.device:
+        checks.same_device(op, "k", k, q, "q")
+    dim = q_shape[-1]
+    if k_shape[-1] != dim:
+        raise ValueError(f"{op}: k must have the head dimension of q ({dim}), got {k_shape[-1]}")
+    if dim % 8 or not 8 <= dim <= 256:
+        raise ValueError(f"{op}: q must have a head dimension that is a multiple of 8 up to 256, got {dim}")
+    if k_shape[1] < 1 or q_shape[1] % k_shape[1]:
+        raise ValueError(f"{op}: q must have a multiple of k's heads ({k_shape[1]}), got {q_shape[1]}")
+    if not packed and q_shape[0] != k_shape[0]:
+        raise ValueError(f"{op}: k must have the batch size of q ({q_shape[0]}), got {k_shape[0]}")
 
     if packed:
-        rows, columns, row_text, column_text = (q.shape[0],), (k.shape[0],), "[queries]", "[keys]"
-        keys = k.shape[0]
+        rows, columns, row_text, column_text = (q_shape[0],), (k_shape[0],), "[queries]", "[keys]"
+        keys = k_shape[0]
         for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             checks.tensor(op, name, value, 1)
             checks.dtype(op, name, value, checks.INTEGERS)
@@ -207,23 +214,30 @@ def resolve(
         cu_seqlens_q = cu_seqlens_q.to(torch.int32).contiguous()
         cu_seqlens_k = cu_seqlens_k.to(torch.int32).contiguous()
     else:
-        rows, columns = (q.shape[0], q.shape[2]), (k.shape[0], k.shape[2])
+        rows, columns = (q_shape[0], q_shape[2]), (k_shape[0], k_shape[2])
         row_text, column_text = "[batch, queries]", "[batch, keys]"
-        keys = k.shape[2]
-    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if value is not None:
-            checks.integer(op, name, value)
-            if not packed:
-                raise ValueError(f"{op}: {name} must come with cu_seqlens_q and cu_seqlens_k, got {value}")
+        keys = k_shape[2]
+    if max_seqlen_q is not None or max_seqlen_k is not None:
+        for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+            if value is not None:
+                checks.integer(op, name, value)
+                if not packed:
+                    raise ValueError(f"{op}: {name} must come with cu_seqlens_q and cu_seqlens_k, got {value}")
 
-    checks.boolean(op, "causal", causal)
+    if causal is not False:
+        checks.boolean(op, "causal", causal)
     if not causal and (q_positions is not None or k_positions is not None):
         raise ValueError(f"{op}: q_positions and k_positions must come with causal=True, which alone reads them")
-    q_positions = _per_token(op, "q_positions", q_positions, rows, row_text, checks.INTEGERS, q, one_row=True)
-    k_positions = _per_token(op, "k_positions", k_positions, columns, column_text, checks.INTEGERS, q, one_row=True)
-    q_mask = _per_token(op, "q_mask", q_mask, rows, row_text, (torch.bool,), q)
-    k_mask = _per_token(op, "k_mask", k_mask, columns, column_text, (torch.bool,), q)
-    k_bias = _per_token(op, "k_bias", k_bias, columns, column_text, checks.FLOATS, q)
+    if q_positions is not None:
+        q_positions = _per_token(op, "q_positions", q_positions, rows, row_text, checks.INTEGERS, q, one_row=True)
+    if k_positions is not None:
+        k_positions = _per_token(op, "k_positions", k_positions, columns, column_text, checks.INTEGERS, q, one_row=True)
+    if q_mask is not None:
+        q_mask = _per_token(op, "q_mask", q_mask, rows, row_text, (torch.bool,), q)
+    if k_mask is not None:
+        k_mask = _per_token(op, "k_mask", k_mask, columns, column_text, (torch.bool,), q)
+    if k_bias is not None:
+        k_bias = _per_token(op, "k_bias", k_bias, columns, column_text, checks.FLOATS, q)
 
     if key_range is None:
         key_start, key_stop = 0, keys
@@ -237,8 +251,10 @@ def resolve(
         checks.integer(op, "key_range", key_stop)
         if not key_start <= key_stop <= keys:
             raise ValueError(f"{op}: key_range must lie in 0..{keys} and ascend, got {tuple(key_range)}")
-    checks.choice(op, "denominator", denominator, ("visible", "range"))
-    checks.choice(op, "quantity", quantity, ("probability", "logit"))
+    if denominator != "visible":
+        checks.choice(op, "denominator", denominator, ("visible", "range"))
+    if quantity != "probability":
+        checks.choice(op, "quantity", quantity, ("probability", "logit"))
     if lse is not None:
         if denominator == "range":
             raise ValueError(f"{op}: lse must be None with denominator='range', which it would replace")
@@ -248,19 +264,26 @@ def resolve(
         lse_text = "[heads, queries]" if packed else "[batch, heads, queries]"
         lse = _per_token(op, "lse", lse, lse_shape, lse_text, checks.FLOATS, q)
     if scale is None:
-        scale = q.shape[-1] ** -0.5
+        scale = dim**-0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: scale must be a number or None, got {type(scale).__name__}")
 
-    reduces = (query_reduce,) if isinstance(query_reduce, str) else query_reduce
-    if not isinstance(reduces, (tuple, list)):
+    if isinstance(query_reduce, str):
+        checks.choice(op, "query_reduce", query_reduce, QUERY_REDUCES)
+        reduces = (query_reduce,)
+    elif isinstance(query_reduce, (tuple, list)):
+        for reduce in query_reduce:
+            checks.choice(op, "query_reduce", reduce, QUERY_REDUCES)
+        if not query_reduce or len(set(query_reduce)) != len(query_reduce):
+            raise ValueError(f"{op}: query_reduce must name each reduction once, got {query_reduce!r}")
+        reduces = tuple(query_reduce)
+    else:
         raise TypeError(f"{op}: query_reduce must be a name or a tuple of names, got {query_reduce!r}")
-    for reduce in reduces:
-        checks.choice(op, "query_reduce", reduce, QUERY_REDUCES)
-    if not reduces or len(set(reduces)) != len(reduces):
-        raise ValueError(f"{op}: query_reduce must name each reduction once, got {query_reduce!r}")
-    checks.choice(op, "head_reduce", head_reduce, HEAD_REDUCES)
-    checks.choice(op, "reduce_order", reduce_order, ("queries_first", "heads_first"))
+    if head_reduce != "mean":
+        checks.choice(op, "head_reduce", head_reduce, HEAD_REDUCES)
+        head_reduce = {"group": "group_mean", None: "none"}.get(head_reduce, head_reduce)
+    if reduce_order != "queries_first":
+        checks.choice(op, "reduce_order", reduce_order, ("queries_first", "heads_first"))
     if head_weights is not None:
         checks.tensor(op, "head_weights", head_weights)
         checks.dtype(op, "head_weights", head_weights, checks.FLOATS)
@@ -276,8 +299,7 @@ def resolve(
         "q_positions": q_positions, "k_positions": k_positions, "q_mask": q_mask, "k_mask": k_mask, "k_bias": k_bias,
         "head_weights": head_weights, "lse": lse, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
         "causal": causal, "key_start": key_start, "key_stop": key_stop, "range_denominator": denominator == "range",
-        "scale": float(scale), "query_reduce": tuple(reduces),
-        "head_reduce": {"group": "group_mean", None: "none"}.get(head_reduce, head_reduce),
+        "scale": float(scale), "query_reduce": reduces, "head_reduce": head_reduce,
         "heads_first": reduce_order == "heads_first", "logit": quantity == "logit",
     }  # fmt: skip
 

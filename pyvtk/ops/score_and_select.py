@@ -43,6 +43,7 @@ backends.define(
     fake=_fake,
     dtypes=backends.HALF_AND_SINGLE,
 )
+_operator = torch.ops.pyvtk.score_and_select.default
 
 
 def _setup_context(ctx, inputs, output):
@@ -123,7 +124,8 @@ def score_and_select(
     )  # fmt: skip
     if not isinstance(query_reduce, str):
         raise ValueError(f"{OP}: query_reduce must name one reduction, got {query_reduce!r}")
-    checks.boolean(OP, "return_scores", return_scores)
+    if return_scores is not False:
+        checks.boolean(OP, "return_scores", return_scores)
     packed = cu_seqlens_k is not None
     per_head = head_reduce not in ("mean", "sum", "max")
     if packed and per_head:
@@ -148,10 +150,12 @@ def score_and_select(
     )  # fmt: skip
     chosen = backends.pick(OP, backend, q, q.dtype)
     if chosen == "compiled" and not wants_gradient:
-        with torch.no_grad():
-            *outputs, scores = backends.call(
-                torch.ops.pyvtk.score_and_select.default, (), q, k, *score.kernel_arguments(options), *arguments
-            )
+        scoring_arguments = score.kernel_arguments(options)
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                *outputs, scores = _operator(q, k, *scoring_arguments, *arguments)
+        else:
+            *outputs, scores = backends.call(_operator, (), q, k, *scoring_arguments, *arguments)
     else:
         # Scores with a gradient come from their own operator, whose bits are the same.
         if chosen == "compiled":
@@ -162,6 +166,8 @@ def score_and_select(
         key_start, key_stop = (0, keys) if packed else (options["key_start"], options["key_stop"])
         whole = reference.whole_axis(chosen_scores, keys, key_start)
         competing = reference.competing(arguments[6], options["k_mask"], keys, key_start, key_stop, whole)
+        if competing is not None:
+            competing = competing.contiguous()  # it may be one row for all samples
         run = torch.ops.pyvtk.select.default if chosen == "compiled" else selecting.select
         outputs = run(whole, *arguments[:6], competing, *arguments[7:])
     selection = select.selection_of(tuple(outputs), keys, arguments, exact)
