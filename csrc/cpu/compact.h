@@ -135,9 +135,10 @@ inline void gather_small(char* target, int64_t target_stride, const char* source
   }
 }
 
-// target[i] = source[tokens[i]] for rows of `run` bytes
+// target[i] = source[tokens[i]] for rows of `run` bytes; `following` is the source of the call after this one, for the
+// same tokens.
 inline void gather_rows(char* target, int64_t target_stride, const char* source, int64_t source_stride,
-                        const int64_t* tokens, int64_t count, int64_t run, bool streaming) {
+                        const int64_t* tokens, int64_t count, int64_t run, bool streaming, const char* following) {
   switch (run) {
     case 1:
       return gather_small<1>(target, target_stride, source, source_stride, tokens, count);
@@ -159,7 +160,12 @@ inline void gather_rows(char* target, int64_t target_stride, const char* source,
   }
   if (run >= 64) {
     const int64_t ahead = std::max<int64_t>(1, kAheadBytes / run);
-    for (int64_t i = 0; i < count; ++i) copy_row(target + i * target_stride, row(i), row(i + ahead), run);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t next = i + ahead;
+      const char* fetched =
+          next < count ? row(next) : following + tokens[std::min(next - count, count - 1)] * source_stride;
+      copy_row(target + i * target_stride, row(i), fetched, run);
+    }
     return;
   }
   const bool dense = source_stride == run && target_stride == run;
@@ -188,14 +194,17 @@ inline void gather(const Gather& job, const std::vector<Row>& rows, int64_t item
   const int64_t begin = row.begin + item % shape.blocks * shape.block;
   const int64_t end = std::min(begin + shape.block, row.end);
   if (begin >= end) return;
-  const Offset offset = offset_of(shape, row.batch, row.head, item / shape.blocks % shape.lines);
+  const int64_t line = item / shape.blocks % shape.lines;
+  const Offset offset = offset_of(shape, row.batch, row.head, line);
+  const bool more = shape.blocks == 1 && line + 1 < shape.lines;
+  const int64_t following = more ? offset_of(shape, row.batch, row.head, line + 1).source : offset.source;
   const int64_t first = std::clamp(row.first, begin, end);
   const int64_t last = std::clamp(row.last, first, end);
   char* target = job.target + offset.target;
   const int64_t stride = shape.token.target;
   pad_rows(job, target + begin * stride, first - begin);
   gather_rows(target + first * stride, stride, job.source + offset.source, shape.token.source,
-              row.tokens + (first - row.first), last - first, shape.run, job.streaming);
+              row.tokens + (first - row.first), last - first, shape.run, job.streaming, job.source + following);
   pad_rows(job, target + last * stride, end - last);
 }
 

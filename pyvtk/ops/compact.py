@@ -335,8 +335,9 @@ def compact(
         TypeError, ValueError: an argument that does not fit.
         RuntimeError: an index outside the token axis, on the CPU; on CUDA such a slot is padding.
     """
-    _check_selection("compact", selection)
-    indices, count = selection.indices, len(tensors)
+    if type(selection) is not Selection:
+        _check_selection("compact", selection)
+    indices, counts, count = selection.indices, selection.counts, len(tensors)
     if count == 0:
         raise ValueError("compact: tensors must be at least one tensor, got none")
     if type(packed) is not bool:
@@ -351,9 +352,9 @@ def compact(
         dtypes.append(x.dtype)
     plan = _plan if torch.compiler.is_compiling() else _plan_again
     dims, batch_dims, pads = plan(
-        selection.counts.shape,
+        counts.shape,
         selection.num_tokens,
-        selection.packed,
+        selection.source_cu_seqlens is not None,
         tuple(shapes),
         tuple(dtypes),
         tuple(dim) if isinstance(dim, list) else dim,
@@ -366,12 +367,12 @@ def compact(
     elif indices.dim() == 3:
         raise ValueError("compact: packed must be False for a selection with a head axis, got True")
     elif total is None:
-        total = int(selection.counts.sum())
+        total = int(counts.sum())
     else:
         checks.integer("compact", "total", total)
 
     compiled = backends.pick("compact", backend, tensors[0]) == "compiled"
-    call = (indices, selection.counts, selection.align == "right", tensors, dims, batch_dims, pads, total)
+    call = (indices, counts, selection.align == "right", tensors, dims, batch_dims, pads, total)
     if out is not None:
         outs = _check_out(out, indices, tensors, dims, batch_dims, total)
         if compiled:
