@@ -1,4 +1,4 @@
-"""Compaction: move only what stays, put it back, or fold the rest in. Peers: torch's gathers and scatters.
+"""Compaction: move only what stays, and put it back. Peers: torch's gathers and scatters.
 
 Peers get their indices ready-made in the form each of them wants; pyvtk starts from the Selection.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pyvtk
 
-from .harness import Case, close, copy_limit, same
+from .harness import Case, copy_limit, same
 
 
 def chosen(rows: tuple[int, ...], tokens: int, keep: int) -> pyvtk.Selection:
@@ -263,7 +263,7 @@ def training(name, shape, keep, dtype, bars):
     )
 
 
-# ---- back to full length, and merging
+# ---- back to full length
 
 
 def put_back(name, shape, keep, dtype, bars):
@@ -295,50 +295,6 @@ def put_back(name, shape, keep, dtype, bars):
     )
 
 
-def merging(name, batch, tokens, groups, width, dtype, bars):
-    """ToMe: every token joins one of the groups; the mean of each group."""
-
-    def inputs():
-        # every group has a first member, so that all of them exist
-        first = torch.rand(batch, tokens).argsort(1).argsort(1)
-        assignment = torch.where(first < groups, first, torch.randint(groups, (batch, tokens)))
-        return torch.randn(batch, tokens, width).to(dtype), assignment
-
-    def counts(assignment):
-        return torch.zeros(batch, groups).scatter_add(1, assignment, torch.ones(batch, tokens))
-
-    def index_add(x, assignment):
-        rows = (assignment + groups * torch.arange(batch)[:, None]).flatten()
-        sums = torch.zeros(batch * groups, width, dtype=torch.float32).index_add_(0, rows, x.flatten(0, 1).float())
-        return (sums.view(batch, groups, width) / counts(assignment)[..., None]).to(dtype)
-
-    def scatter_reduce(x, assignment):
-        wide = assignment[..., None].expand_as(x)
-        out = torch.zeros(batch, groups, width, dtype=dtype)
-        return out.scatter_reduce(1, wide, x, "mean", include_self=False)
-
-    def expect(x, assignment):
-        one_hot = torch.nn.functional.one_hot(assignment, groups).double()
-        oracle = (one_hot.mT @ x.double()) / one_hot.sum(1)[..., None]
-        return close(oracle, scatter_reduce(x, assignment))
-
-    return Case(
-        "compact",
-        name,
-        dtype,
-        inputs,
-        {
-            "pyvtk": lambda x, assignment: pyvtk.merge_tokens(x, assignment, num_groups=groups),
-            "index_add": index_add,
-            "scatter_reduce": scatter_reduce,
-        },
-        expect,
-        limit=copy_limit(lambda x, assignment: [kept_part(x, batch * (tokens + groups) // 2)]),
-        bars=bars,
-        cold=True,
-    )
-
-
 BF16, FP32 = torch.bfloat16, torch.float32
 
 CASES = [
@@ -364,6 +320,4 @@ CASES = [
         "LLaVA-NeXT training, forward and backward, [2, 2950, 4096] to 790", (2, 2950, 4096), 790, BF16, {"best": 1.0}
     ),
     put_back("VideoLLM-MoD restore [1, 4096, 3584] from 820", (1, 4096, 3584), 820, BF16, {"best": 1.0}),
-    merging("ToMe merge [8, 576, 1024] to 144", 8, 576, 144, 1024, FP32, {"best": 1.0}),
-    merging("ToMe merge [8, 576, 1024] to 144", 8, 576, 144, 1024, BF16, {"best": 1.0}),
 ]

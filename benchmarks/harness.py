@@ -36,7 +36,7 @@ BEST = "best"  # in bars: the fastest peer of the row
 SHARE = "limit"  # in bars: share of the machine's limit
 MEMORY = "memory"  # in bars: extra memory as a share of the first peer's
 RESERVED = (OURS, BEST, SHARE, MEMORY)
-FAMILIES = ("score", "select", "compact")
+FAMILIES = ("score", "select", "compact", "merge")
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Case:
     """One row: inputs, providers, and what is expected of them.
 
     Attributes:
-        family: "score", "select", "compact".
+        family: one of FAMILIES.
         name: shape named after the model it comes from.
         dtype: of the main input, for the table.
         inputs: makes fresh inputs; called after the seed is set.

@@ -14,7 +14,8 @@ backends.load_libraries()
 from pyvtk._version import __version__
 from pyvtk.backends import info
 from pyvtk.ops import probe as _probe
-from pyvtk.ops.compact import compact, compact_kv_, merge_tokens, restore
+from pyvtk.ops.compact import compact, compact_kv_, restore
+from pyvtk.ops.merge import merge_tokens
 from pyvtk.ops.score import attention_scores
 from pyvtk.ops.score_and_select import score_and_select
 from pyvtk.ops.select import select

@@ -17,7 +17,7 @@ _PACKAGE = "pyvtk_benchmarks"  # not "benchmarks": other projects install a pack
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="score, select, compact; default: all")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="score, select, compact, merge; default: all")
     parser.add_argument("--quick", action="store_true", help="0.2 s of measured time per case instead of 2")
     parser.add_argument("--filter", metavar="TEXT", help="only cases whose line in --list contains TEXT")
     parser.add_argument("--json", metavar="PATH", help="write every number, with machine, versions and commit")

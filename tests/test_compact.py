@@ -1,4 +1,4 @@
-"""compact, restore, compact_kv_, merge_tokens: compiled against the reference, gradients, compile, errors, edges."""
+"""compact, restore, compact_kv_: compiled against the reference, gradients, compile, errors, edges."""
 
 import pytest
 import torch
@@ -134,6 +134,21 @@ def test_layouts():
         both(pyvtk.compact, sel, x, dim=dim, batch_dim=batch_dim, pad_value=7, packed=True)
 
 
+def test_memory_of_a_freed_result_is_used_again():
+    sel, x = selection((1,), 64, 64, counts=torch.tensor([60], dtype=torch.int32)), random((1, 64, 1024))
+    first, second = pyvtk.compact(sel, x, x, pad_value=(0, 1))
+    address, held = first.data_ptr(), second.clone()
+    assert first.untyped_storage().nbytes() == first.nbytes and address % 64 == 0
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    view = first[:, 3:]
+    del first
+    third = both(pyvtk.compact, sel, -x)
+    assert third.data_ptr() != address  # a view still holds it
+    del view
+    assert pyvtk.compact(sel, x).data_ptr() == address
+    same(second, held)
+
+
 def test_large_outputs_are_streamed():
     sel = selection(tokens=12, capacity=9)
     x = random((2, 12, 500_003))[..., 1:]
@@ -169,7 +184,6 @@ def test_empty(batch, tokens, capacity, channels):
     both(pyvtk.compact, sel, x, packed=True)
     both(pyvtk.compact, sel, x, packed=True, total=3)
     same(both(pyvtk.restore, sel, out, x), x)
-    both(pyvtk.merge_tokens, x, torch.zeros(batch, tokens, dtype=torch.long), num_groups=2)
     if capacity <= tokens:
         pyvtk.compact_kv_(sel, x[:, None].clone())
 
@@ -203,8 +217,6 @@ def test_indices_are_checked_against_the_axis():
     # what stands in padding does not matter
     ignored = Selection(torch.tensor([[0, 99], [1, 2]]), torch.tensor([1, 2], dtype=torch.int32), 9)
     both(pyvtk.compact, ignored, x)
-    with pytest.raises(RuntimeError, match="num_groups"):
-        pyvtk.merge_tokens(x, torch.full((2, 9), 3), num_groups=3)
 
 
 # Properties.
@@ -251,13 +263,11 @@ def test_any_selection_with_duplicates(case, packed):
 def test_threads_do_not_matter():
     sel = selection((3,), 300, 200, duplicates=True)
     x = random((3, 300, 500)).requires_grad_()
-    a = torch.randint(-1, 40, (3, 300))
 
     def everything():
         y = pyvtk.compact(sel, x, packed=True)
         z = pyvtk.restore(sel, pyvtk.compact(sel, x), x, gate=0.3)
-        m = pyvtk.merge_tokens(x, a, num_groups=40)
-        return y, z, m, torch.autograd.grad(y.square().sum() + z.square().sum() + m.square().sum(), x)[0]
+        return y, z, torch.autograd.grad(y.square().sum() + z.square().sum(), x)[0]
 
     one = everything()
     torch.set_num_threads(2)
@@ -294,41 +304,6 @@ def test_compact_kv_refuses_indices_that_do_not_ascend():
     with pytest.raises(RuntimeError, match="ascending"):
         pyvtk.compact_kv_(bad, cache)
     same(cache, before)
-
-
-# Merging.
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("reduce", ("mean", "sum"))
-@pytest.mark.parametrize("channels", (1, 37, 1500))
-def test_merge_tokens(instruction_set, dtype, reduce, channels):
-    x = random((2, 50, channels), dtype)
-    groups = torch.randint(-2, 6, (2, 50))
-    groups[groups == 4] = 3  # one group stays empty
-    for factors in ({}, {"sizes": torch.rand(2, 50)}, {"weights": random((2, 50)), "sizes": torch.rand(2, 50)}):
-        call = {"num_groups": 7, "reduce": reduce, **factors}
-        actual = pyvtk.merge_tokens(x, groups, **call)
-        wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
-        oracle = pyvtk.merge_tokens(x.double(), groups, backend="reference", **wide)
-        assert_within_budget(actual, oracle, pyvtk.merge_tokens(x, groups, backend="reference", **call))
-        assert (actual[:, 4] == 0).all() and (actual[:, 6] == 0).all()
-    assert pyvtk.merge_tokens(x, groups).shape[1] == int(groups.max()) + 1
-
-
-def test_merge_by_size_is_the_mean_over_all_that_were_merged():
-    x = random((1, 6, 4))
-    first = pyvtk.merge_tokens(x, torch.tensor([[0, 0, 0, 1, 1, 2]]))
-    second = pyvtk.merge_tokens(first, torch.tensor([[0, 0, 1]]), sizes=torch.tensor([[3.0, 2.0, 1.0]]))
-    torch.testing.assert_close(second[0, 0], x[0, :5].mean(0))
-
-
-def test_merge_of_no_weight_is_zero():
-    x = random((1, 2, 4)).requires_grad_()
-    weights = torch.tensor([[1.0, -1.0]], requires_grad=True)
-    out = both(pyvtk.merge_tokens, x, torch.zeros(1, 2, dtype=torch.int32), weights=weights)
-    grads = torch.autograd.grad(out.sum(), (x, weights))
-    assert (out == 0).all() and all((g == 0).all() for g in grads)
 
 
 # Gradients: equal to torch's own through the reference.
@@ -403,15 +378,6 @@ def test_gradient_of_restore(instruction_set, dtype, case):
             )
 
 
-@pytest.mark.parametrize("reduce", ("mean", "sum"))
-def test_gradient_of_merge(instruction_set, reduce):
-    x, groups, weights = random((2, 30, 40)), torch.randint(-1, 5, (2, 30)), torch.rand(2, 30)
-    run = lambda x, w, backend: pyvtk.merge_tokens(  # noqa: E731
-        x, groups, weights=w, sizes=w, num_groups=6, reduce=reduce, backend=backend
-    )
-    torch.testing.assert_close(gradients(run, (x, weights), "compiled"), gradients(run, (x, weights), "reference"))
-
-
 def double(*shape):
     return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
@@ -430,13 +396,6 @@ def test_gradcheck():
             lambda u, b, g: pyvtk.restore(sel, u, b, gate=g),  # noqa: B023
             (double(2, 3, 2), double(2, 4, 2), double(2, 3)),
         )
-    groups = torch.tensor([[0, 0, 2, -1], [1, 1, 1, 0]])
-    weights = torch.rand(2, 4, dtype=torch.float64) + 0.5
-    for reduce in ("mean", "sum"):
-        run = lambda x, w, s: pyvtk.merge_tokens(x, groups, num_groups=4, weights=w, sizes=s, reduce=reduce)  # noqa: B023, E731
-        assert torch.autograd.gradcheck(
-            run, (double(2, 4, 2), weights.requires_grad_(), weights.detach().clone().requires_grad_())
-        )
 
 
 # The operators' contracts.
@@ -447,7 +406,7 @@ def test_opcheck(grad):
     sel = selection(counts=torch.tensor([5, 3], dtype=torch.int32))
     rows = (sel.indices, sel.counts, False)
     x, u = random((2, 9, 4)).requires_grad_(grad), random((2, 5, 4)).requires_grad_(grad)
-    gate, weights = torch.rand(2, 5).requires_grad_(grad), torch.rand(2, 9).requires_grad_(grad)
+    gate = torch.rand(2, 5).requires_grad_(grad)
     table = random((9, 2)).requires_grad_(grad)
     groups = torch.randint(-1, 3, (2, 9))
     calls = [
@@ -458,8 +417,6 @@ def test_opcheck(grad):
         (OPS.restore, (*rows, u, x, None, 1, 9, False)),
         (OPS.restore, (*rows, u, x, gate, 1, 9, False)),
         (OPS.restore, (*rows, None, x, None, 1, 9, False)),
-        (OPS.merge_tokens, (x, groups, weights, 3, True)),
-        (OPS.merge_tokens, (x, groups, None, 3, False)),
     ]
     if not grad:
         calls += [
@@ -468,7 +425,6 @@ def test_opcheck(grad):
             (OPS.restore_backward, (*rows, x, u, gate, 1, False)),
             (OPS.restore_backward, (*rows, x, None, None, 1, False)),
             (OPS.compact_kv_, (ascending().indices, ascending().counts.clamp(max=0), [random((2, 3, 9, 4))])),
-            (OPS.merge_tokens_backward, (random((2, 3, 4)), x, groups, weights, torch.rand(2, 3).double(), True)),
         ]
     for op, args in calls:
         torch.library.opcheck(op, args)
@@ -476,23 +432,15 @@ def test_opcheck(grad):
 
 @pytest.mark.parametrize("backend", ("compiled", "reference"))
 def test_compiles_without_graph_breaks(backend):
-    def step(sel, x, table, cache, groups, gate):
+    def step(sel, x, table, cache, gate):
         kept, rope = pyvtk.compact(sel, x, table, dim=(1, 0), batch_dim=(0, None), pad_value=(0, 1), backend=backend)
         packed = pyvtk.compact(sel, x, packed=True, total=7, backend=backend)
         back = pyvtk.restore(sel, kept, x, gate=gate, backend=backend)
         view = pyvtk.compact_kv_(sel, cache, backend=backend)
-        merged = pyvtk.merge_tokens(x, groups, num_groups=4, sizes=gate.new_ones(groups.shape), backend=backend)
-        return kept, rope, packed, back, view, merged
+        return kept, rope, packed, back, view
 
     sel = ascending()
-    args = (
-        sel,
-        random((2, 9, 4)),
-        random((9, 4)),
-        random((2, 3, 9, 4)),
-        torch.randint(-1, 4, (2, 9)),
-        torch.rand(2, 5),
-    )
+    args = (sel, random((2, 9, 4)), random((9, 4)), random((2, 3, 9, 4)), torch.rand(2, 5))
     copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     expected = step(*args)
     actual = torch.compile(step, fullgraph=True, backend="aot_eager")(*copies)
@@ -532,7 +480,6 @@ def test_few_recompiles_over_lengths():
 
 SEL, HEADS, PACKED = selection(), selection((2, 3)), packed_source()
 X, U, K = torch.zeros(2, 9, 4), torch.zeros(2, 5, 4), torch.zeros(2, 3, 9, 4)
-G = torch.zeros(2, 9, dtype=torch.long)
 UP = ascending()
 WRONG = {
     "compact: selection": lambda: pyvtk.compact(X, X),
@@ -587,15 +534,6 @@ WRONG = {
     "compact_kv_: caches[0] must have batch size": lambda: pyvtk.compact_kv_(UP, K[:1]),
     "compact_kv_: caches[0] must be contiguous": lambda: pyvtk.compact_kv_(UP, torch.zeros(2, 3, 9, 8)[..., ::2]),
     "compact_kv_: caches[1] must not require": lambda: pyvtk.compact_kv_(UP, K, K.clone().requires_grad_()),
-    "merge_tokens: x must have 3": lambda: pyvtk.merge_tokens(X[0], G),
-    "merge_tokens: x must have dtype": lambda: pyvtk.merge_tokens(X.long(), G),
-    "merge_tokens: assignment must be": lambda: pyvtk.merge_tokens(X, G[:, :3]),
-    "merge_tokens: assignment must have dtype": lambda: pyvtk.merge_tokens(X, G.float()),
-    "merge_tokens: weights must be": lambda: pyvtk.merge_tokens(X, G, weights=torch.zeros(9)),
-    "merge_tokens: sizes must have dtype": lambda: pyvtk.merge_tokens(X, G, sizes=G),
-    "merge_tokens: reduce must be": lambda: pyvtk.merge_tokens(X, G, reduce="max"),
-    "merge_tokens: num_groups must be an int": lambda: pyvtk.merge_tokens(X, G, num_groups=1.5),
-    "merge_tokens: num_groups must be at least": lambda: pyvtk.merge_tokens(X, G, num_groups=-1),
 }  # fmt: skip
 
 

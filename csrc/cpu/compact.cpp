@@ -5,25 +5,29 @@
 #include <tuple>
 
 #include "binding.h"
-
-#define PYVTK_KERNEL_HEADER "cpu/compact_sum.h"
-#include "cpu/each_isa.h"
+#include "cpu/compact_memory.h"
+#include "cpu/merge_binding.h"
 
 namespace pyvtk {
 namespace {
 
+using cpu::Arithmetic;
+using cpu::arithmetic_of;
 using cpu::Axis;
+using cpu::dense;
+using cpu::doubles;
+using cpu::element_size;
 using cpu::Gather;
+using cpu::kNanosecondsPerByte;
 using cpu::Links;
 using cpu::Recall;
 using cpu::Row;
 using cpu::Scatter;
 using cpu::Shape;
+using cpu::store_doubles;
 
-constexpr double kNanosecondsPerByte = 0.1;
-
-// Outputs of this size would only push everything else out of the cache.
-constexpr int64_t kStreamingBytes = 16 * 1024 * 1024;
+// Outputs of this size do not stay in the second-level cache: writing past it saves reading them first.
+constexpr int64_t kStreamingBytes = 4 * 1024 * 1024;
 
 // A tensor taken apart: strides (in bytes) of the axes that a selection names, and the axes that are left.
 struct View {
@@ -82,16 +86,12 @@ Shape shape_of(const View& source, const View& target, const View& base, int64_t
   return shape;
 }
 
-Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-
 // A copy only where neither the last dimension nor the tokens lie next to each other, which no loop here likes.
 Tensor with_runs(const Tensor& tensor, int64_t dim) {
   const int64_t last = tensor.dim() - 1;
   if (dim == last || tensor.size(last) <= 1 || tensor.stride(last) == 1) return tensor;
   return torch::stable::contiguous(tensor);
 }
-
-int64_t element_size(const Tensor& tensor) { return static_cast<int64_t>(tensor.element_size()); }
 
 // The rows of a selection as output positions, checked against the length of the token axis.
 struct Selected {
@@ -144,60 +144,6 @@ struct Selected {
 
   int64_t count() const { return static_cast<int64_t>(rows.size()); }
 };
-
-// The arithmetic of a dtype; complex numbers are added as two real ones.
-struct Arithmetic {
-  cpu::SumRows sum = nullptr;
-  cpu::Dot dot = nullptr;
-  int64_t number = 1;  // bytes
-};
-
-template <class T>
-Arithmetic arithmetic() {
-  return {PYVTK_FOR_ISA(sum_rows<T>), PYVTK_FOR_ISA(dot<T>), sizeof(T)};
-}
-
-Arithmetic arithmetic_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-    case ScalarType::ComplexFloat:
-      return arithmetic<float>();
-    case ScalarType::Double:
-    case ScalarType::ComplexDouble:
-      return arithmetic<double>();
-    case ScalarType::Half:
-    case ScalarType::ComplexHalf:
-      return arithmetic<float16>();
-    case ScalarType::BFloat16:
-      return arithmetic<bfloat16>();
-    default:
-      return {};
-  }
-}
-
-// A gate or a weight as doubles, whatever float type it came in.
-std::vector<double> doubles(const Tensor& tensor) {
-  const Tensor values = dense(tensor);
-  const auto count = static_cast<size_t>(values.numel());
-  std::vector<double> result(count);
-  if (values.scalar_type() == ScalarType::Double) {
-    std::copy_n(data<double>(values), count, result.begin());
-  } else {
-    guard_dtype(values, ScalarType::Float, "gate or weights");
-    std::copy_n(data<float>(values), count, result.begin());
-  }
-  return result;
-}
-
-// The same way back.
-void store_doubles(const std::vector<double>& values, const Tensor& tensor) {
-  if (tensor.scalar_type() == ScalarType::Double) {
-    std::copy(values.begin(), values.end(), mutable_data<double>(tensor));
-  } else {
-    std::transform(values.begin(), values.end(), mutable_data<float>(tensor),
-                   [](double x) { return static_cast<float>(x); });
-  }
-}
 
 // Runs `work(job, item)` over the items of all jobs in one parallel loop.
 template <class Job, class Work>
@@ -290,14 +236,29 @@ void compact_into(const Selected& selected, const std::vector<Tensor>& tensors, 
   run(jobs, [&](const Gather& job, int64_t item) { cpu::gather(job, selected.rows, item); });
 }
 
+// A result of compact: large ones in memory of earlier results. Each is a storage of its own.
+Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape) {
+  int64_t elements = 1;
+  for (const int64_t size : shape) elements *= size;
+  size_t bytes = static_cast<size_t>(elements) * like.element_size();
+  if (bytes < cpu::KeptMemory::kLargeBytes) return new_empty(like, shape, like.scalar_type());
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t dim = shape.size(); dim-- > 0; stride *= shape[dim]) strides[dim] = stride;
+  void* memory = cpu::kept_memory().take(bytes);
+  if (poisons_new_memory()) std::memset(memory, 0xff, bytes);
+  const torch::stable::Device cpu_device(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(memory, shape, strides, cpu_device, like.scalar_type(),
+                                  [bytes](void* data) { cpu::kept_memory().give(data, bytes); });
+}
+
 std::vector<Tensor> compact(Tensor indices, Tensor counts, bool align_right, std::vector<Tensor> tensors,
                             std::vector<int64_t> dims, std::vector<int64_t> batch_dims, std::vector<double> pads,
                             std::optional<int64_t> total) {
   const Selected selected(indices, counts, align_right, common_tokens(tensors, dims), total);
   std::vector<Tensor> outs;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    outs.push_back(new_empty(tensors[i], compacted_shape(tensors[i], selected, dims[i], batch_dims[i], total),
-                             tensors[i].scalar_type()));
+    outs.push_back(new_result(tensors[i], compacted_shape(tensors[i], selected, dims[i], batch_dims[i], total)));
   }
   compact_into(selected, tensors, outs, dims, batch_dims, pads, total.has_value());
   return outs;
@@ -366,7 +327,7 @@ std::vector<Tensor> compact_backward(Tensor indices, Tensor counts, bool align_r
     job.shape = shape_of(source, target, source, element);
     job.shape.divide(merged ? 1 : selected.batch * selected.heads, num_tokens);
     if (result.numel() == 0) job.shape.items = 0;
-    if (!links[merged]) links[merged] = std::make_unique<Links>(selected.rows, num_tokens, merged);
+    if (!links[merged]) links[merged] = std::make_unique<Links>(cpu::links_of(selected.rows, num_tokens, merged));
     const Arithmetic arithmetic = arithmetic_of(grad.scalar_type());
     PYVTK_GUARD(arithmetic.sum != nullptr, "gradient ", i, " has a dtype that cannot be added");
     job.source = static_cast<const char*>(grad.const_data_ptr());
@@ -415,7 +376,7 @@ Tensor restore(Tensor indices, Tensor counts, bool align_right, OptionalTensor u
   const std::vector<double> gates = gate.has_value() ? doubles(*gate) : std::vector<double>{};
   PYVTK_GUARD(!gate.has_value() || gate->numel() == indices.numel(), "gate has a wrong shape");
 
-  const Links links(selected.rows, num_tokens, packed_source);
+  const Links links = cpu::links_of(selected.rows, num_tokens, packed_source);
   const Arithmetic arithmetic = arithmetic_of(result.scalar_type());
   PYVTK_GUARD(!gate.has_value() || arithmetic.sum != nullptr, "update has a dtype that cannot be added");
   std::vector<Scatter> jobs(1);
@@ -466,7 +427,7 @@ std::tuple<Tensor, Tensor> restore_backward(Tensor indices, Tensor counts, bool 
     gates = doubles(*gate);
     grad_gates.assign(gates.size(), 0.0);
   }
-  const Links links = gate.has_value() ? Links() : Links(selected.rows, num_tokens, packed_source);
+  const Links links = gate.has_value() ? Links() : cpu::links_of(selected.rows, num_tokens, packed_source);
   const Arithmetic arithmetic = arithmetic_of(grad.scalar_type());
   PYVTK_GUARD(!gate.has_value() || arithmetic.sum != nullptr, "update has a dtype that cannot be added");
   std::vector<Recall> jobs(1);
@@ -547,147 +508,6 @@ void compact_kv_(Tensor indices, Tensor counts, std::vector<Tensor> caches) {
                });
 }
 
-// The members of every group of merge_tokens, in ascending order; one group more per sample collects what is left out.
-struct Groups {
-  int64_t batch, tokens, groups;
-  Links links;
-  std::vector<double> weights;  // [batch, tokens], or empty: all 1
-
-  Groups(const Tensor& x, const Tensor& assignment, const OptionalTensor& weights_, int64_t num_groups)
-      : batch(x.size(0)), tokens(x.size(1)), groups(num_groups) {
-    guard_dtype(assignment, ScalarType::Long, "assignment");
-    guard_shape(assignment, {batch, tokens}, "assignment");
-    if (weights_.has_value()) {
-      guard_shape(*weights_, {batch, tokens}, "weights");
-      weights = doubles(*weights_);
-    }
-    const Tensor assigned = dense(assignment);
-    const int64_t* group = data<int64_t>(assigned);
-    for (int64_t i = 0; i < batch * tokens; ++i) {
-      PYVTK_GUARD(group[i] < groups, "assignment holds ", group[i], ", but num_groups is ", groups);
-    }
-    links.build(batch * (groups + 1), [&](auto&& visit) {
-      for (int64_t b = 0; b < batch; ++b) {
-        for (int64_t t = 0; t < tokens; ++t) {
-          const int64_t k = group[b * tokens + t];
-          visit(b * (groups + 1) + (k < 0 ? groups : k), {b, t});
-        }
-      }
-    });
-  }
-
-  double weight(const cpu::Link& link) const {
-    return weights.empty() ? 1.0 : weights[static_cast<size_t>(link.row * tokens + link.position)];
-  }
-};
-
-// x as [batch, tokens, channels] with contiguous channels; strides in bytes.
-struct Rows3 {
-  Tensor keep;
-  const char* data;
-  int64_t batch, token;
-
-  explicit Rows3(const Tensor& x) : keep(x) {
-    if (x.size(2) > 1 && x.stride(2) != 1) keep = torch::stable::contiguous(x);
-    data = static_cast<const char*>(keep.const_data_ptr());
-    batch = keep.stride(0) * element_size(keep);
-    token = keep.stride(1) * element_size(keep);
-  }
-  const char* at(const cpu::Link& link) const { return data + link.row * batch + link.position * token; }
-};
-
-std::tuple<Tensor, Tensor> merge_tokens(Tensor x, Tensor assignment, OptionalTensor weights, int64_t num_groups,
-                                        bool mean) {
-  guard_dim(x, 3, "x");
-  const Groups groups(x, assignment, weights, num_groups);
-  const Arithmetic arithmetic = arithmetic_of(x.scalar_type());
-  PYVTK_GUARD(arithmetic.sum != nullptr, "x has a dtype that cannot be added");
-  const int64_t channels = x.size(2);
-  const Rows3 rows(x);
-  Tensor result = new_empty(x, {groups.batch, num_groups, channels}, x.scalar_type());
-  Tensor totals = new_empty(x, {groups.batch, num_groups}, ScalarType::Double);
-  char* out = static_cast<char*>(result.mutable_data_ptr());
-  double* total = mutable_data<double>(totals);
-  const int64_t row_bytes = channels * element_size(x);
-  const int64_t count = groups.batch * num_groups;
-  const double cost = static_cast<double>(groups.tokens * groups.batch * row_bytes) /
-                      static_cast<double>(std::max<int64_t>(count, 1)) * kNanosecondsPerByte;
-  parallel_for(count, cost, [&](int64_t begin, int64_t end) {
-    std::vector<const void*> members;
-    std::vector<double> factors;
-    for (int64_t group = begin; group < end; ++group) {
-      const int64_t number = group / num_groups * (num_groups + 1) + group % num_groups;
-      members.clear();
-      factors.clear();
-      double sum = 0;
-      for (const cpu::Link* link = groups.links.begin(number); link != groups.links.end(number); ++link) {
-        members.push_back(rows.at(*link));
-        factors.push_back(groups.weight(*link));
-        sum += factors.back();
-      }
-      total[group] = sum;
-      if (mean && sum == 0) members.clear();
-      arithmetic.sum(out + group * row_bytes, nullptr, members.data(), factors.data(),
-                     static_cast<int64_t>(members.size()), mean && sum != 0 ? sum : 1.0, row_bytes / arithmetic.number);
-    }
-  });
-  return {result, totals};
-}
-
-// Of the mean m = sum w x / W: dx = (w / W) g and dw = (g . x - g . m) / W, where g . m is the mean of the g . x.
-std::tuple<Tensor, Tensor> merge_tokens_backward(Tensor grad, Tensor x, Tensor assignment, OptionalTensor weights,
-                                                 Tensor totals, bool mean) {
-  guard_dim(x, 3, "x");
-  guard_dim(grad, 3, "grad");
-  const int64_t num_groups = grad.size(1), channels = x.size(2);
-  guard_dtype(grad, x.scalar_type(), "grad");
-  guard_shape(grad, {x.size(0), num_groups, channels}, "grad");
-  guard_shape(totals, {x.size(0), num_groups}, "totals");
-  guard_dtype(totals, ScalarType::Double, "totals");
-  const Groups groups(x, assignment, weights, num_groups);
-  const Arithmetic arithmetic = arithmetic_of(x.scalar_type());
-  PYVTK_GUARD(arithmetic.sum != nullptr, "x has a dtype that cannot be added");
-  const Rows3 rows(x), grads(grad);
-  const Tensor sums = dense(totals);
-  const double* total = data<double>(sums);
-  Tensor grad_x = new_empty(x, {groups.batch, groups.tokens, channels}, x.scalar_type());
-  char* out = static_cast<char*>(grad_x.mutable_data_ptr());
-  std::vector<double> grad_weights(weights.has_value() ? groups.weights.size() : 0, 0.0);
-  const int64_t row_bytes = channels * element_size(x);
-  const int64_t size = row_bytes / arithmetic.number;
-  const int64_t count = groups.batch * (num_groups + 1);
-  const double cost = 3.0 * static_cast<double>(groups.tokens * groups.batch * row_bytes) /
-                      static_cast<double>(std::max<int64_t>(count, 1)) * kNanosecondsPerByte;
-  parallel_for(count, cost, [&](int64_t begin, int64_t end) {
-    for (int64_t number = begin; number < end; ++number) {
-      const int64_t b = number / (num_groups + 1), k = number % (num_groups + 1);
-      const double sum = k == num_groups ? 0.0 : mean ? total[b * num_groups + k] : 1.0;
-      const bool alive = sum != 0;  // not so for what is left out, and for groups of no weight
-      const void* from = alive ? grads.at({b, k}) : nullptr;
-      double average = 0;
-      for (const cpu::Link* link = groups.links.begin(number); link != groups.links.end(number); ++link) {
-        const int64_t at = link->row * groups.tokens + link->position;
-        const double weight = groups.weight(*link);
-        const double factor = alive ? weight / sum : 0.0;
-        arithmetic.sum(out + at * row_bytes, nullptr, &from, &factor, alive ? 1 : 0, 1.0, size);
-        if (alive && !grad_weights.empty()) {
-          const double product = arithmetic.dot(from, rows.at(*link), size);
-          grad_weights[static_cast<size_t>(at)] = product / sum;
-          average += weight / sum * product;
-        }
-      }
-      if (!alive || !mean || grad_weights.empty()) continue;
-      for (const cpu::Link* link = groups.links.begin(number); link != groups.links.end(number); ++link) {
-        grad_weights[static_cast<size_t>(link->row * groups.tokens + link->position)] -= average / sum;
-      }
-    }
-  });
-  if (!weights.has_value()) return {grad_x, new_empty(x, {0}, ScalarType::Float)};
-  Tensor grad_w = new_empty(*weights, {groups.batch, groups.tokens}, weights->scalar_type());
-  store_doubles(grad_weights, grad_w);
-  return {grad_x, grad_w};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyvtk, CPU, m) {
@@ -698,8 +518,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyvtk, CPU, m) {
   m.impl("restore", TORCH_BOX(&restore));
   m.impl("restore_backward", TORCH_BOX(&restore_backward));
   m.impl("compact_kv_", TORCH_BOX(&compact_kv_));
-  m.impl("merge_tokens", TORCH_BOX(&merge_tokens));
-  m.impl("merge_tokens_backward", TORCH_BOX(&merge_tokens_backward));
 }
 
 }  // namespace pyvtk

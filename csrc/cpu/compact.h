@@ -1,6 +1,6 @@
 // Moves the rows that a selection names: gather (compact), scatter (restore, gradients), in-place moves (KV caches).
 //
-// A copy knows no dtype, so nothing here is compiled per instruction set; memcpy chooses its own. A tensor is seen as
+// A copy knows no dtype and waits for memory, so nothing here is compiled per instruction set. A tensor is seen as
 // rows of a selection (batch, head) x outer axes x tokens x one run of bytes. Work is cut into items of about
 // kItemBytes over all tensors, so that small ones ride along with large ones in one parallel loop. Every byte of the
 // output is written once; memory bandwidth is the limit.
@@ -14,10 +14,15 @@
 #include <emmintrin.h>
 #endif
 
+#include "cpu/links.h"
+
 namespace pyvtk::cpu {
 
 // Bytes per work item: enough to hide the bookkeeping, little enough to share among threads.
 inline constexpr int64_t kItemBytes = 64 * 1024;
+
+// How far ahead of a copy short rows are fetched into the cache.
+inline constexpr int64_t kAheadBytes = 2048;
 
 // One row of a selection, laid over the positions of the output that it fills.
 struct Row {
@@ -81,8 +86,18 @@ struct Gather {
   bool streaming;            // stores bypass the cache
 };
 
-// memcpy that fetches `next`, a row of the same length, into the cache meanwhile: the processor cannot foresee where
-// the next selected row lies. With kStreaming, stores bypass the cache: the target is not read first.
+// Copies `bytes` >= 64 of them and fetches `next`, a row of the same length, into the cache meanwhile: the processor
+// cannot foresee where a later selected row lies. Inlined, since a call of memcpy costs as much as a short row.
+inline void copy_row(char* target, const char* source, const char* next, int64_t bytes) {
+  int64_t at = 0;
+  for (; at + 64 <= bytes; at += 64) {
+    __builtin_prefetch(next + at);
+    std::memcpy(target + at, source + at, 64);
+  }
+  if (at < bytes) std::memcpy(target + bytes - 64, source + bytes - 64, 64);  // some bytes twice, to the same value
+}
+
+// The same with stores that bypass the cache: the target is not read first.
 inline void copy_streaming(char* target, const char* source, const char* next, int64_t bytes) {
   int64_t at = 0;
 #if defined(__SSE2__)
@@ -120,9 +135,10 @@ inline void gather_small(char* target, int64_t target_stride, const char* source
   }
 }
 
-// target[i] = source[tokens[i]] for rows of `run` bytes
+// target[i] = source[tokens[i]] for rows of `run` bytes; `following` is the source of the call after this one, for the
+// same tokens.
 inline void gather_rows(char* target, int64_t target_stride, const char* source, int64_t source_stride,
-                        const int64_t* tokens, int64_t count, int64_t run, bool streaming) {
+                        const int64_t* tokens, int64_t count, int64_t run, bool streaming, const char* following) {
   switch (run) {
     case 1:
       return gather_small<1>(target, target_stride, source, source_stride, tokens, count);
@@ -141,6 +157,16 @@ inline void gather_rows(char* target, int64_t target_stride, const char* source,
   if (streaming) {
     for (int64_t i = 0; i < count; ++i) copy_streaming(target + i * target_stride, row(i), row(i + 1), run);
     return finish_streaming();
+  }
+  if (run >= 64) {
+    const int64_t ahead = std::max<int64_t>(1, kAheadBytes / run);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t next = i + ahead;
+      const char* fetched =
+          next < count ? row(next) : following + tokens[std::min(next - count, count - 1)] * source_stride;
+      copy_row(target + i * target_stride, row(i), fetched, run);
+    }
+    return;
   }
   const bool dense = source_stride == run && target_stride == run;
   for (int64_t i = 0; i < count;) {
@@ -168,63 +194,34 @@ inline void gather(const Gather& job, const std::vector<Row>& rows, int64_t item
   const int64_t begin = row.begin + item % shape.blocks * shape.block;
   const int64_t end = std::min(begin + shape.block, row.end);
   if (begin >= end) return;
-  const Offset offset = offset_of(shape, row.batch, row.head, item / shape.blocks % shape.lines);
+  const int64_t line = item / shape.blocks % shape.lines;
+  const Offset offset = offset_of(shape, row.batch, row.head, line);
+  const bool more = shape.blocks == 1 && line + 1 < shape.lines;
+  const int64_t following = more ? offset_of(shape, row.batch, row.head, line + 1).source : offset.source;
   const int64_t first = std::clamp(row.first, begin, end);
   const int64_t last = std::clamp(row.last, first, end);
   char* target = job.target + offset.target;
   const int64_t stride = shape.token.target;
   pad_rows(job, target + begin * stride, first - begin);
   gather_rows(target + first * stride, stride, job.source + offset.source, shape.token.source,
-              row.tokens + (first - row.first), last - first, shape.run, job.streaming);
+              row.tokens + (first - row.first), last - first, shape.run, job.streaming, job.source + following);
   pad_rows(job, target + last * stride, end - last);
 }
 
-// Which selected rows land on each token: the inverse of a selection, duplicates included.
-struct Link {
-  int64_t row, position;
-};
-
-class Links {
- public:
-  Links() = default;
-  // Token t of row r gets number `merged ? t : r * tokens + t`: merged where all rows share one table.
-  Links(const std::vector<Row>& rows, int64_t tokens, bool merged) {
-    const int64_t numbers = merged ? tokens : static_cast<int64_t>(rows.size()) * tokens;
-    build(numbers, [&](auto&& visit) {
-      for (size_t r = 0; r < rows.size(); ++r) {
-        const int64_t base = merged ? 0 : static_cast<int64_t>(r) * tokens;
-        for (int64_t position = rows[r].first; position < rows[r].last; ++position) {
-          visit(base + rows[r].tokens[position - rows[r].first], Link{static_cast<int64_t>(r), position});
-        }
+// The rows of a selection that land on each token, duplicates included. Token t of row r gets number
+// `merged ? t : r * tokens + t`: merged where all rows share one table.
+inline Links links_of(const std::vector<Row>& rows, int64_t tokens, bool merged) {
+  Links links;
+  links.build(merged ? tokens : static_cast<int64_t>(rows.size()) * tokens, [&](auto&& visit) {
+    for (size_t r = 0; r < rows.size(); ++r) {
+      const int64_t base = merged ? 0 : static_cast<int64_t>(r) * tokens;
+      for (int64_t position = rows[r].first; position < rows[r].last; ++position) {
+        visit(base + rows[r].tokens[position - rows[r].first], Link{static_cast<int64_t>(r), position});
       }
-    });
-  }
-
-  // `each(visit)` calls visit(number, link); a number's links keep the order of the calls.
-  template <class Each>
-  void build(int64_t numbers, Each&& each) {
-    starts_.assign(static_cast<size_t>(numbers) + 2, 0);
-    // Shifted by two, so that filling in leaves every start in its place.
-    each([&](int64_t number, Link) { ++starts_[static_cast<size_t>(number) + 2]; });
-    for (size_t i = 2; i < starts_.size(); ++i) starts_[i] += starts_[i - 1];
-    links_.resize(static_cast<size_t>(starts_.back()));
-    each([&](int64_t number, Link link) {
-      links_[static_cast<size_t>(starts_[static_cast<size_t>(number) + 1]++)] = link;
-    });
-  }
-
-  const Link* begin(int64_t number) const { return links_.data() + starts_[static_cast<size_t>(number)]; }
-  const Link* end(int64_t number) const { return links_.data() + starts_[static_cast<size_t>(number) + 1]; }
-
- private:
-  std::vector<int64_t> starts_;
-  std::vector<Link> links_;
-};
-
-// out = (base + sum over rows of weight * row) / divisor, and a . b, for rows of `size` numbers (compact_sum.h).
-using SumRows = void (*)(void* out, const void* base, const void* const* rows, const double* weights, int64_t count,
-                         double divisor, int64_t size);
-using Dot = double (*)(const void* a, const void* b, int64_t size);
+    }
+  });
+  return links;
+}
 
 // One tensor whose rows go back to their tokens. Every token is written once, from what its links name.
 struct Scatter {

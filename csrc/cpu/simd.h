@@ -1,7 +1,7 @@
 // Vectors of the instruction set being compiled (no include guard: each_isa.h includes this once per set).
 //
 // GCC's vector extensions give arithmetic, comparison and selection; this file adds what they lack: unaligned and
-// partial loads, conversions from 16-bit floats, reductions and exp.
+// partial loads, conversions from and to 16-bit floats, reductions and exp.
 namespace pyvtk::cpu::PYVTK_ISA {
 
 using vfloat = float __attribute__((vector_size(PYVTK_VECTOR_BYTES)));
@@ -66,6 +66,26 @@ PYVTK_INLINE vfloat load(const float16* p) {
 
 PYVTK_INLINE void store(float* p, vfloat x) { __builtin_memcpy(p, &x, sizeof(x)); }
 PYVTK_INLINE void store(int32_t* p, vint x) { __builtin_memcpy(p, &x, sizeof(x)); }
+
+// Rounded to the nearest, ties to even.
+PYVTK_INLINE void store(bfloat16* p, vfloat x) {
+  const vuint bits = reinterpret_cast<vuint>(x);
+  const vuint rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const vuint result = (x != x ? bits | 0x400000u : rounded) >> 16;
+  const vhalf half = __builtin_convertvector(result, vhalf);
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+PYVTK_INLINE void store(float16* p, vfloat x) {
+#if PYVTK_VECTOR_BYTES == 64
+  const __m256i half = _mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(p, &half, sizeof(half));
+#elif PYVTK_VECTOR_BYTES == 32
+  const __m128i half = _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(p, &half, sizeof(half));
+#else
+  for (int64_t lane = 0; lane < kLanes; ++lane) p[lane] = from_float<float16>(x[lane]);
+#endif
+}
 
 // The first `count` lanes (the rest 0), reading nothing beyond them.
 template <class T>

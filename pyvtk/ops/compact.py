@@ -1,4 +1,4 @@
-"""Move only the tokens that stay: ``compact``, ``restore``, ``compact_kv_``, ``merge_tokens``."""
+"""Move only the tokens that stay: ``compact``, ``restore``, ``compact_kv_``."""
 
 from __future__ import annotations
 
@@ -70,16 +70,6 @@ def _restore_backward_fake(indices, counts, align_right, grad, update, gate, dim
     return grad_update, grad.new_empty(0, dtype=torch.float32) if gate is None else gate.new_empty(gate.shape)
 
 
-def _merge_tokens_fake(x, assignment, weights, num_groups, mean):
-    batch, _, channels = x.shape
-    return x.new_empty((batch, num_groups, channels)), x.new_empty((batch, num_groups), dtype=torch.float64)
-
-
-def _merge_tokens_backward_fake(grad, x, assignment, weights, totals, mean):
-    grad_weights = x.new_empty(0, dtype=torch.float32) if weights is None else weights.new_empty(weights.shape)
-    return x.new_empty(x.shape), grad_weights
-
-
 _SELECTION = "Tensor indices, Tensor counts, bool align_right"
 _COMPACT = f"({_SELECTION}, Tensor[] tensors, int[] dims, int[] batch_dims, float[] pads, SymInt? total) -> Tensor[]"
 backends.define("compact", _COMPACT, fake=_compact_fake)
@@ -113,19 +103,6 @@ backends.define(
     "compact_kv_",
     "(Tensor indices, Tensor counts, Tensor(a!)[] caches) -> ()",
     fake=lambda indices, counts, caches: None,
-)
-# Gives the sums of weights too, in float64, which the gradient needs.
-backends.define(
-    "merge_tokens",
-    "(Tensor x, Tensor assignment, Tensor? weights, SymInt num_groups, bool mean) -> (Tensor, Tensor)",
-    fake=_merge_tokens_fake,
-    dtypes=checks.FLOATS,
-)
-backends.define(
-    "merge_tokens_backward",
-    "(Tensor grad, Tensor x, Tensor assignment, Tensor? weights, Tensor totals, bool mean) -> (Tensor, Tensor)",
-    fake=_merge_tokens_backward_fake,
-    dtypes=checks.FLOATS,
 )
 
 
@@ -189,24 +166,11 @@ def _restore_grad(ctx, grad):
     return None, None, None, grad_update, grad_base, None if gate is None else grad_gate, None, None, None
 
 
-def _merge_tokens_setup(ctx, inputs, output):
-    x, assignment, weights, _, ctx.mean = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, assignment, weights, output[1])
-
-
-def _merge_tokens_grad(ctx, grad, _):
-    x, assignment, weights, totals = ctx.saved_tensors
-    grad_x, grad_weights = torch.ops.pyvtk.merge_tokens_backward(grad, x, assignment, weights, totals, ctx.mean)
-    return grad_x, None, None if weights is None else grad_weights, None, None
-
-
 torch.library.register_autograd("pyvtk::compact", _compact_grad, setup_context=_compact_setup)
 torch.library.register_autograd(
     "pyvtk::compact_backward", _compact_backward_grad, setup_context=_compact_backward_setup
 )
 torch.library.register_autograd("pyvtk::restore", _restore_grad, setup_context=_restore_setup)
-torch.library.register_autograd("pyvtk::merge_tokens", _merge_tokens_grad, setup_context=_merge_tokens_setup)
 
 
 def _check_selection(op: str, selection) -> None:
@@ -300,11 +264,12 @@ def _check_apart(op: str, name: str, written, read=()) -> None:
     spans = []
     for writes, group in ((True, written), (False, read)):
         for x in group:
-            last = x.numel() - 1
-            if last >= 0 and not x.is_contiguous():
-                last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
             start = x.data_ptr()
-            spans.append((start, start + (last + 1) * x.element_size(), writes))
+            if x.is_contiguous():
+                spans.append((start, start + x.nbytes, writes))
+            elif x.numel() > 0:
+                last = sum([(size - 1) * stride for size, stride in zip(x.shape, x.stride())])
+                spans.append((start, start + (last + 1) * x.element_size(), writes))
     end_of_any = end_of_written = 0
     for start, end, writes in sorted(spans):
         if start < (end_of_any if writes else end_of_written) and start < end:
@@ -314,23 +279,26 @@ def _check_apart(op: str, name: str, written, read=()) -> None:
             end_of_written = max(end_of_written, end)
 
 
-def _check_out(out, indices: Tensor, tensors, dims, batch_dims, total) -> tuple[Tensor, ...]:
+def _check_out(out, indices: Tensor, tensors, dims, batch_dims, total) -> tuple[Tensor, ...] | list[Tensor]:
     outs = (out,) if isinstance(out, Tensor) else out
     if not isinstance(outs, (tuple, list)) or len(outs) != len(tensors):
         raise TypeError(f"compact: out must be a tensor or a tuple with one per tensor ({len(tensors)}), got {out!r}")
     for i, (x, target) in enumerate(zip(tensors, outs)):
+        expected = _compacted_shape(x.shape, indices, dims[i], batch_dims[i], total)
+        if type(target) is Tensor and target.dtype == x.dtype and list(target.shape) == expected:
+            if target.is_contiguous() and target.device == x.device:
+                continue
         name = f"out[{i}]"
         checks.tensor("compact", name, target)
         checks.dtype("compact", name, target, (x.dtype,))
         checks.same_device("compact", name, target, x, "its tensor")
-        expected = tuple(_compacted_shape(x.shape, indices, dims[i], batch_dims[i], total))
-        checks.shape("compact", name, target, expected, "the result's shape")
-        if 0 in target.stride() and any(st == 0 and size > 1 for size, st in zip(target.shape, target.stride())):
+        checks.shape("compact", name, target, tuple(expected), "the result's shape")
+        if any([st == 0 and size > 1 for size, st in zip(target.shape, target.stride())]):
             raise ValueError(f"compact: {name} must not be expanded, got strides {target.stride()}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *outs)):
+    if torch.is_grad_enabled() and any([x.requires_grad for x in (*tensors, *outs)]):
         raise ValueError("compact: out must be None where a tensor requires grad, got a tensor")
     _check_apart("compact", "out", outs, tensors)
-    return tuple(outs)
+    return outs
 
 
 def compact(
@@ -367,55 +335,53 @@ def compact(
         TypeError, ValueError: an argument that does not fit.
         RuntimeError: an index outside the token axis, on the CPU; on CUDA such a slot is padding.
     """
-    _check_selection("compact", selection)
-    count = len(tensors)
+    if type(selection) is not Selection:
+        _check_selection("compact", selection)
+    indices, counts, count = selection.indices, selection.counts, len(tensors)
     if count == 0:
         raise ValueError("compact: tensors must be at least one tensor, got none")
-    checks.boolean("compact", "packed", packed)
+    if type(packed) is not bool:
+        checks.boolean("compact", "packed", packed)
+    device, shapes, dtypes = indices.device, [], []
     for i, x in enumerate(tensors):
         if type(x) is not Tensor or x.layout is not torch.strided:
             checks.tensor("compact", f"tensors[{i}]", x)
-        if x.device != selection.indices.device:
-            checks.same_device("compact", f"tensors[{i}]", x, selection.indices, "selection")
+        if x.device != device:
+            checks.same_device("compact", f"tensors[{i}]", x, indices, "selection")
+        shapes.append(x.shape)
+        dtypes.append(x.dtype)
     plan = _plan if torch.compiler.is_compiling() else _plan_again
     dims, batch_dims, pads = plan(
-        selection.counts.shape,
+        counts.shape,
         selection.num_tokens,
-        selection.packed,
-        tuple([x.shape for x in tensors]),
-        tuple([x.dtype for x in tensors]),
-        *(tuple(value) if isinstance(value, list) else value for value in (dim, batch_dim, pad_value)),
+        selection.source_cu_seqlens is not None,
+        tuple(shapes),
+        tuple(dtypes),
+        tuple(dim) if isinstance(dim, list) else dim,
+        tuple(batch_dim) if isinstance(batch_dim, list) else batch_dim,
+        tuple(pad_value) if isinstance(pad_value, list) else pad_value,
     )
     if not packed:
         if total is not None:
             raise ValueError(f"compact: total must be None unless packed=True, got {total}")
-    elif selection.indices.dim() == 3:
+    elif indices.dim() == 3:
         raise ValueError("compact: packed must be False for a selection with a head axis, got True")
     elif total is None:
-        total = int(selection.counts.sum())
+        total = int(counts.sum())
     else:
         checks.integer("compact", "total", total)
 
-    chosen = backends.pick("compact", backend, tensors[0])
-    call = (
-        selection.indices,
-        selection.counts,
-        selection.align == "right",
-        list(tensors),
-        dims,
-        batch_dims,
-        pads,
-        total,
-    )
+    compiled = backends.pick("compact", backend, tensors[0]) == "compiled"
+    call = (indices, counts, selection.align == "right", tensors, dims, batch_dims, pads, total)
     if out is not None:
-        outs = _check_out(out, selection.indices, tensors, dims, batch_dims, total)
-        if chosen == "compiled":
-            torch.ops.pyvtk.compact_out.default(*call, list(outs))
+        outs = _check_out(out, indices, tensors, dims, batch_dims, total)
+        if compiled:
+            torch.ops.pyvtk.compact_out.default(*call, outs)
         else:
             for target, result in zip(outs, reference.compact(*call)):
                 target.copy_(result)
         return out
-    if chosen != "compiled":
+    if not compiled:
         results = reference.compact(*call)
     elif torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
         results = torch.ops.pyvtk.compact(*call)
@@ -554,58 +520,3 @@ def compact_kv_(selection: Selection, *caches: Tensor, backend: str | None = Non
         reference.compact_kv_(selection.indices, selection.counts, list(caches))
     views = tuple(cache[:, :, : selection.capacity] for cache in caches)
     return views[0] if len(views) == 1 else views
-
-
-def merge_tokens(
-    x: Tensor,
-    assignment: Tensor,
-    *,
-    num_groups: int | None = None,
-    weights: Tensor | None = None,
-    sizes: Tensor | None = None,
-    reduce: str = "mean",
-    backend: str | None = None,
-) -> Tensor:
-    """Sum or average the tokens that were assigned to each group.
-
-    Args:
-        x: [batch, tokens, channels], floating.
-        assignment: int [batch, tokens], the group of each token in 0..num_groups - 1; negative: left out.
-        num_groups: None takes the largest group + 1 (one host synchronisation).
-        weights: float [batch, tokens]; factors of the tokens, in the divisor of the mean too.
-        sizes: the same once more; how many tokens each one stands for already (ToMe).
-        reduce: "mean" (a group without tokens, or whose factors sum to 0, is 0) or "sum".
-        backend: "compiled", "reference", or None for the best one.
-
-    Returns:
-        [batch, num_groups, channels] in x's dtype. Differentiable in x, weights and sizes; the same bits on every run.
-
-    Raises:
-        TypeError, ValueError: an argument that does not fit. RuntimeError: a group >= num_groups (CPU).
-    """
-    op = "merge_tokens"
-    checks.tensor(op, "x", x, 3)
-    checks.dtype(op, "x", x, checks.FLOATS)
-    checks.tensor(op, "assignment", assignment)
-    checks.dtype(op, "assignment", assignment, checks.INTEGERS)
-    checks.shape(op, "assignment", assignment, tuple(x.shape[:2]), "[batch, tokens]")
-    checks.same_device(op, "assignment", assignment, x, "x")
-    checks.choice(op, "reduce", reduce, ("mean", "sum"))
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    factors = None
-    for name, value in (("weights", weights), ("sizes", sizes)):
-        if value is None:
-            continue
-        checks.tensor(op, name, value)
-        checks.dtype(op, name, value, checks.FLOATS)
-        checks.shape(op, name, value, tuple(x.shape[:2]), "[batch, tokens]")
-        checks.same_device(op, name, value, x, "x")
-        factors = value.to(wide) if factors is None else factors * value.to(wide)
-    if num_groups is None:
-        num_groups = max(int(assignment.max()) + 1, 0) if assignment.numel() else 0
-    checks.integer(op, "num_groups", num_groups)
-
-    rest = (x, assignment.long(), factors, num_groups, reduce == "mean")
-    if backends.pick(op, backend, x, x.dtype) == "compiled":
-        return torch.ops.pyvtk.merge_tokens(*rest)[0]
-    return reference.merge_tokens(*rest)[0]

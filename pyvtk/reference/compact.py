@@ -1,4 +1,4 @@
-"""compact, restore, compact_kv_ and merge_tokens in plain torch.
+"""compact, restore and compact_kv_ in plain torch.
 
 A selection comes as indices [batch, (heads,) capacity], counts [batch, (heads)] and the side that rows stand on. Slots
 that are not ``valid`` are padding; what their indices hold does not matter.
@@ -147,29 +147,3 @@ def compact_kv_(indices: Tensor, counts: Tensor, caches: list[Tensor]) -> None:
         valid = _valid(kept, counts if indices.dim() == 3 else counts[:, None].expand(-1, cache.shape[1]), False)
         rows = cache.gather(2, torch.where(valid, kept, 0)[..., None].expand(*kept.shape, cache.shape[3]))
         cache[:, :, :capacity] = rows.masked_fill(~valid[..., None], 0)
-
-
-def merge_tokens(
-    x: Tensor, assignment: Tensor, weights: Tensor | None, num_groups: int, mean: bool
-) -> tuple[Tensor, Tensor]:
-    """out[b, k] = sum of weights[b, s] * x[b, s] over the s with assignment[b, s] == k, divided by the sum of weights
-    for a mean (0 where that is 0); and those sums of weights, in float64.
-
-    Members are added in ascending order; 16-bit x in float32, rounded once.
-    """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    batch, tokens, channels = x.shape
-    # One group more per sample collects what is left out.
-    group = torch.where(assignment < 0, num_groups, assignment)
-    values = x.to(wide)
-    weights = torch.ones_like(group, dtype=wide) if weights is None else weights
-    values = values * weights.to(wide).unsqueeze(-1)
-    where = group.unsqueeze(-1).expand(batch, tokens, channels)
-    sums = values.new_zeros((batch, num_groups + 1, channels)).scatter_add(1, where, values)[:, :num_groups]
-    totals = torch.zeros((batch, num_groups + 1), dtype=torch.float64, device=x.device)
-    totals = totals.scatter_add(1, group, weights.double())[:, :num_groups]
-    if mean:
-        empty = (totals == 0).unsqueeze(-1)
-        divisor = totals.unsqueeze(-1).to(wide).masked_fill(empty, 1)
-        sums = (sums / divisor).masked_fill(empty, 0)
-    return sums.to(x.dtype), totals

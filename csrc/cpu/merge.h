@@ -1,28 +1,9 @@
-// The arithmetic of the compact family: weighted sums of rows, and dot products of rows. Compiled per instruction set
-// (see each_isa.h). 16-bit inputs are added in float32, in the order in which the rows are given, and rounded once.
+// Merging rows: weighted sums of rows, and dot products of rows for the gradients. Compiled per instruction set (see
+// each_isa.h). 16-bit inputs are added in float32, in the order in which the rows are given, and rounded once.
 namespace pyvtk::cpu::PYVTK_ISA {
 
 template <class T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-PYVTK_INLINE void store(bfloat16* p, vfloat x) {
-  const vuint bits = reinterpret_cast<vuint>(x);
-  const vuint rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const vuint result = (x != x ? bits | 0x400000u : rounded) >> 16;
-  const vhalf half = __builtin_convertvector(result, vhalf);
-  __builtin_memcpy(p, &half, sizeof(half));
-}
-PYVTK_INLINE void store(float16* p, vfloat x) {
-#if PYVTK_VECTOR_BYTES == 64
-  const __m256i half = _mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
-  __builtin_memcpy(p, &half, sizeof(half));
-#elif PYVTK_VECTOR_BYTES == 32
-  const __m128i half = _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT);
-  __builtin_memcpy(p, &half, sizeof(half));
-#else
-  for (int64_t lane = 0; lane < kLanes; ++lane) p[lane] = from_float<float16>(x[lane]);
-#endif
-}
 
 // sum += weight * row
 template <class T>
