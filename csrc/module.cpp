@@ -58,6 +58,7 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set that CPU kernels use now.");
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"),
         "Choose the instruction set of all CPU kernels in this process (for tests and measurements).");
-  m.def("poison_new_memory", [](bool on) { pyvtk::poisons_new_memory() = on; }, py::arg("on"),
-        "Fill every new CPU output with NaN (integers: -1) before kernels run (for tests).");
+  m.def(
+      "poison_new_memory", [](bool on) { pyvtk::poisons_new_memory() = on; }, py::arg("on"),
+      "Fill every new CPU output with NaN (integers: -1) before kernels run (for tests).");
 }

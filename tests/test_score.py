@@ -165,9 +165,7 @@ def test_compiled_within_budget(number, shape, instruction_set):
     }  # fmt: skip
     compiled = pyvtk.attention_scores(q, k, backend="compiled", return_lse=True, **options)
     plain = pyvtk.attention_scores(q, k, backend="reference", return_lse=True, **options)
-    oracle = pyvtk.attention_scores(
-        q.double(), k.double(), backend="reference", return_lse=True, **in_double(options)
-    )
+    oracle = pyvtk.attention_scores(q.double(), k.double(), backend="reference", return_lse=True, **in_double(options))
     for actual, exact, usual in zip(compiled, oracle, plain):
         assert_within_budget(actual, exact, usual)
 

@@ -111,9 +111,9 @@ PYVTK_INLINE void logits_tile(const float* q, int64_t ldq, const float* packed, 
   }
 }
 
-// out[row] += sum over i of s[row * row_step + i * sum_step] * x[i], one strip of channels. The sum starts from zero and
-// joins `out` once, so that rounding errors grow with the number of calls, not with that of summands. `fresh` writes
-// out instead of adding to it.
+// out[row] += sum over i of s[row * row_step + i * sum_step] * x[i], one strip of channels. The sum starts from zero
+// and joins `out` once, so that rounding errors grow with the number of calls, not with that of summands. `fresh`
+// writes out instead of adding to it.
 template <int64_t rows>
 PYVTK_INLINE void weigh_tile(const float* s, int64_t row_step, int64_t sum_step, int64_t count, const float* x,
                              int64_t ldx, float* out, int64_t ldo, bool fresh) {
@@ -251,8 +251,8 @@ inline void weigh_keys(const float* s, int64_t lds, int64_t rows, const float* k
 }
 
 // out [count][ldo] += (or, fresh, =) s [rows][lds] transposed times q [rows][ldq], ldq whole strips.
-inline void weigh_rows(const float* s, int64_t lds, int64_t rows, const float* q, int64_t ldq, int64_t count, float* out,
-                       int64_t ldo, bool fresh) {
+inline void weigh_rows(const float* s, int64_t lds, int64_t rows, const float* q, int64_t ldq, int64_t count,
+                       float* out, int64_t ldo, bool fresh) {
   for (int64_t d = 0; d < ldq; d += kStrip) {
     for_row_tiles(count, [&](auto tile, int64_t key) {
       weigh_tile<tile>(s + key, 1, lds, rows, q + d, ldq, out + key * ldo + d, ldo, fresh);

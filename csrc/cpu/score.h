@@ -44,7 +44,8 @@ class ScoreWalk {
     const int64_t room = padded(std::max<int64_t>(window_stop_ - window_start_, 0)) + kStrip;
     if (p_.k_bias) {
       bias_.assign(room, 0.0f);
-      std::copy(p_.k_bias + s_.column_offset + window_start_, p_.k_bias + s_.column_offset + window_stop_, bias_.begin());
+      std::copy(p_.k_bias + s_.column_offset + window_start_, p_.k_bias + s_.column_offset + window_stop_,
+                bias_.begin());
     }
     if (p_.k_mask || p_.k_positions || p_.q_positions) {
       key_positions_.assign(room, kHidden);
@@ -69,7 +70,8 @@ class ScoreWalk {
   void visit(int64_t kv_head, int64_t first, int64_t last, RowFunction&& row, BlockFunction&& block) {
     const int64_t group = p_.group();
     const int64_t rows = (last - first) * group;
-    const T* keys = static_cast<const T*>(p_.k) + s_.k_offset + kv_head * p_.k_head_stride + window_start_ * p_.k_row_stride;
+    const T* keys =
+        static_cast<const T*>(p_.k) + s_.k_offset + kv_head * p_.k_head_stride + window_start_ * p_.k_row_stride;
     const bool few = rows <= kFewRows;
     const int64_t reach = visible_end(last - 1);
     // Keys are packed once where they fit the third-level cache; else in chunks, for larger blocks of rows.
@@ -117,8 +119,13 @@ class ScoreWalk {
 
   // What does not depend on the head; without logits.
   ScoreRow row_of(int64_t query) const {
-    return {.head = 0, .query = query, .z = nullptr, .count = visible_end(query), .reach = 0,
-            .position = position(query), .valid = valid(query)};
+    return {.head = 0,
+            .query = query,
+            .z = nullptr,
+            .count = visible_end(query),
+            .reach = 0,
+            .position = position(query),
+            .valid = valid(query)};
   }
 
   // Keys of the window from its first to the last that this query (or, with default positions, any before it) may see.
@@ -127,7 +134,8 @@ class ScoreWalk {
     return std::clamp<int64_t>(query + s_.keys - s_.queries + 1 - window_start_, 0, window());
   }
 
-  // Scales (afterwards: products of 16-bit inputs are exact), adds the bias, sets what the query does not see to -inf (up to the end of the last vector); returns the maximum.
+  // Scales (afterwards: products of 16-bit inputs are exact), adds the bias, sets what the query does not see to -inf
+  // (up to the end of the last vector); returns the maximum.
   float mask(const ScoreRow& row) const {
     vfloat largest = splat(-kInfinity);
     const int32_t* positions = key_positions();
@@ -233,13 +241,15 @@ inline ScorePlan score_plan(const ScoreProblem& p) {
   // The cut depends on the shape alone, so that results do not depend on the machine. 64 items keep many cores busy;
   // fewer than 96 rows would not repay packing the keys.
   const int64_t rows = p.max_queries * p.group();
-  plan.chunks = std::clamp<int64_t>(64 / std::max<int64_t>(p.batch * plan.groups, 1), 1, std::max<int64_t>(rows / 96, 1));
+  plan.chunks =
+      std::clamp<int64_t>(64 / std::max<int64_t>(p.batch * plan.groups, 1), 1, std::max<int64_t>(rows / 96, 1));
   plan.pitch = padded(p.max_scored()) + kStrip;
   plan.items = p.batch * plan.groups * plan.chunks;
   return plan;
 }
 
-inline ScoreColumns item_columns(const ScoreProblem& p, const ScorePlan& plan, float* workspace, int64_t item, int64_t slot) {
+inline ScoreColumns item_columns(const ScoreProblem& p, const ScorePlan& plan, float* workspace, int64_t item,
+                                 int64_t slot) {
   const int64_t size = plan.items * plan.slots * plan.pitch;
   const int64_t at = (item * plan.slots + slot) * plan.pitch;
   ScoreColumns columns{nullptr, nullptr, nullptr};
@@ -265,7 +275,8 @@ inline ScorePlanSizes score_plan_sizes(const ScoreProblem& p) {
   const ScorePlan plan = score_plan(p);
   const double pairs = static_cast<double>(p.max_queries) * static_cast<double>(p.max_keys);
   // 0.02 ns per multiplication is what one core reaches with AVX2.
-  const double cost = 0.02 * pairs * static_cast<double>(p.q_heads * p.dim) / static_cast<double>(plan.groups * plan.chunks);
+  const double cost =
+      0.02 * pairs * static_cast<double>(p.q_heads * p.dim) / static_cast<double>(plan.groups * plan.chunks);
   return {plan.items, cost, kFinishColumns};
 }
 
@@ -523,7 +534,8 @@ inline void score_finish(const ScoreProblem& p, const float* workspace, int64_t 
                    : reduce == QueryReduce::visible_mean ? std::max(seen_by[j], 1.0f)
                                                          : 1.0f;
     }
-    std::copy_n(divisor.data(), count, p.divisors + r * (p.packed() ? p.keys : p.batch * p.scored()) + s.divisor_offset + first);
+    std::copy_n(divisor.data(), count,
+                p.divisors + r * (p.packed() ? p.keys : p.batch * p.scored()) + s.divisor_offset + first);
     for (int64_t slot = 0; slot < slots; ++slot) {
       float* to = value.data() + slot * count;
       for (int64_t j = 0; j < count; ++j) {
@@ -663,13 +675,15 @@ class ScoreBackward {
   static constexpr int64_t kKeys = 32;
 
   float* partial(int64_t kv_head) const {
-    return partial_ + ((sample_ * p_.kv_heads + kv_head) * score_backward_chunks(p_) + chunk_) * score_backward_pitch(p_);
+    return partial_ +
+           ((sample_ * p_.kv_heads + kv_head) * score_backward_chunks(p_) + chunk_) * score_backward_pitch(p_);
   }
   // Where the head's key gradients are added up.
   float* grad_k(int64_t kv_head) const {
     if (!direct_) return partial(kv_head) + p_.max_keys;
-    return g_.k + (p_.packed() ? s_.column_offset * p_.kv_heads + kv_head
-                               : (sample_ * p_.kv_heads + kv_head) * p_.keys) * p_.dim;
+    return g_.k +
+           (p_.packed() ? s_.column_offset * p_.kv_heads + kv_head : (sample_ * p_.kv_heads + kv_head) * p_.keys) *
+               p_.dim;
   }
   void clear_keys(int64_t kv_head, int64_t first, int64_t last) {
     const int64_t width = direct_ ? p_.dim : ldk_;
@@ -699,8 +713,7 @@ class ScoreBackward {
   int64_t gradient_of_values(const ScoreRow& row, const int32_t* pair_winner) {
     const int64_t scored = s_.scored();
     const int64_t count = std::max<int64_t>(std::min(row.count - walk_.scored_start(), scored), 0);
-    const int64_t at =
-        p_.packed() ? row.head * p_.keys + s_.column_offset : (sample_ * p_.q_heads + row.head) * scored;
+    const int64_t at = p_.packed() ? row.head * p_.keys + s_.column_offset : (sample_ * p_.q_heads + row.head) * scored;
     std::fill(column_.begin(), column_.end(), 0.0f);
     for (int64_t j = 0; j < count; ++j) {
       column_[j] = !pair_winner || pair_winner[j] == row.head ? g_.linear[at + j] : 0.0f;
@@ -820,7 +833,8 @@ class ScoreBackward {
 template <class T>
 void score_backward_item(const ScoreProblem& p, const ScoreGradient& g, float* partial, float* weight_partial,
                          int64_t item) {
-  const int64_t chunks = score_backward_chunks(p), units = g.pair_max_heads ? p.kv_heads / g.pair_max_heads : p.kv_heads;
+  const int64_t chunks = score_backward_chunks(p),
+                units = g.pair_max_heads ? p.kv_heads / g.pair_max_heads : p.kv_heads;
   const int64_t chunk = item % chunks, unit = item / chunks % units, sample_number = item / chunks / units;
   ScoreBackward<T> backward(p, g, partial, weight_partial, sample_number, chunk);
   if (g.pair_max_heads) {
@@ -844,7 +858,8 @@ inline void score_backward_finish(const ScoreProblem& p, const ScoreGradient& g,
   for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head) {
     const float* from = partial + (sample_number * p.kv_heads + kv_head) * chunks * pitch;
     float* to = g.k + (p.packed() ? ((s.column_offset + key) * p.kv_heads + kv_head)
-                                  : ((sample_number * p.kv_heads + kv_head) * p.keys + key)) * p.dim;
+                                  : ((sample_number * p.kv_heads + kv_head) * p.keys + key)) *
+                          p.dim;
     for (int64_t chunk = 0; chunk < chunks; ++chunk, from += pitch) {
       bias += from[key];
       if (direct) continue;

@@ -60,9 +60,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> score_and_select(
   if (p.packed()) shape = {p.keys};
   SelectProblem problem;
   // The problem points into these tensors, so they live as long as it does.
-  const SelectArguments arguments{num_keep, num_keep_per_row, threshold, top_p, keep, drop,
-                                  competing(p, q, candidates, p.out_heads()), keep_others, segments, num_segments,
-                                  cu_seqlens, capacity, align_right, by_score};
+  const SelectArguments arguments{num_keep,
+                                  num_keep_per_row,
+                                  threshold,
+                                  top_p,
+                                  keep,
+                                  drop,
+                                  competing(p, q, candidates, p.out_heads()),
+                                  keep_others,
+                                  segments,
+                                  num_segments,
+                                  cu_seqlens,
+                                  capacity,
+                                  align_right,
+                                  by_score};
   const SelectResult result = prepare_select(q, shape, arguments, problem);
   // Keys outside of the range have no score; as -inf they rank behind all others that are forced.
   std::vector<float> whole;
@@ -75,9 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> score_and_select(
     problem.scores = whole.data();
   }
   const double cost = 2.0 * static_cast<double>(p.max_keys);
-  parallel_for(problem.rows, cost, [&](int64_t begin, int64_t end) {
-    run_select(problem, ScalarType::Float, begin, end);
-  });
+  parallel_for(problem.rows, cost,
+               [&](int64_t begin, int64_t end) { run_select(problem, ScalarType::Float, begin, end); });
   return {result.indices, result.counts, result.overflow, scored.scores};
 }
 

@@ -12,11 +12,13 @@ struct ScoreOutputs {
 };
 
 inline HeadReduce head_reduce_named(const std::string& name) {
-  static constexpr std::pair<const char*, HeadReduce> kNames[] = {
-      {"none", HeadReduce::none},           {"mean", HeadReduce::mean},
-      {"sum", HeadReduce::sum},             {"max", HeadReduce::max},
-      {"group_mean", HeadReduce::group_mean}, {"group_sum", HeadReduce::group_sum},
-      {"group_max", HeadReduce::group_max}};
+  static constexpr std::pair<const char*, HeadReduce> kNames[] = {{"none", HeadReduce::none},
+                                                                  {"mean", HeadReduce::mean},
+                                                                  {"sum", HeadReduce::sum},
+                                                                  {"max", HeadReduce::max},
+                                                                  {"group_mean", HeadReduce::group_mean},
+                                                                  {"group_sum", HeadReduce::group_sum},
+                                                                  {"group_max", HeadReduce::group_max}};
   for (const auto& [known, reduce] : kNames) {
     if (name == known) return reduce;
   }
@@ -112,8 +114,8 @@ inline ScoreProblem score_problem(const Tensor& q, const Tensor& k, const Option
     optional(cu_seqlens_k, ScalarType::Int, p.batch + 1, "cu_seqlens_k");
     p.cu_seqlens_q = data<int32_t>(cu_seqlens_q);
     p.cu_seqlens_k = data<int32_t>(cu_seqlens_k);
-    for (const auto& [cu, total, name] : {std::tuple{p.cu_seqlens_q, p.queries, "cu_seqlens_q"},
-                                          std::tuple{p.cu_seqlens_k, p.keys, "cu_seqlens_k"}}) {
+    for (const auto& [cu, total, name] :
+         {std::tuple{p.cu_seqlens_q, p.queries, "cu_seqlens_q"}, std::tuple{p.cu_seqlens_k, p.keys, "cu_seqlens_k"}}) {
       bool ascending = cu[0] == 0 && cu[p.batch] == total;
       for (int64_t b = 0; b < p.batch; ++b) ascending &= cu[b] <= cu[b + 1];
       // Contents cannot be checked without a look at them, so on the CPU this is the caller's error message.
@@ -144,15 +146,14 @@ inline ScoreProblem score_problem(const Tensor& q, const Tensor& k, const Option
 inline ScoreOutputs score_outputs(const Tensor& like, ScoreProblem& p, bool return_lse) {
   const int64_t batch = p.packed() ? 1 : p.batch, columns = p.scored();
   const std::vector<int64_t> shape{p.num_reducers, batch, p.out_heads(), columns};
-  ScoreOutputs out{
-      new_empty(like, shape, ScalarType::Float),
-      // Logits need no denominator.
-      p.logit && !return_lse ? new_empty(like, {0}, ScalarType::Float)
-                             : new_empty(like, {batch, p.q_heads, p.queries}, ScalarType::Float),
-      new_empty(like, {p.num_reducers, batch, columns}, ScalarType::Float),
-      p.needs_max() ? new_empty(like, {batch, p.slots(), columns}, ScalarType::Int)
-                    : new_empty(like, {0}, ScalarType::Int),
-      p.head_max() ? new_empty(like, shape, ScalarType::Int) : new_empty(like, {0}, ScalarType::Int)};
+  ScoreOutputs out{new_empty(like, shape, ScalarType::Float),
+                   // Logits need no denominator.
+                   p.logit && !return_lse ? new_empty(like, {0}, ScalarType::Float)
+                                          : new_empty(like, {batch, p.q_heads, p.queries}, ScalarType::Float),
+                   new_empty(like, {p.num_reducers, batch, columns}, ScalarType::Float),
+                   p.needs_max() ? new_empty(like, {batch, p.slots(), columns}, ScalarType::Int)
+                                 : new_empty(like, {0}, ScalarType::Int),
+                   p.head_max() ? new_empty(like, shape, ScalarType::Int) : new_empty(like, {0}, ScalarType::Int)};
   p.scores = mutable_data<float>(out.scores);
   p.lse = p.logit && !return_lse ? nullptr : mutable_data<float>(out.lse);
   p.divisors = mutable_data<float>(out.divisors);

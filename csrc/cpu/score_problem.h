@@ -58,7 +58,9 @@ struct ScoreProblem {
   // Scored keys of the longest sample.
   int64_t max_scored() const { return packed() ? max_keys : scored(); }
 
-  bool has(QueryReduce reduce) const { return std::find(reducers, reducers + num_reducers, reduce) != reducers + num_reducers; }
+  bool has(QueryReduce reduce) const {
+    return std::find(reducers, reducers + num_reducers, reduce) != reducers + num_reducers;
+  }
   bool needs_max() const { return has(QueryReduce::max); }
   bool needs_sum() const { return num_reducers > (needs_max() ? 1 : 0); }
   bool by_group() const { return head_reduce >= HeadReduce::group_mean; }
@@ -135,18 +137,18 @@ inline ScoreSample score_sample(const ScoreProblem& p, int64_t b) {
 
 // Gradients of one attention_scores call; the forward problem describes inputs, lse and visibility.
 struct ScoreGradient {
-  const float* linear;         // [batch, q_heads, scored], packed [q_heads, total_k]: dL/d(sum over queries of a head)
-  const float* max;            // the same for the max over queries, or nullptr
-  const int32_t* max_query;    // the query that won it
-  const float* lse;            // dL/d(lse output), as lse, or nullptr
+  const float* linear;       // [batch, q_heads, scored], packed [q_heads, total_k]: dL/d(sum over queries of a head)
+  const float* max;          // the same for the max over queries, or nullptr
+  const int32_t* max_query;  // the query that won it
+  const float* lse;          // dL/d(lse output), as lse, or nullptr
   // Key/value heads among which a maximum was taken for every pair of query and key; `linear` is then the gradient of
   // that maximum, the same for all of them. 0: none was.
   int64_t pair_max_heads;
-  float* q;                    // [batch, q_heads, queries, dim], packed [total_q, q_heads, dim]
-  float* k;                    // like q for keys, kv_heads
-  float* k_bias;               // as ScoreProblem::k_bias, or nullptr
-  float* lse_given;            // as lse, or nullptr
-  float* head_weights;         // [batch, q_heads], or nullptr
+  float* q;             // [batch, q_heads, queries, dim], packed [total_q, q_heads, dim]
+  float* k;             // like q for keys, kv_heads
+  float* k_bias;        // as ScoreProblem::k_bias, or nullptr
+  float* lse_given;     // as lse, or nullptr
+  float* head_weights;  // [batch, q_heads], or nullptr
 };
 
 }  // namespace pyvtk::cpu

@@ -41,9 +41,11 @@ PYVTK_INLINE vint load(const int32_t* p) {
 PYVTK_INLINE vfloat load(const bfloat16* p) {
   // GCC 12 widens vectors of 16 bits in two halves unless told otherwise.
 #if PYVTK_VECTOR_BYTES == 64
-  return as_float(reinterpret_cast<vuint>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))) << 16);
+  return as_float(
+      reinterpret_cast<vuint>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))) << 16);
 #elif PYVTK_VECTOR_BYTES == 32
-  return as_float(reinterpret_cast<vuint>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))) << 16);
+  return as_float(reinterpret_cast<vuint>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))
+                  << 16);
 #else
   vhalf x;
   __builtin_memcpy(&x, p, sizeof(x));
