@@ -1,4 +1,4 @@
-#define PYVTK_KERNEL_HEADER "cpu/score.h"
+#define PYVTK_KERNEL_HEADER "cpu/score_backward.h"  // and score.h, which it includes
 #include "cpu/each_isa.h"
 #include "cpu/score_binding.h"
 
