@@ -40,6 +40,14 @@ Result attention_scores(Tensor q, Tensor k, OptionalTensor q_positions, Optional
   return {out.scores, out.lse, out.divisors, out.query_winners, out.head_winners};
 }
 
+Tensor attention_scores_plain(const Tensor& q, const Tensor& k, bool causal, double scale,
+                              const std::string& query_reduce, const std::string& head_reduce) {
+  ScoreProblem p = plain_score_problem(q, k, causal, scale, query_reduce, head_reduce);
+  Tensor scores = only_scores(q, p);
+  run_score(p, q.scalar_type());
+  return scores;
+}
+
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients attention_scores_backward(Tensor grad_linear, OptionalTensor grad_max, OptionalTensor max_query,
@@ -124,5 +132,6 @@ Gradients attention_scores_backward(Tensor grad_linear, OptionalTensor grad_max,
 
 STABLE_TORCH_LIBRARY_IMPL(pyvtk, CPU, m) {
   m.impl("attention_scores", TORCH_BOX(&pyvtk::cpu::attention_scores));
+  m.impl("attention_scores_plain", TORCH_BOX(&pyvtk::cpu::attention_scores_plain));
   m.impl("attention_scores_backward", TORCH_BOX(&pyvtk::cpu::attention_scores_backward));
 }

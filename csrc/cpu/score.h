@@ -338,8 +338,10 @@ inline void score_finish(const ScoreProblem& p, const float* workspace, int64_t 
                    : reduce == QueryReduce::visible_mean ? std::max(seen_by[j], 1.0f)
                                                          : 1.0f;
     }
-    std::copy_n(divisor.data(), count,
-                p.divisors + r * (p.packed() ? p.keys : p.batch * p.scored()) + s.divisor_offset + first);
+    if (p.divisors) {
+      std::copy_n(divisor.data(), count,
+                  p.divisors + r * (p.packed() ? p.keys : p.batch * p.scored()) + s.divisor_offset + first);
+    }
     for (int64_t slot = 0; slot < slots; ++slot) {
       float* to = value.data() + slot * count;
       for (int64_t j = 0; j < count; ++j) {

@@ -37,43 +37,19 @@ OptionalTensor competing(const ScoreProblem& p, const Tensor& like, const Option
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> score_and_select(
-    Tensor q, Tensor k, OptionalTensor q_positions, OptionalTensor k_positions, OptionalTensor q_mask,
-    OptionalTensor k_mask, OptionalTensor k_bias, OptionalTensor head_weights, OptionalTensor lse,
-    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool causal, int64_t key_start, int64_t key_stop,
-    bool range_denominator, double scale, std::string query_reduce, std::string head_reduce, bool heads_first,
-    bool logit, int64_t num_keep, OptionalTensor num_keep_per_row, OptionalTensor threshold, OptionalTensor top_p,
-    OptionalTensor keep, OptionalTensor drop, OptionalTensor candidates, bool keep_others, OptionalTensor segments,
-    int64_t num_segments, OptionalTensor cu_seqlens, int64_t capacity, bool align_right, bool by_score) {
-  ScoreProblem p = score_problem(q, k, q_positions, k_positions, q_mask, k_mask, k_bias, head_weights, lse,
-                                 cu_seqlens_q, cu_seqlens_k, causal, key_start, key_stop, range_denominator, scale,
-                                 query_reduce, head_reduce, heads_first, logit);
+// Scores the problem and selects among them; `arguments` has the candidates of competing() already.
+std::tuple<Tensor, Tensor, Tensor, Tensor> run(ScoreProblem& p, const Tensor& q, const SelectArguments& arguments) {
   PYVTK_GUARD(p.num_reducers == 1, "score_and_select takes one query reduction, got ", p.num_reducers);
-  PYVTK_GUARD(p.packed() == cu_seqlens.has_value(), "cu_seqlens goes with cu_seqlens_k");
+  PYVTK_GUARD(p.packed() == arguments.cu_seqlens.has_value(), "cu_seqlens goes with cu_seqlens_k");
   const bool per_head = p.head_reduce == HeadReduce::none || p.by_group();
   PYVTK_GUARD(!(p.packed() && per_head), "packed rows have no heads");
-  const ScoreOutputs scored = score_outputs(q, p, false);
+  const Tensor scores = only_scores(q, p);
   run_score(p, q.scalar_type());
 
   std::vector<int64_t> shape{p.batch, p.keys};
   if (per_head) shape = {p.batch, p.out_heads(), p.keys};
   if (p.packed()) shape = {p.keys};
   SelectProblem problem;
-  // The problem points into these tensors, so they live as long as it does.
-  const SelectArguments arguments{num_keep,
-                                  num_keep_per_row,
-                                  threshold,
-                                  top_p,
-                                  keep,
-                                  drop,
-                                  competing(p, q, candidates, p.out_heads()),
-                                  keep_others,
-                                  segments,
-                                  num_segments,
-                                  cu_seqlens,
-                                  capacity,
-                                  align_right,
-                                  by_score};
   const SelectResult result = prepare_select(q, shape, arguments, problem);
   // Keys outside of the range have no score; as -inf they rank behind all others that are forced.
   std::vector<float> whole;
@@ -88,10 +64,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> score_and_select(
   const double cost = 2.0 * static_cast<double>(p.max_keys);
   parallel_for(problem.rows, cost,
                [&](int64_t begin, int64_t end) { run_select(problem, ScalarType::Float, begin, end); });
-  return {result.indices, result.counts, result.overflow, scored.scores};
+  return {result.indices, result.counts, result.overflow, scores};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> score_and_select(
+    Tensor q, Tensor k, OptionalTensor q_positions, OptionalTensor k_positions, OptionalTensor q_mask,
+    OptionalTensor k_mask, OptionalTensor k_bias, OptionalTensor head_weights, OptionalTensor lse,
+    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool causal, int64_t key_start, int64_t key_stop,
+    bool range_denominator, double scale, std::string query_reduce, std::string head_reduce, bool heads_first,
+    bool logit, int64_t num_keep, OptionalTensor num_keep_per_row, OptionalTensor threshold, OptionalTensor top_p,
+    OptionalTensor keep, OptionalTensor drop, OptionalTensor candidates, bool keep_others, OptionalTensor segments,
+    int64_t num_segments, OptionalTensor cu_seqlens, int64_t capacity, bool align_right, bool by_score) {
+  ScoreProblem p = score_problem(q, k, q_positions, k_positions, q_mask, k_mask, k_bias, head_weights, lse,
+                                 cu_seqlens_q, cu_seqlens_k, causal, key_start, key_stop, range_denominator, scale,
+                                 query_reduce, head_reduce, heads_first, logit);
+  // The kernel points into these tensors, so they live as long as it runs.
+  const SelectArguments arguments{num_keep,
+                                  num_keep_per_row,
+                                  threshold,
+                                  top_p,
+                                  keep,
+                                  drop,
+                                  competing(p, q, candidates, p.out_heads()),
+                                  keep_others,
+                                  segments,
+                                  num_segments,
+                                  cu_seqlens,
+                                  capacity,
+                                  align_right,
+                                  by_score};
+  return run(p, q, arguments);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> score_and_select_top(const Tensor& q, const Tensor& k, int64_t num_keep,
+                                                                bool causal, double scale,
+                                                                const std::string& query_reduce,
+                                                                const std::string& head_reduce) {
+  ScoreProblem p = plain_score_problem(q, k, causal, scale, query_reduce, head_reduce);
+  SelectArguments arguments;
+  arguments.num_keep = arguments.capacity = num_keep;
+  return run(p, q, arguments);
 }
 
 }  // namespace
 }  // namespace pyvtk::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(pyvtk, CPU, m) { m.impl("score_and_select", TORCH_BOX(&pyvtk::cpu::score_and_select)); }
+STABLE_TORCH_LIBRARY_IMPL(pyvtk, CPU, m) {
+  m.impl("score_and_select", TORCH_BOX(&pyvtk::cpu::score_and_select));
+  m.impl("score_and_select_top", TORCH_BOX(&pyvtk::cpu::score_and_select_top));
+}

@@ -162,6 +162,22 @@ inline ScoreOutputs score_outputs(const Tensor& like, ScoreProblem& p, bool retu
   return out;
 }
 
+// The same for callers that want nothing but the scores.
+inline Tensor only_scores(const Tensor& like, ScoreProblem& p) {
+  const Tensor scores =
+      new_empty(like, {p.num_reducers, p.packed() ? 1 : p.batch, p.out_heads(), p.scored()}, ScalarType::Float);
+  p.scores = mutable_data<float>(scores);
+  return scores;
+}
+
+// Inputs of the usual call: every query and key exists and competes, in the order of the sequence.
+inline ScoreProblem plain_score_problem(const Tensor& q, const Tensor& k, bool causal, double scale,
+                                        const std::string& query_reduce, const std::string& head_reduce) {
+  const OptionalTensor none;
+  return score_problem(q, k, none, none, none, none, none, none, none, none, none, causal, 0, k.size(2), false, scale,
+                       query_reduce, head_reduce, false, false);
+}
+
 // Runs the kernel on a problem whose outputs are set.
 void run_score(const ScoreProblem& p, ScalarType dtype);
 

@@ -46,7 +46,8 @@ struct ScoreProblem {
 
   // outputs, contiguous
   float* scores;           // [reducers, batch, out_heads, scored], packed [reducers, out_heads, total_k]
-  float* divisors;         // [reducers, batch, scored], packed [reducers, total_k]: what each sum was divided by
+  float* divisors;         // [reducers, batch, scored], packed [reducers, total_k]: what each sum was divided by,
+                           // or nullptr
   float* lse;              // as lse_given, or nullptr
   int32_t* query_winners;  // [batch, slots, scored]: the query that won a max, or nullptr
   int32_t* head_winners;   // as scores: the head that won a max over heads, or nullptr

@@ -77,6 +77,36 @@ backends.define("attention_scores", _SCHEMA, fake=_fake, dtypes=backends.HALF_AN
 backends.define("attention_scores_backward", _BACKWARD_SCHEMA, fake=_fake_backward, dtypes=backends.HALF_AND_SINGLE)
 
 
+def _fake_plain(q, k, causal, scale, query_reduce, head_reduce):
+    heads = out_heads(q.shape[1], k.shape[1], head_reduce)
+    return q.new_empty((len(query_reduce.split(",")), q.shape[0], heads, k.shape[2]), dtype=torch.float32)
+
+
+# attention_scores of the usual call: handing over twenty-one arguments and allocating what only a gradient needs takes
+# longer than scoring a thousand keys. torch.compile has no use for it.
+backends.define(
+    "attention_scores_plain",
+    "(Tensor q, Tensor k, bool causal, float scale, str query_reduce, str head_reduce) -> Tensor",
+    fake=_fake_plain,
+    dtypes=backends.HALF_AND_SINGLE,
+)
+_plain = torch.ops.pyvtk.attention_scores_plain.default
+_BEYOND_PLAIN = ("q_positions", "k_positions", "q_mask", "k_mask", "k_bias", "head_weights", "lse", "cu_seqlens_q")
+
+
+def plain_arguments(q: Tensor, k: Tensor, options: dict) -> tuple | None:
+    """Arguments of the plain operators after q and k, or None if the options or a gradient ask for more."""
+    for name in _BEYOND_PLAIN:
+        if options[name] is not None:
+            return None
+    if (
+        options["heads_first"] or options["logit"] or options["key_start"] != 0 or options["key_stop"] != k.shape[2]
+        or torch.compiler.is_compiling() or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+    ):  # fmt: skip
+        return None
+    return options["causal"], options["scale"], ",".join(options["query_reduce"]), options["head_reduce"]
+
+
 def _setup_context(ctx, inputs, output):
     tensors = inputs[:11]
     causal, key_start, key_stop, range_denominator, scale, reduces, head_reduce, heads_first, logit, _ = inputs[11:]
@@ -409,8 +439,11 @@ def attention_scores(
     )  # fmt: skip
     checks.boolean("attention_scores", "return_lse", return_lse)
     chosen = backends.pick("attention_scores", backend, q, q.dtype)
+    plain = None if return_lse or chosen != "compiled" else plain_arguments(q, k, options)
     if chosen == "reference":
         scores, lse_out = reference.attention_scores(q, k, **options)
+    elif plain is not None:
+        scores = _plain(q, k, *plain)
     else:
         scores, lse_out, *_ = backends.call(
             torch.ops.pyvtk.attention_scores.default, (q, k, k_bias, lse, head_weights),

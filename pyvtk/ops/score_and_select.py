@@ -10,7 +10,7 @@ from pyvtk.ops import score, select
 from pyvtk.reference import score as scoring
 from pyvtk.reference import score_and_select as reference
 from pyvtk.reference import select as selecting
-from pyvtk.selection import Selection
+from pyvtk.selection import Selection, assemble
 
 OP = "score_and_select"
 
@@ -44,6 +44,28 @@ backends.define(
     dtypes=backends.HALF_AND_SINGLE,
 )
 _operator = torch.ops.pyvtk.score_and_select.default
+
+
+def _fake_top(q, k, num_keep, causal, scale, query_reduce, head_reduce):
+    scores = score._fake_plain(q, k, causal, scale, query_reduce, head_reduce)
+    rows = (q.shape[0],) if head_reduce in ("mean", "sum", "max") else (q.shape[0], scores.shape[2])
+    return (
+        q.new_empty((*rows, num_keep), dtype=torch.int64),
+        q.new_empty(rows, dtype=torch.int32),
+        q.new_empty(rows, dtype=torch.bool),
+        scores,
+    )
+
+
+# The usual call, as in score.py and select.py: the best num_keep (0..keys) of scores that need no masks.
+backends.define(
+    "score_and_select_top",
+    "(Tensor q, Tensor k, SymInt num_keep, bool causal, float scale, str query_reduce, str head_reduce) "
+    "-> (Tensor indices, Tensor counts, Tensor overflow, Tensor scores)",
+    fake=_fake_top,
+    dtypes=backends.HALF_AND_SINGLE,
+)
+_top = torch.ops.pyvtk.score_and_select_top.default
 
 
 def _setup_context(ctx, inputs, output):
@@ -137,6 +159,17 @@ def score_and_select(
         shape = (q.shape[0], score.out_heads(q.shape[1], k.shape[1], options["head_reduce"]), keys)
     else:
         shape = (q.shape[0], keys)
+    chosen = backends.pick(OP, backend, q, q.dtype)
+    if (
+        chosen == "compiled" and type(num_keep) is int and num_keep >= 0 and threshold is None and top_p is None
+        and keep is None and drop is None and candidates is None and segments is None and num_segments is None
+        and capacity is None and others == "drop" and align == "left" and order == "index"
+    ):  # fmt: skip
+        plain = score.plain_arguments(q, k, options)
+        if plain is not None:
+            indices, counts, overflow, scores = _top(q, k, min(num_keep, keys), *plain)
+            selection = assemble(indices, counts, keys, True, "left", overflow)
+            return (selection, score.shape_scores(scores, False, False, head_reduce)) if return_scores else selection
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     arguments, exact = select.resolve(
         OP, select.Scores(shape, dtype, q.device), num_keep, threshold=threshold, top_p=top_p, keep=keep, drop=drop,
@@ -148,7 +181,6 @@ def score_and_select(
     wants_gradient = return_scores and torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in differentiable
     )  # fmt: skip
-    chosen = backends.pick(OP, backend, q, q.dtype)
     if chosen == "compiled" and not wants_gradient:
         scoring_arguments = score.kernel_arguments(options)
         if torch.compiler.is_compiling():
