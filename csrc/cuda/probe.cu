@@ -1,5 +1,5 @@
 #include "cuda/probe.cuh"
-#include "cuda/stream.h"
+#include "cuda/stream_binding.h"
 
 namespace pyvtk::cuda {
 namespace {
