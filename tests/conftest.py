@@ -1,4 +1,4 @@
-"""Fixtures for every test: poisoned memory, fixed seed, one thread, and the instruction sets of this machine."""
+"""Fixtures: poisoned memory and a fixed seed for every test, and the instruction sets of this machine."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from pyvtk import _C
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Uninitialised tensors are full of NaN (integers: of the maximum), in Python and inside compiled operators."""
+    """Uninitialised tensors are full of NaN, in Python and in compiled operators (integers: the maximum, and -1)."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     _C.poison_new_memory(True)
     torch.manual_seed(0)
