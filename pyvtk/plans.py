@@ -26,6 +26,7 @@ ROW, IMAGE, T, Y, X, POSITION, REGION, SAMPLE = FACTS = range(8)
 TEXT, INVALID = -1, -2
 EVERYWHERE = 2**30  # a radius that no pair exceeds
 _LOW, _HIGH = -(2**31), 2**31 - 1
+PADDING = _LOW  # the position of padding
 
 
 class Density(NamedTuple):
@@ -63,6 +64,9 @@ class AttentionPlan:
         radius: (t, y, x), inclusive.
         causal_window: visual tokens see only earlier ones of their own image.
         cross_image: visual tokens see earlier ones of other images.
+        packed: whether samples are packed.
+        added_keys: whether ``tail`` lets text that was added be seen: not by plans of visual keys. None: it refuses to
+            add keys, since a mask said which there are.
 
     A pytree, so it passes through torch.compile.
     """
@@ -83,6 +87,7 @@ class AttentionPlan:
     causal_window: bool = False
     cross_image: bool = False
     packed: bool = False
+    added_keys: bool | None = True
 
     def tensors(self) -> list[Tensor]:
         """What operators take as ``plan``, in their order."""
@@ -95,13 +100,17 @@ class AttentionPlan:
     def tail(self, num_queries: int, num_keys: int, k_lengths: Tensor | None = None) -> AttentionPlan:
         """The plan of the last queries of a sequence that has grown: decode and chunked prefill.
 
-        Keys after those of this plan are text. :func:`neighbor_attention` makes this plan on its own where q or k
+        Keys after those of this plan are text, later than all of them. :func:`neighbor_attention` makes this plan on its own where q or k
         do not have this plan's length; make it once if several layers share it.
 
         Args:
             num_queries: rows of q; the last ones of the sequence.
             num_keys: rows of k, at least this plan's.
-            k_lengths: int [batch], how many rows of k are in use; None: all of them.
+            k_lengths: int [batch], how many rows of k are in use; None: all of them. With it, padding behind a
+                sample's last token is free room, and what stands there now is text.
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit.
         """
         op = "tail"
         checks.integer(op, "num_queries", num_queries)
@@ -112,23 +121,39 @@ class AttentionPlan:
             raise ValueError(f"{op}: plan must be that of a whole layout, got a tail of {self.num_queries} queries")
         if num_queries > num_keys:
             raise ValueError(f"{op}: num_queries must be at most num_keys={num_keys}, got {num_queries}")
+        if num_keys > self.num_keys and self.added_keys is None:
+            raise ValueError(f"{op}: num_keys must be {self.num_keys}, since keys was a mask, got {num_keys}")
         device, batch = self.query_slots.device, self.query_slots.shape[0]
-        new = torch.arange(self.num_keys, num_keys, dtype=torch.int32, device=device)
-        zero = torch.zeros_like(new)
-        added = torch.stack([new, torch.full_like(new, TEXT), zero, zero, zero, new, zero, zero])
-        added = added.expand(batch, -1, -1)
-        queries = torch.cat([_by_row(self.query_slots, self.num_queries), added], 2)
-        keys = torch.cat([_by_row(self.key_slots, self.num_keys), added], 2)
-        row = torch.arange(num_queries, device=device).expand(batch, num_queries) + (num_keys - num_queries)
+        queries = _by_row(self.query_slots, self.num_queries)
+        place = torch.arange(num_keys, dtype=torch.int32, device=device)
+        first = self.num_keys  # the row at which what is new begins
         if k_lengths is not None:
             checks.tensor(op, "k_lengths", k_lengths)
             checks.dtype(op, "k_lengths", k_lengths, checks.INTEGERS)
             checks.shape(op, "k_lengths", k_lengths, (batch,), "[batch]")
             checks.same_device(op, "k_lengths", k_lengths, self.query_slots, "the plan")
+            in_range = ((k_lengths >= 0) & (k_lengths <= num_keys)).all()
+            require(in_range, f"{op}: k_lengths must be at most the {num_keys} rows of k")
+            ends = torch.where(queries[:, POSITION] == PADDING, 0, place[: self.num_keys] + 1)
+            first = _most(ends, 0)
+        position = (_most(queries[:, POSITION], -1) + 1 + place - first).expand(batch, num_keys)
+        old, text = (place < first).expand(batch, num_keys), place.new_full((), TEXT)
+
+        def grown(facts: Tensor, image: Tensor) -> Tensor:
+            missing = (0, num_keys - self.num_keys)
+            facts = torch.nn.functional.pad(facts, missing)
+            facts = _with(facts, ROW, place.expand(batch, num_keys))
+            facts = _with(facts, IMAGE, torch.where(old, facts[:, IMAGE], image))
+            facts = _with(facts, POSITION, torch.where(old, facts[:, POSITION], position))
+            if k_lengths is None:
+                return facts
+            return _with(facts, IMAGE, torch.where(place < k_lengths[:, None], facts[:, IMAGE], INVALID))
+
+        keys = grown(_by_row(self.key_slots, self.num_keys), text if self.added_keys else text + (INVALID - TEXT))
+        queries = grown(queries, text)
+        row = torch.arange(num_queries, device=device).expand(batch, num_queries) + (num_keys - num_queries)
+        if k_lengths is not None:
             row = row + (k_lengths.long() - num_keys)[:, None]
-            unused = torch.arange(num_keys, device=device) >= k_lengths[:, None]
-            keys = _with(keys, IMAGE, torch.where(unused, INVALID, keys[:, IMAGE]))
-            queries = _with(queries, IMAGE, torch.where(unused, INVALID, queries[:, IMAGE]))
         own = torch.arange(num_queries, dtype=torch.int32, device=device).expand(row.shape)
         before = row < 0
         queries = queries.gather(2, row.clamp(min=0)[:, None].expand(-1, len(FACTS), -1))
@@ -140,7 +165,7 @@ class AttentionPlan:
 
         return _build(
             queries, keys, curve, None, self.routes, num_queries, num_keys, self.block, self.radius,
-            self.causal_window, self.cross_image,
+            self.causal_window, self.cross_image, self.added_keys,
         )  # fmt: skip
 
     def density(self) -> Density:
@@ -195,7 +220,7 @@ _TENSORS = (
     "query_slots", "key_slots", "key_blocks", "key_counts", "query_order", "query_blocks", "query_counts", "key_order",
     "routes",
 )  # fmt: skip
-_NUMBERS = ("num_queries", "num_keys", "block", "radius", "causal_window", "cross_image", "packed")
+_NUMBERS = ("num_queries", "num_keys", "block", "radius", "causal_window", "cross_image", "packed", "added_keys")
 
 pytree.register_pytree_node(
     AttentionPlan,
@@ -213,6 +238,11 @@ torch.serialization.add_safe_globals([AttentionPlan])
 # Facts: int32 [batch, 8, rows], what query_slots hold, in the order of rows --------------------------------------------
 
 
+def _filled(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [values], written on the device: for a copy of ``torch.tensor(values)`` the host would wait."""
+    return torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in values])
+
+
 def _with(facts: Tensor, which: int, values: Tensor) -> Tensor:
     """``facts`` with one of them replaced."""
     parts = list(facts.unbind(1))
@@ -223,9 +253,15 @@ def _with(facts: Tensor, which: int, values: Tensor) -> Tensor:
 def _facts(layout: TokenLayout, valid: Tensor) -> Tensor:
     image = torch.where(valid, layout.image_id.clamp(min=TEXT), INVALID)
     row = torch.arange(layout.num_tokens, dtype=torch.int32, device=layout.device).expand(image.shape)
+    position = torch.where(layout.valid, layout.positions, PADDING)
     sample = layout.sample.to(torch.int32) if layout.packed else torch.zeros_like(image)
-    facts = torch.stack([row, image, *layout.coords.unbind(-1), layout.positions, torch.zeros_like(row), sample], -2)
+    facts = torch.stack([row, image, *layout.coords.unbind(-1), position, torch.zeros_like(row), sample], -2)
     return facts[None] if layout.packed else facts
+
+
+def _most(values: Tensor, least: int) -> Tensor:
+    """int32 [batch, 1]: the largest of the values [batch, n] and ``least``; n may be 0."""
+    return torch.cat([values, values.new_full((values.shape[0], 1), least)], 1).amax(1, keepdim=True)
 
 
 def _by_row(slots: Tensor, rows: int) -> Tensor:
@@ -274,7 +310,7 @@ def _raster(facts: Tensor) -> Tensor:
     return (t * MAX_COORDINATE + y) * MAX_COORDINATE + x
 
 
-# Slots, blocks and tables ----------------------------------------------------------------------------------------------
+# Slots, blocks and tables ---------------------------------------------------------------------------------------------
 
 
 def _sorted_by(keys: list[Tensor]) -> Tensor:
@@ -306,7 +342,7 @@ def _slots(facts: Tensor, curve: list[Tensor], cu_seqlens: Tensor | None, block:
         shift = (starts - (lengths + block - 1) // block * block) - (ends - lengths)
         # the sample of a row is that of its place, since samples are the first thing to sort by
         place = place + shift[facts[0, SAMPLE].long()]
-    empty = torch.tensor([-1, INVALID, 0, 0, 0, 0, 0, -1], dtype=torch.int32, device=facts.device)
+    empty = _filled((-1, INVALID, 0, 0, 0, 0, 0, -1), facts.device).to(torch.int32)
     result = empty[:, None].expand(batch, len(FACTS), slots).contiguous()
     where = place.expand(batch, len(FACTS), rows)
     return result.scatter(2, where, facts.gather(2, order[:, None].expand(-1, len(FACTS), -1)))
@@ -365,7 +401,7 @@ def _meetings(q: _Boxes, k: _Boxes, routes: Tensor, radius, causal_window: bool,
     q_low, q_high, k_low, k_high = (box.long() for box in (q.low, q.high, k.low, k.high))
     apart = torch.maximum(columns(k_low) - rows(q_high), rows(q_low) - columns(k_high))  # [batch, 4, nq, nk]
     spread = torch.maximum(columns(k_high) - rows(q_low), rows(q_high) - columns(k_low))
-    limits = torch.tensor([0, *radius], device=apart.device)[:, None, None]
+    limits = _filled((0, *radius), apart.device)[:, None, None]
     near = (apart <= limits).all(1)
     inside = (spread <= limits).all(1)
     if causal_window:
@@ -412,21 +448,23 @@ def _table(some: Tensor, every: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _build(
     queries: Tensor, keys: Tensor, curve, cu_seqlens: Tensor | None, routes: Tensor, num_queries: int, num_keys: int,
-    block: tuple[int, int], radius: tuple[int, int, int], causal_window: bool, cross_image: bool,
+    block: tuple[int, int], radius: tuple[int, int, int], causal_window: bool = False, cross_image: bool = False,
+    added_keys: bool | None = True,
 ) -> AttentionPlan:  # fmt: skip
-    """A plan from the facts of queries and keys [batch, 8, rows]; ``curve(facts)`` gives the keys that images sort by."""
-    query_slots = _slots(queries, curve(queries), cu_seqlens, block[0])
-    key_slots = _slots(keys, curve(keys), cu_seqlens, block[1])
+    """A plan from the facts of queries and keys [batch, 8, rows]; ``curve(facts)``: what images sort by."""
+    query_slots = key_slots = _slots(queries, curve(queries), cu_seqlens, block[0])
+    if keys is not queries or block[0] != block[1]:
+        key_slots = _slots(keys, curve(keys), cu_seqlens, block[1])
     regions = routes.shape[-1]
     q, k = _boxes(query_slots, block[0], regions), _boxes(key_slots, block[1], regions)
     some, every = _meetings(q, k, routes, radius, causal_window, cross_image)
     return AttentionPlan(
         query_slots, key_slots, *_table(some, every), *_table(some.mT, every.mT), routes, num_queries, num_keys, block,
-        radius, causal_window, cross_image, cu_seqlens is not None,
+        radius, causal_window, cross_image, cu_seqlens is not None, added_keys,
     )  # fmt: skip
 
 
-# Builders --------------------------------------------------------------------------------------------------------------
+# Builders -------------------------------------------------------------------------------------------------------------
 
 
 def default_block(device: torch.device) -> tuple[int, int]:
@@ -448,7 +486,7 @@ def _checked_block(op: str, block, device: torch.device) -> tuple[int, int]:
 
 
 def _triple(op: str, name: str, value, minimum: int) -> tuple[int, int, int]:
-    """An int for all three axes, or (y, x), or (t, y, x)."""
+    """An int for all three axes, or (t, y, x)."""
     values = (value,) * 3 if isinstance(value, int) else value
     if not isinstance(values, Sequence) or len(values) != 3:
         raise TypeError(f"{op}: {name} must be an int or a triple (t, y, x), got {value!r}")
@@ -500,7 +538,9 @@ def neighbor_plan(
     checks.boolean(op, "cross_image", cross_image)
     block = _checked_block(op, block, layout.device)
     queries = facts = _facts(layout, layout.valid)
+    added_keys: bool | None = True
     if isinstance(keys, Tensor):
+        added_keys = None
         checks.dtype(op, "keys", keys, (torch.bool,))
         checks.shape(op, "keys", keys, tuple(layout.image_id.shape), "shaped like the layout")
         checks.same_device(op, "keys", keys, layout.image_id, "the layout")
@@ -508,6 +548,7 @@ def neighbor_plan(
         facts = _with(facts, IMAGE, torch.where(group, facts[:, IMAGE], INVALID))
     else:
         checks.choice(op, "keys", keys, ("all", "text", "visual"))
+        added_keys = keys != "visual"
         if keys != "all":
             in_group = (facts[:, IMAGE] >= 0) == (keys == "visual")
             facts = _with(facts, IMAGE, torch.where(in_group, facts[:, IMAGE], INVALID))
@@ -518,7 +559,7 @@ def neighbor_plan(
 
     return _build(
         queries, facts, curve, layout.cu_seqlens, _no_routes(layout), layout.num_tokens, layout.num_tokens, block,
-        radius, causal_window, cross_image,
+        radius, causal_window, cross_image, added_keys,
     )  # fmt: skip
 
 
@@ -558,7 +599,7 @@ def window_plan(
 
     return _build(
         facts, facts, curve, layout.cu_seqlens, _no_routes(layout), layout.num_tokens, layout.num_tokens, block,
-        (0, 0, 0), False, False,
+        (0, 0, 0),
     )  # fmt: skip
 
 
@@ -582,7 +623,7 @@ def routed_plan(
     Source: BiFormer (arXiv 2303.08810), bi-level routing attention. Its scale is C ** -0.5, of all heads together.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, a region beyond the table (CPU; a device assertion on CUDA).
+        TypeError, ValueError: an argument that does not fit, a region beyond the table (on CUDA a device assertion).
     """
     op = "routed_plan"
     layout = _checked_layout(op, layout)
@@ -601,7 +642,7 @@ def routed_plan(
         checks.same_device(op, "region", region, layout.image_id, "the layout")
         number = (region[None] if layout.packed else region).long()
     else:
-        size = torch.tensor(_triple(op, "region", region, 1), device=layout.device)
+        size = _filled(_triple(op, "region", region, 1), layout.device)
         count = (layout.extent.long() + size - 1) // size  # regions per axis, [samples, 3]
         count = count[sample[0]].T[:, None] if layout.packed else count.T[..., None]
         t, y, x = (facts[:, axis].long() // length for axis, length in zip((T, Y, X), size))
@@ -621,7 +662,7 @@ def routed_plan(
 
     return _build(
         facts, facts, curve, layout.cu_seqlens, routes, layout.num_tokens, layout.num_tokens, block,
-        (EVERYWHERE,) * 3, False, False,
+        (EVERYWHERE,) * 3,
     )  # fmt: skip
 
 
@@ -648,5 +689,5 @@ def subset_plan(
     facts = _with(facts, IMAGE, facts[:, IMAGE].clamp(max=TEXT))
     return _build(
         facts, facts, lambda some: [some[:, POSITION].long()], layout.cu_seqlens, _no_routes(layout),
-        layout.num_tokens, layout.num_tokens, block, (0, 0, 0), False, False,
+        layout.num_tokens, layout.num_tokens, block, (0, 0, 0),
     )  # fmt: skip

@@ -121,6 +121,33 @@ def _check(q, k, v, plan, scale, k_bias, visual_heads, visual_mass, visual_rows,
     checks.boolean(op, "return_lse", return_lse)
 
 
+def _check_tail(plan: AttentionPlan, queries: int, keys: int, k_lengths) -> None:
+    op = "neighbor_attention"
+    if plan.packed:
+        if k_lengths is not None:
+            raise ValueError(f"{op}: k_lengths must be None for a packed plan, got {type(k_lengths).__name__}")
+        raise ValueError(
+            f"{op}: q and k must have the {plan.num_keys} tokens of the packed plan, got {queries} and {keys}"
+        )
+    if plan.num_queries != plan.num_keys:
+        raise ValueError(
+            f"{op}: q, k and k_lengths must be those that the plan's tail was made for ({plan.num_queries} queries, "
+            f"{plan.num_keys} keys, no k_lengths), got {queries} queries and {keys} keys"
+        )
+    if keys < plan.num_keys:
+        raise ValueError(f"{op}: k must have at least the plan's {plan.num_keys} tokens, got {keys}")
+    if queries > keys:
+        raise ValueError(f"{op}: q must have at most k's {keys} tokens, got {queries}")
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype of autocast, which leaves float64 alone."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def neighbor_attention(
     q: Tensor,
     k: Tensor,
@@ -150,6 +177,7 @@ def neighbor_attention(
         plan: of the layout, made once for all layers.
         scale: of the logits; None: channels ** -0.5.
         k_bias: float [batch, keys] (packed: [tokens]), added to the scaled logits; e.g. log of token sizes (ToMe).
+            A key with -inf is seen by nobody.
         visual_heads: bool [heads]; heads with False give visual keys no weight (YOPO's head pruning).
         visual_mass: "keep" takes these weights away after the softmax, whose denominator stays (what YOPO's code
             does); "drop" leaves the keys out of it, so that the other weights sum to 1.
@@ -167,17 +195,11 @@ def neighbor_attention(
     Raises:
         TypeError, ValueError: an argument that does not fit. RuntimeError: the backend cannot run.
     """
-    device = q.device.type if isinstance(q, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    q, k, v = (_autocast(x) for x in (q, k, v))
     _check(q, k, v, plan, scale, k_bias, visual_heads, visual_mass, visual_rows, return_lse)
     queries, keys = (q.shape[0], k.shape[0]) if plan.packed else (q.shape[2], k.shape[2])
     if k_lengths is not None or queries != plan.num_queries or keys != plan.num_keys:
-        if plan.packed and k_lengths is None:
-            raise ValueError(
-                f"neighbor_attention: q and k must have the {plan.num_keys} tokens of the packed plan, "
-                f"got {queries} and {keys}"
-            )
+        _check_tail(plan, queries, keys, k_lengths)
         plan = plan.tail(queries, keys, k_lengths)
     if plan.packed:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))

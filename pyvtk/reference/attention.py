@@ -45,7 +45,7 @@ def neighbor_attention(
     rule: list[int], scale: float, keep_mass: bool, zero_rows: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out_i = sum_j p_ij v_j with p_ij = exp(z_ij - lse_i), lse_i = log sum_j exp z_ij over the visible keys j, and
-    z_ij = scale q_i . k_j + k_bias_j. Queries that see nothing: out 0, lse -inf.
+    z_ij = scale q_i . k_j + k_bias_j. A key with bias -inf is seen by nobody. Queries that see nothing: out 0, lse -inf.
 
     Heads that are off in ``visual_heads`` give visual keys no weight: after the softmax (keep_mass), or before it. With
     zero_rows, visual queries of these heads see nothing.
@@ -57,6 +57,8 @@ def neighbor_attention(
     group = heads // kv_heads if kv_heads else 1
     query_facts, key_facts = in_rows(query_slots, queries), in_rows(key_slots, keys)
     seen = visible(query_facts, key_facts, rule, routes)[:, None]  # [batch, 1, queries, keys]
+    if k_bias is not None:
+        seen = seen & (k_bias != float("-inf"))[:, None, None]
     weighed = None
     if visual_heads is not None:
         off = ~visual_heads[None, :, None, None]
@@ -87,8 +89,8 @@ def neighbor_attention(
 def merge_attention(
     outs: list[Tensor], lses: list[Tensor], coefficients: list[Tensor] | None, renormalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """sum_g c_g out_g over groups with lse_g > -inf; c_g = exp(lse_g - lse) unless given. outs [..., queries, channels],
-    lses [..., queries]."""
+    """sum_g c_g out_g over groups with lse_g > -inf; c_g = exp(lse_g - lse) unless given. outs [..., channels], lses
+    [...]."""
     wide = torch.float64 if outs[0].dtype == torch.float64 else torch.float32
     groups = torch.stack([lse.to(wide) for lse in lses])
     seen = groups > float("-inf")
