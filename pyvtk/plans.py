@@ -100,8 +100,8 @@ class AttentionPlan:
     def tail(self, num_queries: int, num_keys: int, k_lengths: Tensor | None = None) -> AttentionPlan:
         """The plan of the last queries of a sequence that has grown: decode and chunked prefill.
 
-        Keys after those of this plan are text, later than all of them. :func:`neighbor_attention` makes this plan on its own where q or k
-        do not have this plan's length; make it once if several layers share it.
+        Keys after those of this plan are text, later than all of them. :func:`neighbor_attention` makes this plan on
+        its own where q or k do not have this plan's length; make it once if several layers share it.
 
         Args:
             num_queries: rows of q; the last ones of the sequence.
@@ -137,11 +137,10 @@ class AttentionPlan:
             ends = torch.where(queries[:, POSITION] == PADDING, 0, place[: self.num_keys] + 1)
             first = _most(ends, 0)
         position = (_most(queries[:, POSITION], -1) + 1 + place - first).expand(batch, num_keys)
-        old, text = (place < first).expand(batch, num_keys), place.new_full((), TEXT)
+        old = (place < first).expand(batch, num_keys)
 
-        def grown(facts: Tensor, image: Tensor) -> Tensor:
-            missing = (0, num_keys - self.num_keys)
-            facts = torch.nn.functional.pad(facts, missing)
+        def grown(facts: Tensor, image: int) -> Tensor:
+            facts = torch.nn.functional.pad(facts, (0, num_keys - self.num_keys))
             facts = _with(facts, ROW, place.expand(batch, num_keys))
             facts = _with(facts, IMAGE, torch.where(old, facts[:, IMAGE], image))
             facts = _with(facts, POSITION, torch.where(old, facts[:, POSITION], position))
@@ -149,8 +148,8 @@ class AttentionPlan:
                 return facts
             return _with(facts, IMAGE, torch.where(place < k_lengths[:, None], facts[:, IMAGE], INVALID))
 
-        keys = grown(_by_row(self.key_slots, self.num_keys), text if self.added_keys else text + (INVALID - TEXT))
-        queries = grown(queries, text)
+        keys = grown(_by_row(self.key_slots, self.num_keys), TEXT if self.added_keys else INVALID)
+        queries = grown(queries, TEXT)
         row = torch.arange(num_queries, device=device).expand(batch, num_queries) + (num_keys - num_queries)
         if k_lengths is not None:
             row = row + (k_lengths.long() - num_keys)[:, None]
@@ -235,7 +234,7 @@ pytree.register_pytree_node(
 torch.serialization.add_safe_globals([AttentionPlan])
 
 
-# Facts: int32 [batch, 8, rows], what query_slots hold, in the order of rows --------------------------------------------
+# Facts: int32 [batch, 8, rows], what query_slots hold, in the order of rows -------------------------------------------
 
 
 def _filled(values: Sequence[int], device: torch.device) -> Tensor:
@@ -654,7 +653,9 @@ def routed_plan(
     routes = routes.scatter(2, torch.where(table < 0, regions, table).long(), 1)[..., :regions].contiguous()
     if layout.packed:
         number = number + sample * regions
-        routes = torch.block_diag(*routes.unbind(0))[None].contiguous()
+        # of all samples, on the diagonal of one table
+        routes = torch.diag_embed(routes.permute(1, 2, 0)).permute(2, 0, 3, 1)
+        routes = routes.reshape(1, samples * regions, samples * regions)
     facts = _with(facts, REGION, torch.where(seen, number, 0))
 
     def curve(some: Tensor) -> list[Tensor]:

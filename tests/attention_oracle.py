@@ -76,7 +76,7 @@ def window_mask(layout, size, shift=0):
 
 
 def region_numbers(layout, size):
-    """[batch, tokens]: regions of ``size`` in raster order over the extent of each sample's visual tokens."""
+    """[batch, tokens]: regions of ``size`` in raster order over the extent of each sample (before any ``take``)."""
     _, token = relations(layout)
     size = (size,) * 3 if isinstance(size, int) else size
     numbers = torch.zeros(token["visual"].shape, dtype=torch.long)
@@ -84,7 +84,9 @@ def region_numbers(layout, size):
         for s in token["sample"][b].unique().tolist():
             rows = [r for r in range(numbers.shape[1]) if token["visual"][b, r] and token["sample"][b, r] == s]
             places = {r: token["coords"][b, r].tolist() for r in rows}
-            count = [max((math.ceil((p[a] + 1) / size[a]) for p in places.values()), default=0) for a in range(3)]
+            count = (
+                [math.ceil(n / length) for n, length in zip(layout.extent[max(s, 0)].tolist(), size)] if rows else []
+            )
             for r, place in places.items():
                 t, y, x = (p // n for p, n in zip(place, size))
                 numbers[b, r] = (t * count[1] + y) * count[2] + x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -140,12 +141,15 @@ def _check_tail(plan: AttentionPlan, queries: int, keys: int, k_lengths) -> None
         raise ValueError(f"{op}: q must have at most k's {keys} tokens, got {queries}")
 
 
+def _autocasts(device: str) -> bool:
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
 def _autocast(x: Tensor) -> Tensor:
     """``x`` in the dtype of autocast, which leaves float64 alone."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if _autocasts(x.device.type) else x
 
 
 def neighbor_attention(
@@ -209,11 +213,11 @@ def neighbor_attention(
     options = (plan.tensors(), plan.rule(), scale, visual_mass == "keep", visual_rows == "zero")
     chosen = backends.pick("neighbor_attention", backend, q, q.dtype)
     if chosen == "reference":
-        out, lse = reference.neighbor_attention(q, k, v, k_bias, visual_heads, *options)
-        out, lse = (
-            _in_order_of(q, out.to(q.dtype)),
-            lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32),
-        )
+        device = q.device.type
+        # autocast would round inside, too
+        with torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext():
+            out, lse = reference.neighbor_attention(q, k, v, k_bias, visual_heads, *options)
+        out = _in_order_of(q, out.to(q.dtype))
     else:
         k_bias = None if k_bias is None else k_bias.float().contiguous()
         name = {"compiled": "neighbor_attention", "triton": "neighbor_attention_triton"}[chosen]
@@ -257,6 +261,13 @@ def merge_attention(
         TypeError, ValueError: an argument that does not fit.
     """
     op = "merge_attention"
+    for name, values in (
+        ("outs", outs),
+        ("lses", lses),
+        ("coefficients", [] if coefficients is None else coefficients),
+    ):
+        if not isinstance(values, (list, tuple)):
+            raise TypeError(f"{op}: {name} must be a list of tensors, one per group, got {type(values).__name__}")
     outs, lses = list(outs), list(lses)
     if not outs or len(outs) != len(lses):
         raise ValueError(f"{op}: outs must be as many as lses, at least one, got {len(outs)} and {len(lses)}")
@@ -270,6 +281,8 @@ def merge_attention(
         checks.dtype(op, f"outs[{number}]", out, checks.FLOATS)
         checks.shape(op, f"outs[{number}]", out, tuple(outs[0].shape), "shaped like outs[0]")
         checks.same_device(op, f"outs[{number}]", out, outs[0], "outs[0]")
+        if out.dtype != outs[0].dtype:
+            raise TypeError(f"{op}: outs[{number}] must have the dtype of outs[0], {outs[0].dtype}, got {out.dtype}")
     packed = outs[0].dim() == 3
     shape = (outs[0].shape[1], outs[0].shape[0]) if packed else tuple(outs[0].shape[:3])
     meaning = "[heads, tokens]" if packed else "[batch, heads, queries]"

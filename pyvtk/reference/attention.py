@@ -45,7 +45,7 @@ def neighbor_attention(
     rule: list[int], scale: float, keep_mass: bool, zero_rows: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out_i = sum_j p_ij v_j with p_ij = exp(z_ij - lse_i), lse_i = log sum_j exp z_ij over the visible keys j, and
-    z_ij = scale q_i . k_j + k_bias_j. A key with bias -inf is seen by nobody. Queries that see nothing: out 0, lse -inf.
+    z_ij = scale q_i . k_j + k_bias_j. Nobody sees a key with bias -inf. Queries that see nothing: out 0, lse -inf.
 
     Heads that are off in ``visual_heads`` give visual keys no weight: after the softmax (keep_mass), or before it. With
     zero_rows, visual queries of these heads see nothing.
@@ -83,7 +83,8 @@ def neighbor_attention(
     if weighed is not None:
         weights = weights.masked_fill(~weighed, 0)
     out = torch.einsum("bgmij,bgjd->bgmid", weights.reshape(batch, kv_heads, group, queries, keys), v)
-    return out.reshape(batch, heads, queries, dim).to(v.dtype if wide == torch.float64 else wide), lse
+    # also stops whatever gradient arrives at blind rows
+    return out.reshape(batch, heads, queries, dim).masked_fill(blind[..., None], 0), lse
 
 
 def merge_attention(
