@@ -15,18 +15,16 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from pyvtk import checks
+from pyvtk import backends, checks
 from pyvtk.layout import MAX_COORDINATE, TokenLayout, require
+from pyvtk.reference import attention_plan as reference
 from pyvtk.reference.attention import visible
+from pyvtk.reference.attention_plan import IMAGE, INVALID, POSITION, REGION, ROW, TEXT, T, X, Y
 from pyvtk.selection import Selection
 
-# What a slot holds: rows of query_slots and key_slots.
-ROW, IMAGE, T, Y, X, POSITION, REGION, SAMPLE = FACTS = range(8)
-# Values of IMAGE that name no image.
-TEXT, INVALID = -1, -2
+_FACTS = 8  # numbers in a slot
 EVERYWHERE = 2**30  # a radius that no pair exceeds
-_LOW, _HIGH = -(2**31), 2**31 - 1
-PADDING = _LOW  # the position of padding
+PADDING = -(2**31)  # the position of padding
 
 
 class Density(NamedTuple):
@@ -155,7 +153,7 @@ class AttentionPlan:
             row = row + (k_lengths.long() - num_keys)[:, None]
         own = torch.arange(num_queries, dtype=torch.int32, device=device).expand(row.shape)
         before = row < 0
-        queries = queries.gather(2, row.clamp(min=0)[:, None].expand(-1, len(FACTS), -1))
+        queries = queries.gather(2, row.clamp(min=0)[:, None].expand(-1, _FACTS, -1))
         queries = _with(queries, IMAGE, torch.where(before, INVALID, queries[:, IMAGE]))
         queries = _with(queries, ROW, own)
 
@@ -237,11 +235,6 @@ torch.serialization.add_safe_globals([AttentionPlan])
 # Facts: int32 [batch, 8, rows], what query_slots hold, in the order of rows -------------------------------------------
 
 
-def _filled(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64 [values], written on the device: for a copy of ``torch.tensor(values)`` the host would wait."""
-    return torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in values])
-
-
 def _with(facts: Tensor, which: int, values: Tensor) -> Tensor:
     """``facts`` with one of them replaced."""
     parts = list(facts.unbind(1))
@@ -265,8 +258,8 @@ def _most(values: Tensor, least: int) -> Tensor:
 
 def _by_row(slots: Tensor, rows: int) -> Tensor:
     """Slots back in the order of rows."""
-    where = torch.where(slots[:, ROW] < 0, rows, slots[:, ROW]).long()[:, None].expand(-1, len(FACTS), -1)
-    return slots.new_empty((slots.shape[0], len(FACTS), rows + 1)).scatter(2, where, slots)[:, :, :rows]
+    where = torch.where(slots[:, ROW] < 0, rows, slots[:, ROW]).long()[:, None].expand(-1, _FACTS, -1)
+    return slots.new_empty((slots.shape[0], _FACTS, rows + 1)).scatter(2, where, slots)[:, :, :rows]
 
 
 def _strip_shape(block: int, radius: tuple[int, int, int], flat: bool) -> tuple[int, int]:
@@ -309,140 +302,34 @@ def _raster(facts: Tensor) -> Tensor:
     return (t * MAX_COORDINATE + y) * MAX_COORDINATE + x
 
 
-# Slots, blocks and tables ---------------------------------------------------------------------------------------------
+# The operator ---------------------------------------------------------------------------------------------------------
 
 
-def _sorted_by(keys: list[Tensor]) -> Tensor:
-    """int64 [batch, rows]: rows in the order of the keys, the first one most important."""
-    order = keys[-1].argsort(dim=1, stable=True)
-    for key in keys[-2::-1]:
-        order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
-    return order
+def _num_slots(rows: int, cu_seqlens: Tensor | None, block: int) -> int:
+    # packed samples each begin a block, and what follows the last one does too
+    return -(-rows // block) * block if cu_seqlens is None else (rows // block + cu_seqlens.shape[0]) * block
 
 
-def _slots(facts: Tensor, curve: list[Tensor], cu_seqlens: Tensor | None, block: int) -> Tensor:
-    """Facts in the plan's order [batch, 8, slots]: images first, each along its curve, then text by position, then what
-    is invalid; packed samples begin at block boundaries."""
-    image = facts[:, IMAGE].long()
-    kind = torch.where(image >= 0, image, 2**31 + (image == INVALID).long())  # text after every image
-    kind = kind + (facts[:, SAMPLE].long() << 33)
-    curve = [torch.where(image >= 0, key, facts[:, POSITION].long()) for key in curve]
-    order = _sorted_by([kind, *curve])
-    batch, _, rows = facts.shape
-    place = torch.arange(rows, device=facts.device)
-    if cu_seqlens is None:
-        slots = -(-rows // block) * block
-    else:
-        samples = cu_seqlens.shape[0]  # what follows the last sample is one more
-        slots = (rows // block + samples) * block
-        ends = torch.cat([cu_seqlens[1:].long(), cu_seqlens.new_full((1,), rows, dtype=torch.int64)])
-        lengths = ends.diff(prepend=ends.new_zeros(1))
-        starts = ((lengths + block - 1) // block * block).cumsum(0)
-        shift = (starts - (lengths + block - 1) // block * block) - (ends - lengths)
-        # the sample of a row is that of its place, since samples are the first thing to sort by
-        place = place + shift[facts[0, SAMPLE].long()]
-    empty = _filled((-1, INVALID, 0, 0, 0, 0, 0, -1), facts.device).to(torch.int32)
-    result = empty[:, None].expand(batch, len(FACTS), slots).contiguous()
-    where = place.expand(batch, len(FACTS), rows)
-    return result.scatter(2, where, facts.gather(2, order[:, None].expand(-1, len(FACTS), -1)))
+def _plan_fake(query_facts, key_facts, query_curve, key_curve, cu_seqlens, routes, rule):
+    batch = query_facts.shape[0]
+    sizes = [_num_slots(f.shape[2], cu_seqlens, b) for f, b in zip((query_facts, key_facts), rule)]
+    blocks = [size // block for size, block in zip(sizes, rule)]
+
+    def table(rows: int, columns: int) -> list[Tensor]:
+        shapes = (batch, rows, columns), (batch, rows, 2), (batch * rows,)
+        return [query_facts.new_empty(shape) for shape in shapes]
+
+    slots = [query_facts.new_empty((batch, _FACTS, size)) for size in sizes]
+    return *slots, *table(*blocks), *table(*blocks[::-1])
 
 
-class _Boxes(NamedTuple):
-    """What is known of every block: [batch, blocks], or [batch, 4, blocks] for (image, t, y, x)."""
-
-    low: Tensor  # of visual tokens
-    high: Tensor
-    visual_first: Tensor  # positions of visual tokens
-    visual_last: Tensor
-    text_first: Tensor
-    text_last: Tensor
-    all_valid: Tensor
-    sample: Tensor
-    regions: Tensor | None  # float [batch, blocks, regions]: whether any visual token is of this region
-
-
-def _boxes(slots: Tensor, block: int, regions: int) -> _Boxes:
-    slots = slots.unflatten(2, (-1, block))
-    image, position = slots[:, IMAGE], slots[:, POSITION]
-    visual, text = image >= 0, image == TEXT
-
-    def least(values: Tensor, among: Tensor) -> Tensor:
-        return torch.where(among, values, _HIGH).amin(-1)
-
-    def most(values: Tensor, among: Tensor) -> Tensor:
-        return torch.where(among, values, _LOW).amax(-1)
-
-    place = slots[:, IMAGE : X + 1]
-    membership = None
-    if regions:
-        region = torch.where(visual, slots[:, REGION], regions).long()
-        membership = torch.zeros((*region.shape[:2], regions + 1), device=slots.device)
-        membership = membership.scatter(2, region, 1.0)[..., :regions]
-    return _Boxes(
-        least(place, visual[:, None]), most(place, visual[:, None]), least(position, visual), most(position, visual),
-        least(position, text), most(position, text), (image >= TEXT).all(-1), slots[:, SAMPLE].amax(-1), membership,
-    )  # fmt: skip
-
-
-def _meetings(q: _Boxes, k: _Boxes, routes: Tensor, radius, causal_window: bool, cross_image: bool):
-    """bool [batch, query blocks, key blocks], twice: whether a pair may be visible, and whether all pairs are."""
-
-    def rows(values: Tensor) -> Tensor:
-        return values[..., :, None]
-
-    def columns(values: Tensor) -> Tensor:
-        return values[..., None, :]
-
-    def earlier(keys: Tensor, queries: Tensor) -> Tensor:
-        return (columns(keys) <= rows(queries)) & (columns(keys) != _HIGH) & (rows(queries) != _LOW)
-
-    # Distances of boxes, as int64: absent tokens have bounds that int32 differences cannot hold.
-    q_low, q_high, k_low, k_high = (box.long() for box in (q.low, q.high, k.low, k.high))
-    apart = torch.maximum(columns(k_low) - rows(q_high), rows(q_low) - columns(k_high))  # [batch, 4, nq, nk]
-    spread = torch.maximum(columns(k_high) - rows(q_low), rows(q_high) - columns(k_low))
-    limits = _filled((0, *radius), apart.device)[:, None, None]
-    near = (apart <= limits).all(1)
-    inside = (spread <= limits).all(1)
-    if causal_window:
-        near = near & earlier(k.visual_first, q.visual_last)
-        inside = inside & (columns(k.visual_last) <= rows(q.visual_first))
-    if q.regions is not None:
-        reached = q.regions @ routes.to(q.regions.dtype)
-        near = near & (reached @ k.regions.mT > 0)
-        missed = q.regions @ (1 - routes.to(q.regions.dtype))
-        inside = inside & (missed @ k.regions.mT == 0)
-    if cross_image:
-        several = (
-            (rows(q_low) != rows(q_high)) | (columns(k_low) != columns(k_high)) | (rows(q_low) != columns(k_low))
-        )[:, 0]
-        near = near | (several & earlier(k.visual_first, q.visual_last))
-
-    q_visual, k_visual = rows(q.visual_last != _LOW), columns(k.visual_last != _LOW)
-    q_text, k_text = rows(q.text_last != _LOW), columns(k.text_last != _LOW)
-    some = near & q_visual & k_visual
-    some = some | earlier(k.text_first, q.text_last) | earlier(k.text_first, q.visual_last)
-    some = some | earlier(k.visual_first, q.text_last)
-    # Everything visible: visual meets visual inside the rule, and whatever involves text is later than all its keys.
-    every = inside | ~q_visual | ~k_visual
-    every = every & (~(q_text & k_text) | (columns(k.text_last) <= rows(q.text_first)))
-    every = every & (~(q_text & k_visual) | (columns(k.visual_last) <= rows(q.text_first)))
-    every = every & (~(q_visual & k_text) | (columns(k.text_last) <= rows(q.visual_first)))
-    some = some & (rows(q.sample) == columns(k.sample))
-    return some, some & every & columns(k.all_valid)
-
-
-def _table(some: Tensor, every: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The blocks that each row of ``some`` [batch, rows, columns] visits, their counts, and the order of rows."""
-    batch, rows, columns = some.shape
-    partial = some & ~every
-    num_full, num_partial = every.sum(-1, dtype=torch.int32), partial.sum(-1, dtype=torch.int32)
-    place = torch.where(every, every.cumsum(-1), num_full[..., None] + partial.cumsum(-1)) - 1
-    place = torch.where(some, place, columns)
-    number = torch.arange(columns, dtype=torch.int32, device=some.device).expand(some.shape)
-    blocks = number.new_full((batch, rows, columns + 1), -1).scatter(2, place, number)[..., :columns].contiguous()
-    counts = torch.stack([num_full, num_full + num_partial], -1)
-    order = counts[..., 1].flatten().argsort(dim=0, descending=True, stable=True).to(torch.int32)
-    return blocks, counts, order
+# Facts int32 [batch, 8, rows], curves int64 [keys, batch, rows]: pyvtk/reference/attention_plan.py.
+backends.define(
+    "attention_plan",
+    "(Tensor query_facts, Tensor key_facts, Tensor query_curve, Tensor key_curve, Tensor? cu_seqlens, Tensor routes, "
+    "int[] rule) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_plan_fake,
+)
 
 
 def _build(
@@ -450,16 +337,21 @@ def _build(
     block: tuple[int, int], radius: tuple[int, int, int], causal_window: bool = False, cross_image: bool = False,
     added_keys: bool | None = True,
 ) -> AttentionPlan:  # fmt: skip
-    """A plan from the facts of queries and keys [batch, 8, rows]; ``curve(facts)``: what images sort by."""
-    query_slots = key_slots = _slots(queries, curve(queries), cu_seqlens, block[0])
-    if keys is not queries or block[0] != block[1]:
-        key_slots = _slots(keys, curve(keys), cu_seqlens, block[1])
-    regions = routes.shape[-1]
-    q, k = _boxes(query_slots, block[0], regions), _boxes(key_slots, block[1], regions)
-    some, every = _meetings(q, k, routes, radius, causal_window, cross_image)
+    """A plan from the facts of queries and keys; ``curve(facts)`` lists what visual tokens of one image sort by."""
+    rule = [*block, *radius, int(causal_window), int(cross_image)]
+    same = keys is queries
+    query_curve = torch.stack(curve(queries))
+    key_curve = query_curve if same else torch.stack(curve(keys))
+    if backends.pick("attention_plan", None, queries) == "compiled":
+        operator = torch.ops.pyvtk.attention_plan
+    else:
+        operator = reference.attention_plan
+    queries = queries.contiguous()
+    keys = queries if same else keys.contiguous()
+    tensors = operator(queries, keys, query_curve, key_curve, cu_seqlens, routes, rule)
     return AttentionPlan(
-        query_slots, key_slots, *_table(some, every), *_table(some.mT, every.mT), routes, num_queries, num_keys, block,
-        radius, causal_window, cross_image, cu_seqlens is not None, added_keys,
+        *tensors, routes, num_queries, num_keys, block, radius, causal_window, cross_image, cu_seqlens is not None,
+        added_keys,
     )  # fmt: skip
 
 
@@ -641,7 +533,7 @@ def routed_plan(
         checks.same_device(op, "region", region, layout.image_id, "the layout")
         number = (region[None] if layout.packed else region).long()
     else:
-        size = _filled(_triple(op, "region", region, 1), layout.device)
+        size = reference.filled(_triple(op, "region", region, 1), layout.device)
         count = (layout.extent.long() + size - 1) // size  # regions per axis, [samples, 3]
         count = count[sample[0]].T[:, None] if layout.packed else count.T[..., None]
         t, y, x = (facts[:, axis].long() // length for axis, length in zip((T, Y, X), size))

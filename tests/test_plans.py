@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import pyvtk
 from pyvtk import ImageSpan, Selection, TokenLayout, neighbor_plan, routed_plan, subset_plan, window_plan
 from pyvtk.reference.attention import in_rows, visible
 
@@ -360,10 +361,18 @@ def no_tensors_of_values(*_, **__):
     raise AssertionError("a tensor made of Python values: on CUDA, a copy that the host waits for")
 
 
+def in_plain_torch(name, backend, tensor, dtype=None):
+    """Instead of backends.pick: the way that plans are made on a GPU."""
+    return "reference"
+
+
+@pytest.mark.parametrize("plain", (False, True), ids=("operator", "plain torch"))
 @pytest.mark.parametrize("name", ("left", "packed"))
-def test_never_waits_for_the_device(name, monkeypatch):
+def test_never_waits_for_the_device(name, plain, monkeypatch):
     """Tensors without values: whatever asks for one raises."""
     arguments = ingredients(name)
+    if plain:
+        monkeypatch.setattr(pyvtk.backends, "pick", in_plain_torch)
     monkeypatch.setattr(torch, "tensor", no_tensors_of_values)
     with FakeTensorMode() as mode:
         fake = all_kinds(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments))
@@ -371,9 +380,9 @@ def test_never_waits_for_the_device(name, monkeypatch):
         assert [x.shape for x in plan.tensors()] == [x.shape for x in real.tensors()]
 
 
-def test_launches_few_operations():
+def test_launches_few_operations(monkeypatch):
     """Plans are made once per forward pass; on a GPU every operation costs microseconds of the host."""
-    layout = LAYOUTS["left"]
+    monkeypatch.setattr(pyvtk.backends, "pick", in_plain_torch)
     counts = {}
 
     class Counter(torch.utils._python_dispatch.TorchDispatchMode):
@@ -382,11 +391,9 @@ def test_launches_few_operations():
             counts[name] = counts.get(name, 0) + (not views)
             return function(*args, **(kwargs or {}))
 
-    with Counter():
-        name = "neighbor"
-        neighbor_plan(layout, 1)
-        name = "window"
-        window_plan(layout, 2)
+    for name, build in (("neighbor", neighbor_plan), ("window", window_plan)):
+        with Counter():
+            build(LAYOUTS["left"], 2)
     assert counts["neighbor"] <= 220 and counts["window"] <= 230, counts
 
 

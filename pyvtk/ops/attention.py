@@ -228,6 +228,40 @@ def neighbor_attention(
     return (out, lse) if return_lse else out
 
 
+def _weigh_backward_fake(grad, outs, weights):
+    return [_like_queries(out) for out in outs], weights.new_empty(weights.shape)
+
+
+# What merge_attention spends its time on: sum_g weights_g out_g, over weights other than 0; float32 or float64 weights
+# [groups, batch, heads, queries].
+backends.define(
+    "weigh_groups",
+    "(Tensor[] outs, Tensor weights) -> Tensor",
+    fake=lambda outs, weights: _like_queries(outs[0]),
+    dtypes=checks.FLOATS,
+)
+backends.define(
+    "weigh_groups_backward",
+    "(Tensor grad, Tensor[] outs, Tensor weights) -> (Tensor[], Tensor)",
+    fake=_weigh_backward_fake,
+    dtypes=checks.FLOATS,
+)
+
+
+def _weigh_setup(ctx, inputs, output) -> None:
+    outs, weights = inputs
+    ctx.save_for_backward(weights, *outs)
+
+
+def _weigh_backward(ctx, grad):
+    weights, *outs = ctx.saved_tensors
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    return torch.ops.pyvtk.weigh_groups_backward(grad, outs, weights)
+
+
+torch.library.register_autograd("pyvtk::weigh_groups", _weigh_backward, setup_context=_weigh_setup)
+
+
 def _in_order_of(q: Tensor, out: Tensor) -> Tensor:
     """``out`` in the memory order of q."""
     if q.stride(1) < q.stride(2):
@@ -240,6 +274,8 @@ def merge_attention(
     lses: Sequence[Tensor],
     coefficients: Sequence[Tensor] | None = None,
     renormalize: bool = False,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joins the attention of one query over groups of keys: out = sum_g c_g out_g.
 
@@ -252,6 +288,7 @@ def merge_attention(
         coefficients: of every group, shaped like lses; used as they are. YOPO's pruned heads are [exp(lse_text - lse),
             0]; VAR moves weight between sinks and other visual keys.
         renormalize: divide by the sum of the coefficients (0 where that is 0).
+        backend: "compiled", "reference", or None for the first that can run.
 
     Returns:
         (out, lse): out in the dtype of outs, lse over all groups, -inf where no group saw a key. Differentiable in
@@ -292,7 +329,12 @@ def merge_attention(
             checks.dtype(op, f"{name}[{number}]", value, checks.FLOATS)
             checks.shape(op, f"{name}[{number}]", value, shape, meaning)
             checks.same_device(op, f"{name}[{number}]", value, outs[0], "outs[0]")
+    weights, seen, lse = reference.group_weights(lses, coefficients, renormalize)
     if packed:
-        outs = [out.transpose(0, 1) for out in outs]
-    out, lse = reference.merge_attention(outs, lses, coefficients, renormalize)
-    return (out.transpose(0, 1) if packed else out), lse
+        outs, weights, seen = [out.transpose(0, 1)[None] for out in outs], weights[:, None], seen[:, None]
+    outs = [out if out.stride(-1) == 1 else out.contiguous() for out in outs]
+    if backends.pick("weigh_groups", backend, outs[0], outs[0].dtype) == "compiled":
+        out = backends.call(torch.ops.pyvtk.weigh_groups, (*outs, weights), outs, weights)
+    else:
+        out = _in_order_of(outs[0], reference.weigh_groups(outs, weights, seen))
+    return (out[0].transpose(0, 1) if packed else out), lse

@@ -87,12 +87,11 @@ def neighbor_attention(
     return out.reshape(batch, heads, queries, dim).masked_fill(blind[..., None], 0), lse
 
 
-def merge_attention(
-    outs: list[Tensor], lses: list[Tensor], coefficients: list[Tensor] | None, renormalize: bool
-) -> tuple[Tensor, Tensor]:
-    """sum_g c_g out_g over groups with lse_g > -inf; c_g = exp(lse_g - lse) unless given. outs [..., channels], lses
-    [...]."""
-    wide = torch.float64 if outs[0].dtype == torch.float64 else torch.float32
+def group_weights(
+    lses: list[Tensor], coefficients: list[Tensor] | None, renormalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights of groups [groups, ..., queries], which of them saw a key, and lse over all groups [..., queries]."""
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in [*lses, *(coefficients or [])]) else torch.float32
     groups = torch.stack([lse.to(wide) for lse in lses])
     seen = groups > float("-inf")
     blind = ~seen.any(0)
@@ -106,5 +105,12 @@ def merge_attention(
     if renormalize:
         total = weights.sum(0)
         weights = (weights / total.masked_fill(total == 0, 1)).masked_fill(total == 0, 0)
-    out = sum(w[..., None] * x.to(wide).masked_fill(~s[..., None], 0) for w, s, x in zip(weights, seen, outs))
-    return out.to(outs[0].dtype), lse
+    return weights, seen, lse
+
+
+def weigh_groups(outs: list[Tensor], weights: Tensor, seen: Tensor) -> Tensor:
+    """sum_g weights_g out_g over groups that saw a key; outs [batch, heads, queries, channels], weights and seen [groups,
+    batch, heads, queries]. 16-bit outs are added in float32."""
+    wide = torch.float64 if outs[0].dtype == torch.float64 else torch.float32
+    parts = [out.to(wide).masked_fill(~s[..., None], 0) for s, out in zip(seen, outs)]
+    return sum(w.to(wide)[..., None] * part for w, part in zip(weights, parts)).to(outs[0].dtype)
