@@ -109,8 +109,8 @@ def group_weights(
 
 
 def weigh_groups(outs: list[Tensor], weights: Tensor, seen: Tensor) -> Tensor:
-    """sum_g weights_g out_g over groups that saw a key; outs [batch, heads, queries, channels], weights and seen [groups,
-    batch, heads, queries]. 16-bit outs are added in float32."""
+    """sum_g weights_g out_g over groups that saw a key; outs [batch, heads, queries, channels], weights and seen
+    [groups, batch, heads, queries]. 16-bit outs are added in float32."""
     wide = torch.float64 if outs[0].dtype == torch.float64 else torch.float32
     parts = [out.to(wide).masked_fill(~s[..., None], 0) for s, out in zip(seen, outs)]
     return sum(w.to(wide)[..., None] * part for w, part in zip(weights, parts)).to(outs[0].dtype)

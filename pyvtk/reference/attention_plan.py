@@ -1,7 +1,7 @@
 """What a plan is made of, in plain torch: tokens in slots, blocks of slots, and which blocks meet.
 
-Facts are int32 [batch, 8, rows] (row, image, t, y, x, position, region, sample), in the order of rows; ``curve`` is int64
-[keys, batch, rows], what visual tokens of one image sort by. See :mod:`pyvtk.plans`.
+Facts are int32 [batch, 8, rows] (row, image, t, y, x, position, region, sample), in the order of rows; ``curve`` is
+int64 [keys, batch, rows], what visual tokens of one image sort by. See :mod:`pyvtk.plans`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _meetings(q: _Boxes, k: _Boxes, routes: Tensor, radius, causal_window: bool,
     def earlier(keys: Tensor, queries: Tensor) -> Tensor:
         return (columns(keys) <= rows(queries)) & (columns(keys) != _HIGH) & (rows(queries) != _LOW)
 
-    # Every axis on its own, comparing with bounds that were widened per block: no [query blocks, key blocks] arithmetic.
+    # Every axis on its own, comparing with bounds widened per block: no arithmetic on [query blocks, key blocks].
     near = inside = None
     for axis, limit in enumerate((0, *radius)):
         q_low, q_high = q.low[:, axis].long(), q.high[:, axis].long()
