@@ -24,7 +24,7 @@ struct AttentionRows {
 };
 
 // What a slot says about its token; the order is that of the plan's tensors.
-enum AttentionSlot { kSlotRow, kSlotImage, kSlotT, kSlotY, kSlotX, kSlotPosition, kSlotRegion, kSlotFields };
+enum AttentionSlot { kSlotRow, kSlotImage, kSlotT, kSlotY, kSlotX, kSlotPosition, kSlotRegion, kSlotSample, kSlotFields };
 
 inline constexpr int32_t kInvalidToken = -2, kTextToken = -1;  // among the numbers of images
 
@@ -38,8 +38,8 @@ struct AttentionProblem {
   bool keep_mass, zero_rows;
 
   // the plan
-  const int32_t* query_slots;  // [batch, 7, query_slot_count]
-  const int32_t* key_slots;    // [batch, 7, key_slot_count]
+  const int32_t* query_slots;  // [batch, 8, query_slot_count]
+  const int32_t* key_slots;    // [batch, 8, key_slot_count]
   const int32_t* key_blocks;   // [batch, query_blocks, key_blocks]
   const int32_t* key_counts;   // [batch, query_blocks, 2]
   const int32_t* routes;       // [batch, regions, regions]
