@@ -12,8 +12,6 @@ namespace pyvtk::cpu::PYVTK_ISA {
 
 // Keys worked on at a time. Logits of more would leave the first-level cache.
 inline constexpr int64_t kChunk = 256;
-// Arrays of a chunk are this much longer: the last keys are worked on in whole groups, with copies of the last one.
-inline constexpr int64_t kSpare = 16;
 
 // Keys that share a pass over d: one sum per key and vector of queries fills the registers.
 inline constexpr int64_t kBothKeys = PYVTK_VECTOR_BYTES == 16 ? 3 : (PYVTK_VECTOR_BYTES == 32 ? 6 : 12);
@@ -88,14 +86,30 @@ PYVTK_INLINE void for_pieces(int64_t dim, F&& f) {
   if (d < dim) f(std::integral_constant<int64_t, 1>{}, std::false_type{}, d);
 }
 
-// sum[key][vector] = products of rows of keys with columns [dim][16] of queries.
+// Some of a tile's keys, those that the same queries need: the whole tile or one half.
+struct KeyRun {
+  const int32_t* row;
+  const uint32_t* seen;
+  int64_t count;
+  int64_t plain;  // of them at the front: seen by all queries
+};
+
+// Float32 rows of one head.
+struct FloatRows {
+  const float* data;
+  int64_t stride;
+
+  PYVTK_INLINE const float* operator[](int64_t row) const { return data + row * stride; }
+};
+
+// sum[key][vector] = products of the first rows of a run with columns [dim][16] of queries.
 template <int64_t keys, int64_t vectors>
-PYVTK_INLINE void key_products(const float* const* rows, const float* columns, int64_t dim,
+PYVTK_INLINE void key_products(FloatRows rows, const int32_t* number, const float* columns, int64_t dim,
                                vfloat (&sum)[keys][vectors]) {
   const float* row[keys];
 #pragma GCC unroll 12
   for (int64_t n = 0; n < keys; ++n) {
-    row[n] = rows[n];
+    row[n] = rows[number[n]];
 #pragma GCC unroll 4
     for (int64_t c = 0; c < vectors; ++c) sum[n][c] = vfloat{};
   }
@@ -112,41 +126,47 @@ PYVTK_INLINE void key_products(const float* const* rows, const float* columns, i
   }
 }
 
-// f(first key, sums [keys][vectors]) over groups of keys. The last group may go beyond `count`, by less than kSpare.
+// f(first key, sums [keys][vectors]) over groups of a run's keys.
 template <int64_t keys, int64_t vectors, class F>
-PYVTK_INLINE void for_key_products(const float* const* rows, int64_t count, const float* columns, int64_t dim, F&& f) {
+PYVTK_INLINE void for_key_products(FloatRows rows, const KeyRun& run, const float* columns, int64_t dim, F&& f) {
+  const auto group = [&](auto count, int64_t i) __attribute__((always_inline)) {
+    vfloat sum[count][vectors];
+    key_products<count, vectors>(rows, run.row + i, columns, dim, sum);
+    f(i, sum);
+  };
   int64_t i = 0;
-  for (; i + keys <= count; i += keys) {
-    vfloat sum[keys][vectors];
-    key_products<keys, vectors>(rows + i, columns, dim, sum);
-    f(i, sum);
-  }
-  constexpr int64_t fewer = keys / 3;
-  for (; i < count; i += fewer) {
-    vfloat sum[fewer][vectors];
-    key_products<fewer, vectors>(rows + i, columns, dim, sum);
-    f(i, sum);
+  for (; i + keys <= run.count; i += keys) group(std::integral_constant<int64_t, keys>{}, i);
+  if constexpr (keys > 6) {
+    for (; i + 4 <= run.count; i += 4) group(std::integral_constant<int64_t, 4>{}, i);
+    remaining_rows<3>(i, run.count - i, group);
+  } else {
+    remaining_rows<keys - 1>(i, run.count - i, group);
   }
 }
 
-// out[query] = out[query] * factor[query] + sum over i of p[i * kHalf + query] * rows[i][d...]; `fresh` leaves out the
-// old value.
+// out[query] = out[query] * factor[query] + sum over keys of p[key * kHalf + query] * row of the key [d...], over keys
+// of two runs; `fresh` leaves out the old value.
 template <int64_t queries, int64_t vectors, bool whole>
-PYVTK_INLINE void weighted_rows(const float* p, const float* const* rows, int64_t count, int64_t d, int64_t dim,
-                                float* out, int64_t ldo, const float* factor, bool fresh) {
+PYVTK_INLINE void weighted_rows(const float* p, FloatRows rows, const KeyRun& first, const KeyRun& second, int64_t d,
+                                int64_t dim, float* out, int64_t ldo, const float* factor, bool fresh) {
   vfloat sum[queries][vectors] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    const float* row = rows[i] + d;
-    vfloat x[vectors];
+  const float* data = rows.data + d;
+  const auto add = [&](const KeyRun& run) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < run.count; ++i, p += kHalf) {
+      const float* row = data + run.row[i] * rows.stride;
+      vfloat x[vectors];
 #pragma GCC unroll 4
-    for (int64_t c = 0; c < vectors; ++c) x[c] = load_lanes<whole>(row + c * kLanes, dim - d);
+      for (int64_t c = 0; c < vectors; ++c) x[c] = load_lanes<whole>(row + c * kLanes, dim - d);
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < queries; ++r) {
-      const vfloat w = splat(p[i * kHalf + r]);
+      for (int64_t r = 0; r < queries; ++r) {
+        const vfloat w = splat(p[r]);
 #pragma GCC unroll 4
-      for (int64_t c = 0; c < vectors; ++c) sum[r][c] += w * x[c];
+        for (int64_t c = 0; c < vectors; ++c) sum[r][c] += w * x[c];
+      }
     }
-  }
+  };
+  add(first);
+  add(second);
 #pragma GCC unroll 8
   for (int64_t r = 0; r < queries; ++r) {
 #pragma GCC unroll 4
@@ -157,31 +177,51 @@ PYVTK_INLINE void weighted_rows(const float* p, const float* const* rows, int64_
   }
 }
 
-// Keys of a chunk that the same queries need: the whole tile or one half.
-struct KeyRun {
-  const float* k[kChunk + kSpare];
-  const float* v[kChunk + kSpare];
-  int64_t key[kChunk + kSpare];
-  uint32_t seen[kChunk + kSpare];
-  float bias[kChunk + kSpare];  // times log2 e
-  int64_t count;
-  int64_t plain;  // of them at the front: seen by all queries
+// Keys of a tile in chunks; of some of them only, if asked to.
+class KeyChunk {
+ public:
+  KeyRun runs[3];  // that both halves need, the low one, the high one
 
-  void repeat_last() {
-    if (count == 0) return;
-    for (int64_t i = count; i < count + kSpare; ++i) {
-      k[i] = k[count - 1];
-      v[i] = v[count - 1];
-      seen[i] = seen[count - 1];
-      bias[i] = bias[count - 1];
+  // The next keys of a tile from its entry `from` on; returns the entry after them. Only queries in `active` count;
+  // without_visual leaves out visual keys.
+  int64_t next(const AttentionTable& table, const AttentionTile& tile, int64_t from, uint32_t active,
+               bool without_visual) {
+    const int64_t ends[3] = {tile.both, tile.both + tile.low, tile.both + tile.low + tile.high};
+    const int32_t* rows = table.rows.data() + tile.first;
+    const uint32_t* seen = table.seen.data() + tile.first;
+    const bool some = without_visual || active != tile.valid;
+    int64_t used = 0;
+    for (int64_t kind = 0; kind < 3; ++kind) {
+      KeyRun& run = runs[kind];
+      if (some) {
+        run = {rows_ + used, seen_ + used, 0, 0};
+        for (; from < ends[kind] && used < kChunk; ++from) {
+          if (without_visual && (seen[from] & kVisualKey)) continue;
+          rows_[used] = rows[from];
+          seen_[used++] = seen[from] & (active | kVisualKey);
+          ++run.count;
+        }
+      } else {
+        run = {rows + from, seen + from, std::max<int64_t>(std::min(ends[kind] - from, kChunk - used), 0), 0};
+        used += run.count;
+        from += run.count;
+      }
+      while (kind == 0 && run.plain < run.count && (run.seen[run.plain] & active) == active) ++run.plain;
     }
+    return from;
   }
+
+ private:
+  int32_t rows_[kChunk];
+  uint32_t seen_[kChunk];
 };
 
-// Keys and values of one head, as float32 rows, and chunks of those that a tile needs.
+// Keys and values of one head as float32.
 template <class T>
 class KeyRows {
  public:
+  FloatRows k, v;
+
   explicit KeyRows(const AttentionProblem& p) : p_(p), pitch_(ceil_div(p.dim, kLanes) * kLanes) {
     if constexpr (!std::is_same_v<T, float>) {
       // Rows are widened when they are needed first: what nobody sees is not read.
@@ -191,43 +231,24 @@ class KeyRows {
   }
 
   void choose(int64_t b, int64_t kv_head) {
-    b_ = b;
     head_ = b * p_.kv_heads + kv_head;
     k_ = p_.k.head<T>(b, kv_head);
     v_ = p_.v.head<T>(b, kv_head);
+    if constexpr (std::is_same_v<T, float>) {
+      k = {k_, p_.k.row_stride};
+      v = {v_, p_.v.row_stride};
+    } else {
+      k = {wide_.get(), 2 * pitch_};
+      v = {wide_.get() + pitch_, 2 * pitch_};
+    }
   }
 
-  // The next keys of a tile from its entry `from` on, at most kChunk; returns the entry after them. Only queries in
-  // `active` count; without_visual leaves out visual keys.
-  int64_t gather(const AttentionTable& table, const AttentionTile& tile, int64_t from, uint32_t active,
-                 bool without_visual, KeyRun (&runs)[3]) {
-    const int64_t ends[3] = {tile.both, tile.both + tile.low, tile.both + tile.low + tile.high};
-    const int32_t* rows = table.rows.data() + tile.first;
-    const uint32_t* seen = table.seen.data() + tile.first;
-    int64_t room = kChunk;
-    for (int64_t kind = 0; kind < 3; ++kind) {
-      KeyRun& run = runs[kind];
-      run.count = run.plain = 0;
-      for (; from < ends[kind] && room > 0; ++from) {
-        if (without_visual && (seen[from] & kVisualKey)) continue;
-        const int64_t key = rows[from], i = run.count++;
-        run.seen[i] = seen[from] & (active | kVisualKey);
-        run.plain += run.plain == i && (seen[from] & active) == active;
-        run.key[i] = key;
-        run.bias[i] = p_.k_bias ? p_.k_bias[b_ * p_.keys + key] * kLog2E : 0.0f;
-        if constexpr (std::is_same_v<T, float>) {
-          run.k[i] = k_ + key * p_.k.row_stride;
-          run.v[i] = v_ + key * p_.v.row_stride;
-        } else {
-          widen(key);
-          run.k[i] = wide_.get() + 2 * key * pitch_;
-          run.v[i] = run.k[i] + pitch_;
-        }
-        --room;
+  void need(const KeyChunk& chunk) {
+    if constexpr (!std::is_same_v<T, float>) {
+      for (const KeyRun& run : chunk.runs) {
+        for (int64_t i = 0; i < run.count; ++i) widen(run.row[i]);
       }
-      run.repeat_last();
     }
-    return from;
   }
 
  private:
@@ -241,27 +262,70 @@ class KeyRows {
 
   const AttentionProblem& p_;
   int64_t pitch_;
-  int64_t b_ = 0, head_ = 0;
+  int64_t head_ = 0;
   const T* k_ = nullptr;
   const T* v_ = nullptr;
   std::unique_ptr<float[]> wide_;  // [keys][key and value][pitch]
   std::vector<int64_t> owner_;     // [keys]: the head that wide_ has the row of
 };
 
-// Rows [16] of a tensor, nullptr for those that are not there, times `scale`, as columns [dim][16].
-template <class T>
-void tile_columns(const T* const* rows, int64_t dim, float scale, float* columns) {
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const int64_t width = std::min(kLanes, dim - d);
+#if PYVTK_VECTOR_BYTES == 32
+// Eight numbers of eight rows, transposed; halves of rows are joined while they are loaded.
+PYVTK_INLINE void load_transposed(const float* const* row, int64_t d, vfloat* x) {
+  const auto pair = [&](int64_t i, int64_t at) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[i] + d + at)), _mm_loadu_ps(row[i + 4] + d + at),
+                                1);
+  };
+#pragma GCC unroll 2
+  for (int64_t at = 0; at < 8; at += 4) {
+    const __m256 a = pair(0, at), b = pair(1, at), c = pair(2, at), e = pair(3, at);
+    const __m256 ab = _mm256_unpacklo_ps(a, b), ba = _mm256_unpackhi_ps(a, b);
+    const __m256 ce = _mm256_unpacklo_ps(c, e), ec = _mm256_unpackhi_ps(c, e);
+    x[at] = reinterpret_cast<vfloat>(_mm256_shuffle_ps(ab, ce, 0x44));
+    x[at + 1] = reinterpret_cast<vfloat>(_mm256_shuffle_ps(ab, ce, 0xee));
+    x[at + 2] = reinterpret_cast<vfloat>(_mm256_shuffle_ps(ba, ec, 0x44));
+    x[at + 3] = reinterpret_cast<vfloat>(_mm256_shuffle_ps(ba, ec, 0xee));
+  }
+}
+#else
+PYVTK_INLINE void load_transposed(const float* const* row, int64_t d, vfloat* x) {
+#pragma GCC unroll 16
+  for (int64_t lane = 0; lane < kLanes; ++lane) x[lane] = load(row[lane] + d);
+  transpose_level<1>(x);
+}
+#endif
+
+// Rows [16] of `padded_dim` numbers, times `scale`, as columns [padded_dim][16].
+inline void tile_columns(const float* const* rows, int64_t padded_dim, float scale, float* columns) {
+  for (int64_t d = 0; d < padded_dim; d += kLanes) {
     for (int64_t c = 0; c < kTileVectors; ++c) {
       vfloat x[kLanes];
+      load_transposed(rows + c * kLanes, d, x);
+#pragma GCC unroll 16
       for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const T* row = rows[c * kLanes + lane];
-        x[lane] = !row ? vfloat{} : (width == kLanes ? load(row + d) : load_partial(row + d, width)) * scale;
+        store(columns + (d + lane) * kAttentionTile + c * kLanes, x[lane] * scale);
       }
-      transpose_level<1>(x);
-      for (int64_t lane = 0; lane < width; ++lane) store(columns + (d + lane) * kAttentionTile + c * kLanes, x[lane]);
     }
+  }
+}
+
+// The rows of a tile's queries as float32, where they are or in `wide` [16][padded_dim]; those not in `active` are
+// `zeros`. `wide` is used if rows are 16-bit or no whole vectors.
+template <class T>
+void tile_floats(const T* head, int64_t row_stride, const int32_t* number, uint32_t active, int64_t dim,
+                 int64_t padded_dim, float* wide, const float* zeros, const float** rows) {
+  for (int64_t i = 0; i < kAttentionTile; ++i) {
+    rows[i] = zeros;
+    if (!(active >> i & 1)) continue;
+    const T* row = head + number[i] * row_stride;
+    if constexpr (std::is_same_v<T, float>) {
+      if (dim == padded_dim) {
+        rows[i] = row;
+        continue;
+      }
+    }
+    widen_row(row, dim, padded_dim, wide + i * padded_dim);
+    rows[i] = wide + i * padded_dim;
   }
 }
 
@@ -286,16 +350,19 @@ class AttentionForward {
  public:
   explicit AttentionForward(const AttentionProblem& p)
       : p_(p), keys_(p), ldo_(ceil_div(p.dim, kLanes) * kLanes), memory_(floats(p)) {
-    logits_[0] = memory_.take((kChunk + kSpare) * kHalf);
-    logits_[1] = kHalves == 2 ? memory_.take((kChunk + kSpare) * kHalf) : nullptr;
-    columns_ = memory_.take(p.group() * p.dim * kAttentionTile);
+    for (float*& logits : logits_) logits = memory_.take(kChunk * kHalf);
+    wide_ = memory_.take(kAttentionTile * ldo_);
+    zeros_ = memory_.take(ldo_);
+    columns_ = memory_.take(p.group() * ldo_ * kAttentionTile);
     sums_ = memory_.take(p.group() * ldo_ * kAttentionTile);
     largest_ = memory_.take(p.group() * kAttentionTile);
     total_ = memory_.take(p.group() * kAttentionTile);
+    std::fill_n(zeros_, ldo_, 0.0f);
   }
 
   void run(const AttentionTable& table, int64_t b, int64_t kv_head, int64_t tile_begin, int64_t tile_end) {
     keys_.choose(b, kv_head);
+    bias_ = p_.k_bias ? p_.k_bias + b * p_.keys : nullptr;
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       tile_rows(p_, b, tile, rows_);
       const AttentionTile& keys = table.tile(b, tile);
@@ -307,7 +374,7 @@ class AttentionForward {
  private:
   static int64_t floats(const AttentionProblem& p) {
     const int64_t ldo = ceil_div(p.dim, kLanes) * kLanes;
-    return (kChunk + kSpare) * kAttentionTile + p.group() * kAttentionTile * (p.dim + ldo + 2);
+    return 2 * kChunk * kHalf + (kAttentionTile + 1) * ldo + p.group() * kAttentionTile * (2 * ldo + 2);
   }
 
   // The heads of the group that are on, or those that are off.
@@ -320,7 +387,8 @@ class AttentionForward {
     const int64_t entries = active ? tile.both + tile.low + tile.high : 0;
     bool fresh = true;
     for (int64_t at = 0; at < entries; fresh = false) {
-      at = keys_.gather(table, tile, at, active, !on && !p_.keep_mass, runs_);
+      at = chunk_.next(table, tile, at, active, !on && !p_.keep_mass);
+      keys_.need(chunk_);
       for (int64_t head = first; head < last; ++head) {
         if (p_.is_on(head) == on) attend(b, head, head - first, active, fresh);
       }
@@ -332,20 +400,16 @@ class AttentionForward {
 
   // One head's share of a chunk of keys.
   void attend(int64_t b, int64_t head, int64_t slot, uint32_t active, bool fresh) {
-    float* columns = columns_ + slot * p_.dim * kAttentionTile;
+    float* columns = columns_ + slot * ldo_ * kAttentionTile;
     float* largest = largest_ + slot * kAttentionTile;
     float* total = total_ + slot * kAttentionTile;
     if (fresh) {
-      const T* rows[kAttentionTile];
-      for (int64_t i = 0; i < kAttentionTile; ++i) {
-        rows[i] = active >> i & 1 ? p_.q.head<const T>(b, head) + rows_[i] * p_.q.row_stride : nullptr;
-      }
-      tile_columns(rows, p_.dim, p_.scale * kLog2E, columns);
+      const float* rows[kAttentionTile];
+      tile_floats(p_.q.head<const T>(b, head), p_.q.row_stride, rows_, active, p_.dim, ldo_, wide_, zeros_, rows);
+      tile_columns(rows, ldo_, p_.scale * kLog2E, columns);
     }
     vfloat best[kTileVectors];
-    for (int64_t c = 0; c < kTileVectors; ++c) {
-      best[c] = fresh ? splat(-kInfinity) : load(largest + c * kLanes);
-    }
+    for (int64_t c = 0; c < kTileVectors; ++c) best[c] = fresh ? splat(-kInfinity) : load(largest + c * kLanes);
     logits_of<kTileVectors>(0, columns, best);
     if constexpr (kHalves == 2) {
       logits_of<kHalfVectors>(1, columns, best);
@@ -356,24 +420,21 @@ class AttentionForward {
     for (int64_t c = 0; c < kTileVectors; ++c) {
       const vfloat old = fresh ? splat(-kInfinity) : load(largest + c * kLanes);
       store(largest + c * kLanes, best[c]);
-      best[c] = blend(best[c] == -kInfinity, vfloat{}, best[c]);
+      best[c] = blend(best[c] == splat(-kInfinity), vfloat{}, best[c]);
       const vfloat shrink = exp2_of_negative(old - best[c]);
       store(factor + c * kLanes, shrink);
       store(total + c * kLanes, fresh ? vfloat{} : load(total + c * kLanes) * shrink);
     }
     const bool text_only = p_.keep_mass && !p_.is_on(head);
     for (int64_t half = 0; half < kHalves; ++half) {
-      const int64_t count = runs_[0].count + runs_[1 + half].count;
-      probabilities(half, count, best + half * kHalfVectors, total + half * kHalf);
-      // Values of keys in the order of the logits.
-      std::copy_n(runs_[0].v, runs_[0].count, values_);
-      std::copy_n(runs_[1 + half].v, runs_[1 + half].count, values_ + runs_[0].count);
-      const int64_t used = text_only ? drop_visual(half) : count;
+      KeyRun common = chunk_.runs[0], own = chunk_.runs[1 + half];
+      probabilities(half, common.count + own.count, best + half * kHalfVectors, total + half * kHalf);
+      if (text_only) keep_text(half, common, own);
       float* sums = sums_ + (slot * kAttentionTile + half * kHalf) * ldo_;
       for_pieces(p_.dim, [&](auto vectors, auto whole, int64_t d) {
         for (int64_t i = 0; i < kHalf; i += kSumQueries) {
-          weighted_rows<kSumQueries, vectors, whole>(logits_[half] + i, values_, used, d, p_.dim, sums + i * ldo_, ldo_,
-                                                     factor + half * kHalf + i, fresh);
+          weighted_rows<kSumQueries, vectors, whole>(logits_[half] + i, keys_.v, common, own, d, p_.dim,
+                                                     sums + i * ldo_, ldo_, factor + half * kHalf + i, fresh);
         }
       });
     }
@@ -383,21 +444,21 @@ class AttentionForward {
   template <int64_t vectors>
   void logits_of(int64_t kind, const float* columns, vfloat* best) {
     constexpr int64_t kKeys = vectors == kTileVectors ? kBothKeys : kHalfKeys;
-    const KeyRun& run = runs_[kind];
-    const int64_t before = kind == 0 ? 0 : runs_[0].count;
+    const KeyRun& run = chunk_.runs[kind];
+    const int64_t before = kind == 0 ? 0 : chunk_.runs[0].count;
     const int64_t first_vector = kind == 2 ? kHalfVectors : 0;
     vint bit[vectors];
     vfloat top[vectors];
     for (int64_t c = 0; c < vectors; ++c) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) bit[c][lane] = 1 << ((first_vector + c) * kLanes + lane);
+      bit[c] = single_bits(first_vector + c);
       top[c] = best[c];
     }
-    for_key_products<kKeys, vectors>(run.k, run.count, columns, p_.dim, [&](int64_t i, auto& sum) __attribute__((always_inline)) {
+    for_key_products<kKeys, vectors>(keys_.k, run, columns, p_.dim, [&](int64_t i, auto& sum) __attribute__((always_inline)) {
       constexpr int64_t keys = sizeof(sum) / sizeof(sum[0]);
       const bool masked = i + keys > run.plain;
 #pragma GCC unroll 12
       for (int64_t n = 0; n < keys; ++n) {
-        const vfloat bias = splat(run.bias[i + n]);
+        const vfloat bias = splat(bias_ ? bias_[run.row[i + n]] * kLog2E : 0.0f);
         const vint seen = splat(static_cast<int32_t>(run.seen[i + n]));
 #pragma GCC unroll 4
         for (int64_t c = 0; c < vectors; ++c) {
@@ -427,18 +488,19 @@ class AttentionForward {
     for (int64_t c = 0; c < kHalfVectors; ++c) store(total + c * kLanes, load(total + c * kLanes) + sum[c]);
   }
 
-  // Moves a half's probabilities and values of text keys to the front; returns their number.
-  int64_t drop_visual(int64_t half) {
+  // Moves a half's probabilities and rows of text keys to the front.
+  void keep_text(int64_t half, KeyRun& common, KeyRun& own) {
     int64_t used = 0, i = 0;
-    for (const int64_t kind : {int64_t{0}, 1 + half}) {
-      for (int64_t n = 0; n < runs_[kind].count; ++n, ++i) {
-        if (runs_[kind].seen[n] & kVisualKey) continue;
-        values_[used] = values_[i];
+    for (KeyRun* run : {&common, &own}) {
+      const int64_t first = used;
+      for (int64_t n = 0; n < run->count; ++n, ++i) {
+        if (run->seen[n] & kVisualKey) continue;
+        text_[used] = run->row[n];
         std::copy_n(logits_[half] + i * kHalf, kHalf, logits_[half] + used * kHalf);
         ++used;
       }
+      *run = {text_ + first, nullptr, used - first, 0};
     }
-    return used;
   }
 
   void finish(int64_t b, int64_t head, int64_t slot, uint32_t active) {
@@ -473,13 +535,16 @@ class AttentionForward {
   KeyRows<T> keys_;
   int64_t ldo_;
   AttentionMemory memory_;
-  float* logits_[2];  // per half: [kChunk + kSpare][kHalf], then probabilities
-  float* columns_;    // [group][dim][16]: queries, scaled
-  float* sums_;       // [group][16][ldo]
-  float* largest_;    // [group][16]: logits so far, in log2
-  float* total_;      // [group][16]: of 2^(logit - largest)
-  KeyRun runs_[3];
-  const float* values_[kChunk + kSpare];
+  float* logits_[kHalves];  // [kChunk][kHalf], then probabilities
+  float* wide_;             // [16][ldo]
+  float* zeros_;            // [ldo]
+  float* columns_;          // [group][ldo][16]: queries, scaled
+  float* sums_;             // [group][16][ldo]
+  float* largest_;          // [group][16]: logits so far, in log2
+  float* total_;            // [group][16]: of 2^(logit - largest)
+  const float* bias_ = nullptr;
+  KeyChunk chunk_;
+  int32_t text_[kChunk];
   int32_t rows_[kAttentionTile];
 };
 

@@ -25,11 +25,16 @@ PYVTK_INLINE uint32_t lane_bits(vint x) {
 #endif
 }
 
+// Lane i has bit i + c * kLanes.
+PYVTK_INLINE vint single_bits(int64_t c) {
+  vint bits;
+  for (int64_t lane = 0; lane < kLanes; ++lane) bits[lane] = 1 << lane;
+  return bits << static_cast<int32_t>(c * kLanes);
+}
+
 // Lane i of vector c: -1 where bit i + c * kLanes is set.
 PYVTK_INLINE vint bit_lanes(uint32_t bits, int64_t c) {
-  vint single;
-  for (int64_t lane = 0; lane < kLanes; ++lane) single[lane] = 1 << (lane + c * kLanes);
-  return (splat(static_cast<int32_t>(bits)) & single) != vint{};
+  return (splat(static_cast<int32_t>(bits)) & single_bits(c)) != vint{};
 }
 
 // The queries of a tile, as the predicate needs them.
