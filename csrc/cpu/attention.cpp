@@ -24,7 +24,8 @@ void set_plan(AttentionProblem& p, const std::vector<Tensor>& plan, const std::v
   p.block_q = rule[0];
   p.block_k = rule[1];
   PYVTK_GUARD(p.block_q > 0 && p.block_k > 0, "blocks of ", p.block_q, " and ", p.block_k, " tokens");
-  for (int64_t axis = 0; axis < 3; ++axis) p.radius[axis] = static_cast<int32_t>(std::min(rule[2 + axis], int64_t{1} << 30));
+  for (int64_t axis = 0; axis < 3; ++axis)
+    p.radius[axis] = static_cast<int32_t>(std::min(rule[2 + axis], int64_t{1} << 30));
   p.causal_window = rule[5] != 0;
   p.cross_image = rule[6] != 0;
 
@@ -110,10 +111,8 @@ double cost_of_head(const AttentionProblem& p, const AttentionTable& table, doub
 
 std::tuple<Tensor, Tensor> neighbor_attention(Tensor q, Tensor k, Tensor v, OptionalTensor k_bias,
                                               OptionalTensor visual_heads, std::vector<Tensor> plan,
-                                              std::vector<int64_t> rule, double scale, bool keep_mass,
-                                              bool zero_rows) {
-  AttentionProblem p =
-      attention_problem(q, k, v, k_bias, visual_heads, plan, rule, scale, keep_mass, zero_rows);
+                                              std::vector<int64_t> rule, double scale, bool keep_mass, bool zero_rows) {
+  AttentionProblem p = attention_problem(q, k, v, k_bias, visual_heads, plan, rule, scale, keep_mass, zero_rows);
   Tensor out = new_rows(q);
   Tensor lse = new_empty(q, {p.batch, p.q_heads, p.queries}, ScalarType::Float);
   p.out = rows_of(out, "out");
@@ -139,8 +138,8 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Gradients neighbor_attention_backward(OptionalTensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v,
                                       OptionalTensor k_bias, OptionalTensor visual_heads, Tensor out, Tensor lse,
-                                      std::vector<Tensor> plan, std::vector<int64_t> rule, double scale,
-                                      bool keep_mass, bool zero_rows) {
+                                      std::vector<Tensor> plan, std::vector<int64_t> rule, double scale, bool keep_mass,
+                                      bool zero_rows) {
   AttentionProblem p = attention_problem(q, k, v, k_bias, visual_heads, plan, rule, scale, keep_mass, zero_rows);
   guard_shape(out, {p.batch, p.q_heads, p.queries, p.dim}, "out");
   guard_dtype(out, q.scalar_type(), "out");
@@ -164,8 +163,8 @@ Gradients neighbor_attention_backward(OptionalTensor grad_out, OptionalTensor gr
   Tensor grad_q = new_empty(q, {p.batch, p.q_heads, p.queries, p.dim}, q.scalar_type());
   Tensor grad_k = new_empty(k, {p.batch, p.kv_heads, p.keys, p.dim}, q.scalar_type());
   Tensor grad_v = new_empty(v, {p.batch, p.kv_heads, p.keys, p.dim}, q.scalar_type());
-  Tensor grad_bias = k_bias.has_value() ? new_empty(q, {p.batch, p.keys}, ScalarType::Float)
-                                        : new_empty(q, {0}, ScalarType::Float);
+  Tensor grad_bias =
+      k_bias.has_value() ? new_empty(q, {p.batch, p.keys}, ScalarType::Float) : new_empty(q, {0}, ScalarType::Float);
   g.q = rows_of(grad_q, "grad_q");
   g.k = rows_of(grad_k, "grad_k");
   g.v = rows_of(grad_v, "grad_v");
@@ -185,8 +184,7 @@ Gradients neighbor_attention_backward(OptionalTensor grad_out, OptionalTensor gr
     g.parts = std::clamp<int64_t>(std::min(16 / (p.batch * p.kv_heads), most_floats / row_floats), 1,
                                   std::max<int64_t>(p.row_tiles() / 8, 1));
     g.direct = g.parts == 1 && std::is_same_v<T, float> && g.ld == p.dim;
-    const int64_t rows =
-        g.direct ? p.batch : std::clamp<int64_t>(most_floats / (row_floats * g.parts), 1, p.batch);
+    const int64_t rows = g.direct ? p.batch : std::clamp<int64_t>(most_floats / (row_floats * g.parts), 1, p.batch);
     std::unique_ptr<float[]> k_sums, v_sums, bias_sums;
     if (!g.direct) {
       k_sums = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(rows * g.parts * row_floats / 2));

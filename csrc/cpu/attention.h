@@ -127,24 +127,30 @@ PYVTK_INLINE void key_products(FloatRows rows, const int32_t* number, const floa
   }
 }
 
+// The same over a whole row. Short sums keep errors down, the more so where products are rounded before they are added.
+template <int64_t keys, int64_t vectors>
+PYVTK_INLINE void key_sums(FloatRows rows, const int32_t* number, const float* columns, int64_t dim,
+                           vfloat (&sum)[keys][vectors]) {
+  constexpr int64_t kPart = PYVTK_VECTOR_BYTES == 16 ? 32 : 128;
+  key_products<keys, vectors>(rows, number, columns, std::min(dim, kPart), sum);
+  for (int64_t d = kPart; d < dim; d += kPart) {
+    vfloat more[keys][vectors];
+    key_products<keys, vectors>({rows.data + d, rows.stride}, number, columns + d * kAttentionTile,
+                                std::min(dim - d, kPart), more);
+#pragma GCC unroll 12
+    for (int64_t n = 0; n < keys; ++n) {
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < vectors; ++c) sum[n][c] += more[n][c];
+    }
+  }
+}
+
 // f(first key, sums [keys][vectors]) over groups of a run's keys.
 template <int64_t keys, int64_t vectors, class F>
 PYVTK_INLINE void for_key_products(FloatRows rows, const KeyRun& run, const float* columns, int64_t dim, F&& f) {
-  // Where products are rounded before they are added, short sums keep errors down.
-  constexpr int64_t kPart = PYVTK_VECTOR_BYTES == 16 ? 32 : 256;
   const auto group = [&](auto count, int64_t i) __attribute__((always_inline)) {
     vfloat sum[count][vectors];
-    key_products<count, vectors>(rows, run.row + i, columns, kPart < 256 ? std::min(dim, kPart) : dim, sum);
-    for (int64_t d = kPart; kPart < 256 && d < dim; d += kPart) {
-      vfloat more[count][vectors];
-      key_products<count, vectors>({rows.data + d, rows.stride}, run.row + i, columns + d * kAttentionTile,
-                                   std::min(dim - d, kPart), more);
-#pragma GCC unroll 12
-      for (int64_t n = 0; n < count; ++n) {
-#pragma GCC unroll 4
-        for (int64_t c = 0; c < vectors; ++c) sum[n][c] += more[n][c];
-      }
-    }
+    key_sums<count, vectors>(rows, run.row + i, columns, dim, sum);
     f(i, sum);
   };
   int64_t i = 0;
@@ -286,8 +292,8 @@ class KeyRows {
 // Eight numbers of eight rows, transposed; halves of rows are joined while they are loaded.
 PYVTK_INLINE void load_transposed(const float* const* row, int64_t d, vfloat* x) {
   const auto pair = [&](int64_t i, int64_t at) {
-    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[i] + d + at)), _mm_loadu_ps(row[i + 4] + d + at),
-                                1);
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[i] + d + at)),
+                                _mm_loadu_ps(row[i + 4] + d + at), 1);
   };
 #pragma GCC unroll 2
   for (int64_t at = 0; at < 8; at += 4) {
@@ -366,11 +372,11 @@ PYVTK_INLINE void store_row(const float* from, float factor, int64_t dim, T* to)
   for (; d < dim; ++d) to[d] = from_float<T>(from[d] * factor);
 }
 
-template <class T>
-class AttentionForward {
- public:
-  explicit AttentionForward(const AttentionProblem& p)
-      : p_(p), keys_(p), ldo_(ceil_div(p.dim, kLanes) * kLanes), memory_(floats(p)) {
+// One tile's attention, of one head at a time: what does not depend on the type of elements.
+class TileForward {
+ protected:
+  explicit TileForward(const AttentionProblem& p)
+      : dim_(p.dim), ldo_(ceil_div(p.dim, kLanes) * kLanes), memory_(floats(p)) {
     for (float*& logits : logits_) logits = memory_.take(kChunk * kHalf);
     wide_ = memory_.take(kAttentionTile * ldo_);
     zeros_ = memory_.take(ldo_);
@@ -381,54 +387,11 @@ class AttentionForward {
     std::fill_n(zeros_, ldo_, 0.0f);
   }
 
-  void run(const AttentionTable& table, int64_t b, int64_t kv_head, int64_t tile_begin, int64_t tile_end) {
-    keys_.choose(b, kv_head);
-    bias_ = p_.k_bias ? p_.k_bias + b * p_.keys : nullptr;
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-      tile_rows(p_, b, tile, rows_);
-      const AttentionTile& keys = table.tile(b, tile);
-      visit(table, keys, b, kv_head, true, keys.valid);
-      visit(table, keys, b, kv_head, false, keys.valid & ~(p_.zero_rows ? keys.visual : 0));
-    }
-  }
-
- private:
-  static int64_t floats(const AttentionProblem& p) {
-    const int64_t ldo = ceil_div(p.dim, kLanes) * kLanes;
-    return 2 * kChunk * kHalf + (kAttentionTile + 1) * ldo + p.group() * kAttentionTile * (2 * ldo + 2);
-  }
-
-  // The heads of the group that are on, or those that are off.
-  void visit(const AttentionTable& table, const AttentionTile& tile, int64_t b, int64_t kv_head, bool on,
-             uint32_t active) {
-    const int64_t first = kv_head * p_.group(), last = first + p_.group();
-    bool any = false;
-    for (int64_t head = first; head < last; ++head) any |= p_.is_on(head) == on;
-    if (!any) return;
-    const int64_t entries = active ? tile.both + tile.low + tile.high : 0;
-    bool fresh = true;
-    for (int64_t at = 0; at < entries; fresh = false) {
-      at = chunk_.next(table, tile, at, active, !on && !p_.keep_mass);
-      keys_.need(chunk_);
-      for (int64_t head = first; head < last; ++head) {
-        if (p_.is_on(head) == on) attend(b, head, head - first, active, fresh);
-      }
-    }
-    for (int64_t head = first; head < last; ++head) {
-      if (p_.is_on(head) == on) finish(b, head, head - first, entries ? active : 0);
-    }
-  }
-
   // One head's share of a chunk of keys.
-  void attend(int64_t b, int64_t head, int64_t slot, uint32_t active, bool fresh) {
-    float* columns = columns_ + slot * ldo_ * kAttentionTile;
+  __attribute__((noinline)) void attend(int64_t slot, bool text_only, bool fresh) {
+    const float* columns = columns_ + slot * ldo_ * kAttentionTile;
     float* largest = largest_ + slot * kAttentionTile;
     float* total = total_ + slot * kAttentionTile;
-    if (fresh) {
-      const float* rows[kAttentionTile];
-      tile_floats(p_.q.head<const T>(b, head), p_.q.row_stride, rows_, active, p_.dim, ldo_, wide_, zeros_, rows);
-      tile_columns(rows, ldo_, p_.scale * kLog2E, columns);
-    }
     vfloat best[kTileVectors];
     for (int64_t c = 0; c < kTileVectors; ++c) best[c] = fresh ? splat(-kInfinity) : load(largest + c * kLanes);
     logits_of<kTileVectors>(0, columns, best);
@@ -446,16 +409,15 @@ class AttentionForward {
       store(factor + c * kLanes, shrink);
       store(total + c * kLanes, fresh ? vfloat{} : load(total + c * kLanes) * shrink);
     }
-    const bool text_only = p_.keep_mass && !p_.is_on(head);
     for (int64_t half = 0; half < kHalves; ++half) {
       KeyRun common = chunk_.runs[0], own = chunk_.runs[1 + half];
       probabilities(half, common.count + own.count, best + half * kHalfVectors, total + half * kHalf);
       if (text_only) keep_text(half, common, own);
       float* sums = sums_ + (slot * kAttentionTile + half * kHalf) * ldo_;
-      for_pieces(p_.dim, [&](auto vectors, auto whole, int64_t d) {
+      for_pieces(dim_, [&](auto vectors, auto whole, int64_t d) {
         for (int64_t i = 0; i < kHalf; i += kSumQueries) {
-          weighted_rows<kSumQueries, vectors, whole>(logits_[half] + i, keys_.v, common, own, d, p_.dim,
-                                                     sums + i * ldo_, ldo_, factor + half * kHalf + i, fresh);
+          weighted_rows<kSumQueries, vectors, whole>(logits_[half] + i, v_, common, own, d, dim_, sums + i * ldo_, ldo_,
+                                                     factor + half * kHalf + i, fresh);
         }
       });
     }
@@ -474,7 +436,7 @@ class AttentionForward {
       bit[c] = single_bits(first_vector + c);
       top[c] = best[c];
     }
-    for_key_products<kKeys, vectors>(keys_.k, run, columns, p_.dim, [&](int64_t i, auto& sum) __attribute__((always_inline)) {
+    for_key_products<kKeys, vectors>(k_, run, columns, dim_, [&](int64_t i, auto& sum) __attribute__((always_inline)) {
       constexpr int64_t keys = sizeof(sum) / sizeof(sum[0]);
       const bool masked = i + keys > run.plain;
 #pragma GCC unroll 12
@@ -524,6 +486,75 @@ class AttentionForward {
     }
   }
 
+  int64_t dim_, ldo_;
+  AttentionMemory memory_;
+  float* logits_[kHalves];  // [kChunk][kHalf], then probabilities
+  float* wide_;             // [16][ldo]
+  float* zeros_;            // [ldo]
+  float* columns_;          // [group][ldo][16]: queries, scaled
+  float* sums_;             // [group][16][ldo]
+  float* largest_;          // [group][16]: logits so far, in log2
+  float* total_;            // [group][16]: of 2^(logit - largest)
+  FloatRows k_, v_;
+  const float* bias_ = nullptr;
+  KeyChunk chunk_;
+  int32_t text_[kChunk];
+
+ private:
+  static int64_t floats(const AttentionProblem& p) {
+    const int64_t ldo = ceil_div(p.dim, kLanes) * kLanes;
+    return 2 * kChunk * kHalf + (kAttentionTile + 1) * ldo + p.group() * kAttentionTile * (2 * ldo + 2);
+  }
+};
+
+template <class T>
+class AttentionForward : TileForward {
+ public:
+  explicit AttentionForward(const AttentionProblem& p) : TileForward(p), p_(p), keys_(p) {}
+
+  void run(const AttentionTable& table, int64_t b, int64_t kv_head, int64_t tile_begin, int64_t tile_end) {
+    keys_.choose(b, kv_head);
+    k_ = keys_.k;
+    v_ = keys_.v;
+    bias_ = p_.k_bias ? p_.k_bias + b * p_.keys : nullptr;
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+      tile_rows(p_, b, tile, rows_);
+      const AttentionTile& keys = table.tile(b, tile);
+      visit(table, keys, b, kv_head, true, keys.valid);
+      visit(table, keys, b, kv_head, false, keys.valid & ~(p_.zero_rows ? keys.visual : 0));
+    }
+  }
+
+ private:
+  // The heads of the group that are on, or those that are off.
+  void visit(const AttentionTable& table, const AttentionTile& tile, int64_t b, int64_t kv_head, bool on,
+             uint32_t active) {
+    const int64_t first = kv_head * p_.group(), last = first + p_.group();
+    bool any = false;
+    for (int64_t head = first; head < last; ++head) any |= p_.is_on(head) == on;
+    if (!any) return;
+    const int64_t entries = active ? tile.both + tile.low + tile.high : 0;
+    bool fresh = true;
+    for (int64_t at = 0; at < entries; fresh = false) {
+      at = chunk_.next(table, tile, at, active, !on && !p_.keep_mass);
+      keys_.need(chunk_);
+      for (int64_t head = first; head < last; ++head) {
+        if (p_.is_on(head) != on) continue;
+        if (fresh) load_queries(b, head, head - first, active);
+        attend(head - first, !on && p_.keep_mass, fresh);
+      }
+    }
+    for (int64_t head = first; head < last; ++head) {
+      if (p_.is_on(head) == on) finish(b, head, head - first, entries ? active : 0);
+    }
+  }
+
+  void load_queries(int64_t b, int64_t head, int64_t slot, uint32_t active) {
+    const float* rows[kAttentionTile];
+    tile_floats(p_.q.head<const T>(b, head), p_.q.row_stride, rows_, active, p_.dim, ldo_, wide_, zeros_, rows);
+    tile_columns(rows, ldo_, p_.scale * kLog2E, columns_ + slot * ldo_ * kAttentionTile);
+  }
+
   void finish(int64_t b, int64_t head, int64_t slot, uint32_t active) {
     float factor[kAttentionTile] = {}, lse[kAttentionTile];
     std::fill_n(lse, kAttentionTile, -kInfinity);
@@ -552,18 +583,6 @@ class AttentionForward {
 
   const AttentionProblem& p_;
   KeyRows<T> keys_;
-  int64_t ldo_;
-  AttentionMemory memory_;
-  float* logits_[kHalves];  // [kChunk][kHalf], then probabilities
-  float* wide_;             // [16][ldo]
-  float* zeros_;            // [ldo]
-  float* columns_;          // [group][ldo][16]: queries, scaled
-  float* sums_;             // [group][16][ldo]
-  float* largest_;          // [group][16]: logits so far, in log2
-  float* total_;            // [group][16]: of 2^(logit - largest)
-  const float* bias_ = nullptr;
-  KeyChunk chunk_;
-  int32_t text_[kChunk];
   int32_t rows_[kAttentionTile];
 };
 

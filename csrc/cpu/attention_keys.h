@@ -1,4 +1,5 @@
-// Which keys a tile of queries needs: the predicate of the plan, evaluated for 16 queries at a time. Once for all heads.
+// Which keys a tile of queries needs: the predicate of the plan, evaluated for 16 queries at a time. Once for all
+// heads.
 namespace pyvtk::cpu::PYVTK_ISA {
 
 // With vectors of half a tile, keys that only one half needs are not multiplied with the other. With narrower vectors
@@ -52,7 +53,10 @@ struct KeyToken {
 inline KeyToken key_token(const AttentionProblem& p, int64_t b, int64_t slot) {
   const int32_t* at = p.key_slots + b * kSlotFields * p.key_slot_count + slot;
   const int64_t n = p.key_slot_count;
-  return {at[kSlotRow * n], at[kSlotImage * n], {at[kSlotT * n], at[kSlotY * n], at[kSlotX * n]}, at[kSlotPosition * n],
+  return {at[kSlotRow * n],
+          at[kSlotImage * n],
+          {at[kSlotT * n], at[kSlotY * n], at[kSlotX * n]},
+          at[kSlotPosition * n],
           at[kSlotRegion * n]};
 }
 
@@ -154,8 +158,7 @@ inline void attention_keys(const AttentionProblem& p, int64_t b, int64_t tile, A
   result.both = result.low = result.high = 0;
   if (!q.valid) return;
   const int32_t* counts = p.counts(b, tile);
-  const int32_t* blocks =
-      p.key_blocks + (b * p.query_block_count + tile / p.block_tiles()) * p.key_block_count;
+  const int32_t* blocks = p.key_blocks + (b * p.query_block_count + tile / p.block_tiles()) * p.key_block_count;
   sorter.reset(counts[1] * p.block_k);
   for (int64_t i = 0; i < counts[1]; ++i) {
     const bool full = i < counts[0];

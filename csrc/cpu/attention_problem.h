@@ -24,7 +24,17 @@ struct AttentionRows {
 };
 
 // What a slot says about its token; the order is that of the plan's tensors.
-enum AttentionSlot { kSlotRow, kSlotImage, kSlotT, kSlotY, kSlotX, kSlotPosition, kSlotRegion, kSlotSample, kSlotFields };
+enum AttentionSlot {
+  kSlotRow,
+  kSlotImage,
+  kSlotT,
+  kSlotY,
+  kSlotX,
+  kSlotPosition,
+  kSlotRegion,
+  kSlotSample,
+  kSlotFields
+};
 
 inline constexpr int32_t kInvalidToken = -2, kTextToken = -1;  // among the numbers of images
 
