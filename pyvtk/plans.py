@@ -24,6 +24,7 @@ from pyvtk.selection import Selection
 
 _FACTS = 8  # numbers in a slot
 EVERYWHERE = 2**30  # a radius that no pair exceeds
+PADDING = -(2**31)  # the position of padding
 
 
 class Density(NamedTuple):
@@ -61,6 +62,9 @@ class AttentionPlan:
         radius: (t, y, x), inclusive.
         causal_window: visual tokens see only earlier ones of their own image.
         cross_image: visual tokens see earlier ones of other images.
+        packed: whether samples are packed.
+        added_keys: whether ``tail`` lets text that was added be seen: not by plans of visual keys. None: it refuses to
+            add keys, since a mask said which there are.
 
     A pytree, so it passes through torch.compile.
     """
@@ -81,6 +85,7 @@ class AttentionPlan:
     causal_window: bool = False
     cross_image: bool = False
     packed: bool = False
+    added_keys: bool | None = True
 
     def tensors(self) -> list[Tensor]:
         """What operators take as ``plan``, in their order."""
@@ -93,13 +98,17 @@ class AttentionPlan:
     def tail(self, num_queries: int, num_keys: int, k_lengths: Tensor | None = None) -> AttentionPlan:
         """The plan of the last queries of a sequence that has grown: decode and chunked prefill.
 
-        Keys after those of this plan are text. :func:`neighbor_attention` makes this plan on its own where q or k
-        do not have this plan's length; make it once if several layers share it.
+        Keys after those of this plan are text, later than all of them. :func:`neighbor_attention` makes this plan on
+        its own where q or k do not have this plan's length; make it once if several layers share it.
 
         Args:
             num_queries: rows of q; the last ones of the sequence.
             num_keys: rows of k, at least this plan's.
-            k_lengths: int [batch], how many rows of k are in use; None: all of them.
+            k_lengths: int [batch], how many rows of k are in use; None: all of them. With it, padding behind a
+                sample's last token is free room, and what stands there now is text.
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit.
         """
         op = "tail"
         checks.integer(op, "num_queries", num_queries)
@@ -110,23 +119,38 @@ class AttentionPlan:
             raise ValueError(f"{op}: plan must be that of a whole layout, got a tail of {self.num_queries} queries")
         if num_queries > num_keys:
             raise ValueError(f"{op}: num_queries must be at most num_keys={num_keys}, got {num_queries}")
+        if num_keys > self.num_keys and self.added_keys is None:
+            raise ValueError(f"{op}: num_keys must be {self.num_keys}, since keys was a mask, got {num_keys}")
         device, batch = self.query_slots.device, self.query_slots.shape[0]
-        new = torch.arange(self.num_keys, num_keys, dtype=torch.int32, device=device)
-        zero = torch.zeros_like(new)
-        added = torch.stack([new, torch.full_like(new, TEXT), zero, zero, zero, new, zero, zero])
-        added = added.expand(batch, -1, -1)
-        queries = torch.cat([_by_row(self.query_slots, self.num_queries), added], 2)
-        keys = torch.cat([_by_row(self.key_slots, self.num_keys), added], 2)
-        row = torch.arange(num_queries, device=device).expand(batch, num_queries) + (num_keys - num_queries)
+        queries = _by_row(self.query_slots, self.num_queries)
+        place = torch.arange(num_keys, dtype=torch.int32, device=device)
+        first = self.num_keys  # the row at which what is new begins
         if k_lengths is not None:
             checks.tensor(op, "k_lengths", k_lengths)
             checks.dtype(op, "k_lengths", k_lengths, checks.INTEGERS)
             checks.shape(op, "k_lengths", k_lengths, (batch,), "[batch]")
             checks.same_device(op, "k_lengths", k_lengths, self.query_slots, "the plan")
+            in_range = ((k_lengths >= 0) & (k_lengths <= num_keys)).all()
+            require(in_range, f"{op}: k_lengths must be at most the {num_keys} rows of k")
+            ends = torch.where(queries[:, POSITION] == PADDING, 0, place[: self.num_keys] + 1)
+            first = _most(ends, 0)
+        position = (_most(queries[:, POSITION], -1) + 1 + place - first).expand(batch, num_keys)
+        old = (place < first).expand(batch, num_keys)
+
+        def grown(facts: Tensor, image: int) -> Tensor:
+            facts = torch.nn.functional.pad(facts, (0, num_keys - self.num_keys))
+            facts = _with(facts, ROW, place.expand(batch, num_keys))
+            facts = _with(facts, IMAGE, torch.where(old, facts[:, IMAGE], image))
+            facts = _with(facts, POSITION, torch.where(old, facts[:, POSITION], position))
+            if k_lengths is None:
+                return facts
+            return _with(facts, IMAGE, torch.where(place < k_lengths[:, None], facts[:, IMAGE], INVALID))
+
+        keys = grown(_by_row(self.key_slots, self.num_keys), TEXT if self.added_keys else INVALID)
+        queries = grown(queries, TEXT)
+        row = torch.arange(num_queries, device=device).expand(batch, num_queries) + (num_keys - num_queries)
+        if k_lengths is not None:
             row = row + (k_lengths.long() - num_keys)[:, None]
-            unused = torch.arange(num_keys, device=device) >= k_lengths[:, None]
-            keys = _with(keys, IMAGE, torch.where(unused, INVALID, keys[:, IMAGE]))
-            queries = _with(queries, IMAGE, torch.where(unused, INVALID, queries[:, IMAGE]))
         own = torch.arange(num_queries, dtype=torch.int32, device=device).expand(row.shape)
         before = row < 0
         queries = queries.gather(2, row.clamp(min=0)[:, None].expand(-1, _FACTS, -1))
@@ -138,7 +162,7 @@ class AttentionPlan:
 
         return _build(
             queries, keys, curve, None, self.routes, num_queries, num_keys, self.block, self.radius,
-            self.causal_window, self.cross_image,
+            self.causal_window, self.cross_image, self.added_keys,
         )  # fmt: skip
 
     def density(self) -> Density:
@@ -193,7 +217,7 @@ _TENSORS = (
     "query_slots", "key_slots", "key_blocks", "key_counts", "query_order", "query_blocks", "query_counts", "key_order",
     "routes",
 )  # fmt: skip
-_NUMBERS = ("num_queries", "num_keys", "block", "radius", "causal_window", "cross_image", "packed")
+_NUMBERS = ("num_queries", "num_keys", "block", "radius", "causal_window", "cross_image", "packed", "added_keys")
 
 pytree.register_pytree_node(
     AttentionPlan,
@@ -208,7 +232,7 @@ pytree.register_pytree_node(
 torch.serialization.add_safe_globals([AttentionPlan])
 
 
-# Facts: int32 [batch, 8, rows], what query_slots hold, in the order of rows --------------------------------------------
+# Facts: int32 [batch, 8, rows], what query_slots hold, in the order of rows -------------------------------------------
 
 
 def _with(facts: Tensor, which: int, values: Tensor) -> Tensor:
@@ -221,9 +245,15 @@ def _with(facts: Tensor, which: int, values: Tensor) -> Tensor:
 def _facts(layout: TokenLayout, valid: Tensor) -> Tensor:
     image = torch.where(valid, layout.image_id.clamp(min=TEXT), INVALID)
     row = torch.arange(layout.num_tokens, dtype=torch.int32, device=layout.device).expand(image.shape)
+    position = torch.where(layout.valid, layout.positions, PADDING)
     sample = layout.sample.to(torch.int32) if layout.packed else torch.zeros_like(image)
-    facts = torch.stack([row, image, *layout.coords.unbind(-1), layout.positions, torch.zeros_like(row), sample], -2)
+    facts = torch.stack([row, image, *layout.coords.unbind(-1), position, torch.zeros_like(row), sample], -2)
     return facts[None] if layout.packed else facts
+
+
+def _most(values: Tensor, least: int) -> Tensor:
+    """int32 [batch, 1]: the largest of the values [batch, n] and ``least``; n may be 0."""
+    return torch.cat([values, values.new_full((values.shape[0], 1), least)], 1).amax(1, keepdim=True)
 
 
 def _by_row(slots: Tensor, rows: int) -> Tensor:
@@ -272,7 +302,7 @@ def _raster(facts: Tensor) -> Tensor:
     return (t * MAX_COORDINATE + y) * MAX_COORDINATE + x
 
 
-# The operator ----------------------------------------------------------------------------------------------------------
+# The operator ---------------------------------------------------------------------------------------------------------
 
 
 def _num_slots(rows: int, cu_seqlens: Tensor | None, block: int) -> int:
@@ -304,23 +334,28 @@ backends.define(
 
 def _build(
     queries: Tensor, keys: Tensor, curve, cu_seqlens: Tensor | None, routes: Tensor, num_queries: int, num_keys: int,
-    block: tuple[int, int], radius: tuple[int, int, int], causal_window: bool, cross_image: bool,
+    block: tuple[int, int], radius: tuple[int, int, int], causal_window: bool = False, cross_image: bool = False,
+    added_keys: bool | None = True,
 ) -> AttentionPlan:  # fmt: skip
     """A plan from the facts of queries and keys; ``curve(facts)`` lists what visual tokens of one image sort by."""
     rule = [*block, *radius, int(causal_window), int(cross_image)]
+    same = keys is queries
     query_curve = torch.stack(curve(queries))
-    key_curve = query_curve if keys is queries else torch.stack(curve(keys))
+    key_curve = query_curve if same else torch.stack(curve(keys))
     if backends.pick("attention_plan", None, queries) == "compiled":
         operator = torch.ops.pyvtk.attention_plan
     else:
         operator = reference.attention_plan
-    tensors = operator(queries.contiguous(), keys.contiguous(), query_curve, key_curve, cu_seqlens, routes, rule)
+    queries = queries.contiguous()
+    keys = queries if same else keys.contiguous()
+    tensors = operator(queries, keys, query_curve, key_curve, cu_seqlens, routes, rule)
     return AttentionPlan(
-        *tensors, routes, num_queries, num_keys, block, radius, causal_window, cross_image, cu_seqlens is not None
-    )
+        *tensors, routes, num_queries, num_keys, block, radius, causal_window, cross_image, cu_seqlens is not None,
+        added_keys,
+    )  # fmt: skip
 
 
-# Builders --------------------------------------------------------------------------------------------------------------
+# Builders -------------------------------------------------------------------------------------------------------------
 
 
 def default_block(device: torch.device) -> tuple[int, int]:
@@ -342,7 +377,7 @@ def _checked_block(op: str, block, device: torch.device) -> tuple[int, int]:
 
 
 def _triple(op: str, name: str, value, minimum: int) -> tuple[int, int, int]:
-    """An int for all three axes, or (y, x), or (t, y, x)."""
+    """An int for all three axes, or (t, y, x)."""
     values = (value,) * 3 if isinstance(value, int) else value
     if not isinstance(values, Sequence) or len(values) != 3:
         raise TypeError(f"{op}: {name} must be an int or a triple (t, y, x), got {value!r}")
@@ -394,7 +429,9 @@ def neighbor_plan(
     checks.boolean(op, "cross_image", cross_image)
     block = _checked_block(op, block, layout.device)
     queries = facts = _facts(layout, layout.valid)
+    added_keys: bool | None = True
     if isinstance(keys, Tensor):
+        added_keys = None
         checks.dtype(op, "keys", keys, (torch.bool,))
         checks.shape(op, "keys", keys, tuple(layout.image_id.shape), "shaped like the layout")
         checks.same_device(op, "keys", keys, layout.image_id, "the layout")
@@ -402,6 +439,7 @@ def neighbor_plan(
         facts = _with(facts, IMAGE, torch.where(group, facts[:, IMAGE], INVALID))
     else:
         checks.choice(op, "keys", keys, ("all", "text", "visual"))
+        added_keys = keys != "visual"
         if keys != "all":
             in_group = (facts[:, IMAGE] >= 0) == (keys == "visual")
             facts = _with(facts, IMAGE, torch.where(in_group, facts[:, IMAGE], INVALID))
@@ -412,7 +450,7 @@ def neighbor_plan(
 
     return _build(
         queries, facts, curve, layout.cu_seqlens, _no_routes(layout), layout.num_tokens, layout.num_tokens, block,
-        radius, causal_window, cross_image,
+        radius, causal_window, cross_image, added_keys,
     )  # fmt: skip
 
 
@@ -452,7 +490,7 @@ def window_plan(
 
     return _build(
         facts, facts, curve, layout.cu_seqlens, _no_routes(layout), layout.num_tokens, layout.num_tokens, block,
-        (0, 0, 0), False, False,
+        (0, 0, 0),
     )  # fmt: skip
 
 
@@ -476,7 +514,7 @@ def routed_plan(
     Source: BiFormer (arXiv 2303.08810), bi-level routing attention. Its scale is C ** -0.5, of all heads together.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, a region beyond the table (CPU; a device assertion on CUDA).
+        TypeError, ValueError: an argument that does not fit, a region beyond the table (on CUDA a device assertion).
     """
     op = "routed_plan"
     layout = _checked_layout(op, layout)
@@ -495,7 +533,7 @@ def routed_plan(
         checks.same_device(op, "region", region, layout.image_id, "the layout")
         number = (region[None] if layout.packed else region).long()
     else:
-        size = torch.tensor(_triple(op, "region", region, 1), device=layout.device)
+        size = reference.filled(_triple(op, "region", region, 1), layout.device)
         count = (layout.extent.long() + size - 1) // size  # regions per axis, [samples, 3]
         count = count[sample[0]].T[:, None] if layout.packed else count.T[..., None]
         t, y, x = (facts[:, axis].long() // length for axis, length in zip((T, Y, X), size))
@@ -507,7 +545,9 @@ def routed_plan(
     routes = routes.scatter(2, torch.where(table < 0, regions, table).long(), 1)[..., :regions].contiguous()
     if layout.packed:
         number = number + sample * regions
-        routes = torch.block_diag(*routes.unbind(0))[None].contiguous()
+        # of all samples, on the diagonal of one table
+        routes = torch.diag_embed(routes.permute(1, 2, 0)).permute(2, 0, 3, 1)
+        routes = routes.reshape(1, samples * regions, samples * regions)
     facts = _with(facts, REGION, torch.where(seen, number, 0))
 
     def curve(some: Tensor) -> list[Tensor]:
@@ -515,7 +555,7 @@ def routed_plan(
 
     return _build(
         facts, facts, curve, layout.cu_seqlens, routes, layout.num_tokens, layout.num_tokens, block,
-        (EVERYWHERE,) * 3, False, False,
+        (EVERYWHERE,) * 3,
     )  # fmt: skip
 
 
@@ -542,5 +582,5 @@ def subset_plan(
     facts = _with(facts, IMAGE, facts[:, IMAGE].clamp(max=TEXT))
     return _build(
         facts, facts, lambda some: [some[:, POSITION].long()], layout.cu_seqlens, _no_routes(layout),
-        layout.num_tokens, layout.num_tokens, block, (0, 0, 0), False, False,
+        layout.num_tokens, layout.num_tokens, block, (0, 0, 0),
     )  # fmt: skip

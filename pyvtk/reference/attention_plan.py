@@ -1,11 +1,12 @@
 """What a plan is made of, in plain torch: tokens in slots, blocks of slots, and which blocks meet.
 
-Facts are int32 [batch, 8, rows] (row, image, t, y, x, position, region, sample), in the order of rows; ``curve`` is int64
-[keys, batch, rows], what visual tokens of one image sort by. See :mod:`pyvtk.plans`.
+Facts are int32 [batch, 8, rows] (row, image, t, y, x, position, region, sample), in the order of rows; ``curve`` is
+int64 [keys, batch, rows], what visual tokens of one image sort by. See :mod:`pyvtk.plans`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,11 @@ from torch import Tensor
 ROW, IMAGE, T, Y, X, POSITION, REGION, SAMPLE = range(8)
 TEXT, INVALID = -1, -2
 _LOW, _HIGH = -(2**31), 2**31 - 1
+
+
+def filled(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [values], written on the device: for a copy of ``torch.tensor(values)`` the host would wait."""
+    return torch.stack([torch.full((), value, dtype=torch.int64, device=device) for value in values])
 
 
 def _sorted_by(keys: list[Tensor]) -> Tensor:
@@ -45,7 +51,7 @@ def _slots(facts: Tensor, curve: Tensor, cu_seqlens: Tensor | None, block: int) 
         shift = (starts - (lengths + block - 1) // block * block) - (ends - lengths)
         # the sample of a row is that of its place, since samples are the first thing to sort by
         place = place + shift[facts[0, SAMPLE].long()]
-    empty = torch.tensor([-1, INVALID, 0, 0, 0, 0, 0, -1], dtype=torch.int32, device=facts.device)
+    empty = filled((-1, INVALID, 0, 0, 0, 0, 0, -1), facts.device).to(torch.int32)
     result = empty[:, None].expand(batch, 8, slots).contiguous()
     where = place.expand(batch, 8, rows)
     return result.scatter(2, where, facts.gather(2, order[:, None].expand(-1, 8, -1)))
@@ -100,7 +106,7 @@ def _meetings(q: _Boxes, k: _Boxes, routes: Tensor, radius, causal_window: bool,
     def earlier(keys: Tensor, queries: Tensor) -> Tensor:
         return (columns(keys) <= rows(queries)) & (columns(keys) != _HIGH) & (rows(queries) != _LOW)
 
-    # Every axis on its own, comparing with bounds that were widened per block: no [query blocks, key blocks] arithmetic.
+    # Every axis on its own, comparing with bounds widened per block: no arithmetic on [query blocks, key blocks].
     near = inside = None
     for axis, limit in enumerate((0, *radius)):
         q_low, q_high = q.low[:, axis].long(), q.high[:, axis].long()
@@ -161,7 +167,9 @@ def attention_plan(
     """
     block_q, block_k, *radius, causal_window, cross_image = rule
     query_slots = _slots(query_facts, query_curve, cu_seqlens, block_q)
-    key_slots = _slots(key_facts, key_curve, cu_seqlens, block_k)
+    key_slots = query_slots
+    if key_facts is not query_facts or block_k != block_q:
+        key_slots = _slots(key_facts, key_curve, cu_seqlens, block_k)
     regions = routes.shape[-1]
     q, k = _boxes(query_slots, block_q, regions), _boxes(key_slots, block_k, regions)
     some, every = _meetings(q, k, routes, radius, bool(causal_window), bool(cross_image))
