@@ -13,25 +13,37 @@ backends.load_libraries()
 # isort: split
 from pyvtk._version import __version__
 from pyvtk.backends import info
+from pyvtk.layout import ImageSpan, TokenLayout
 from pyvtk.ops import probe as _probe
+from pyvtk.ops.attention import merge_attention, neighbor_attention
 from pyvtk.ops.compact import compact, compact_kv_, restore
 from pyvtk.ops.merge import merge_tokens
 from pyvtk.ops.score import attention_scores
 from pyvtk.ops.score_and_select import score_and_select
 from pyvtk.ops.select import select
+from pyvtk.plans import AttentionPlan, neighbor_plan, routed_plan, subset_plan, window_plan
 from pyvtk.selection import Selection
 
 backends.complete()
 
 __all__ = [
+    "AttentionPlan",
+    "ImageSpan",
     "Selection",
+    "TokenLayout",
     "__version__",
     "attention_scores",
     "compact",
     "compact_kv_",
     "info",
+    "merge_attention",
     "merge_tokens",
+    "neighbor_attention",
+    "neighbor_plan",
     "restore",
+    "routed_plan",
     "score_and_select",
     "select",
+    "subset_plan",
+    "window_plan",
 ]

@@ -1,0 +1,404 @@
+"""TokenLayout: where the visual tokens of a sequence stand in their images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from pyvtk import checks
+from pyvtk.ops.compact import compact
+from pyvtk.selection import Selection
+
+# Coordinates stay below this, so that plans can sort by all three at once.
+MAX_COORDINATE = 2**16
+
+
+class ImageSpan(NamedTuple):
+    """One image (or video) in a sequence: consecutive tokens in raster order, x fastest, then y, then t.
+
+    Attributes:
+        batch: which sample.
+        start: the token at which it begins, counted from the first token of the sample (padding left out).
+        grid: (t, h, w), its size in tokens; an image has t = 1.
+        newline: whether a text token (LLaVA-NeXT's newline) follows every row of w tokens.
+    """
+
+    batch: int
+    start: int
+    grid: tuple[int, int, int]
+    newline: bool = False
+
+    @property
+    def length(self) -> int:
+        t, h, w = self.grid
+        return t * h * (w + self.newline)
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class TokenLayout:
+    """Which image every token belongs to, and where it stands in it.
+
+    Padded batches hold [batch, tokens] tensors; with ``cu_seqlens`` the samples are packed along one axis and the
+    tensors are [tokens]. Nothing here waits for the device.
+
+    Args:
+        image_id: int [batch, tokens] or [tokens]; negative for text. Numbers tell images of one sample apart; tokens
+            with the same number need not be neighbours in the sequence (newline tokens may stand between them).
+        coords: int [..., 3], (t, y, x) of visual tokens in their image's grid, 0 to 65535; ignored for text.
+        positions: int, shaped like image_id; the original place in the sequence, by which causality is decided.
+            None: the order of tokens as given.
+        mask: bool, shaped like image_id; False for padding. None: there is none.
+        cu_seqlens: int32 [samples + 1], where each packed sample begins. Tokens after the last sample are padding.
+
+    Attributes:
+        extent: int32 [samples, 3]; the largest coordinate of each sample + 1, per axis. ``take`` keeps it.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+    """
+
+    image_id: Tensor
+    coords: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    extent: Tensor
+
+    def __init__(
+        self,
+        image_id: Tensor,
+        coords: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> None:
+        op = "TokenLayout"
+        checks.tensor(op, "image_id", image_id, 2 if cu_seqlens is None else 1)
+        checks.dtype(op, "image_id", image_id, checks.INTEGERS)
+        shape = tuple(image_id.shape)
+        meaning = "[batch, tokens]" if cu_seqlens is None else "[tokens]"
+        checks.tensor(op, "coords", coords)
+        checks.dtype(op, "coords", coords, checks.INTEGERS)
+        checks.shape(op, "coords", coords, (*shape, 3), f"{meaning[:-1]}, 3]")
+        checks.same_device(op, "coords", coords, image_id, "image_id")
+        if positions is not None:
+            checks.tensor(op, "positions", positions)
+            checks.dtype(op, "positions", positions, checks.INTEGERS)
+            checks.shape(op, "positions", positions, shape, meaning)
+            checks.same_device(op, "positions", positions, image_id, "image_id")
+        if mask is not None:
+            checks.tensor(op, "mask", mask)
+            checks.dtype(op, "mask", mask, (torch.bool,))
+            checks.shape(op, "mask", mask, shape, meaning)
+            checks.same_device(op, "mask", mask, image_id, "image_id")
+        if cu_seqlens is not None:
+            checks.tensor(op, "cu_seqlens", cu_seqlens, 1)
+            checks.dtype(op, "cu_seqlens", cu_seqlens, (torch.int32,))
+            checks.same_device(op, "cu_seqlens", cu_seqlens, image_id, "image_id")
+            if cu_seqlens.shape[0] < 1:
+                raise ValueError(f"{op}: cu_seqlens must have one entry more than there are samples, got none")
+        if positions is None:
+            positions = torch.arange(shape[-1], dtype=torch.int32, device=image_id.device).expand(shape)
+        image_id, coords, positions = (x.to(torch.int32) for x in (image_id, coords, positions))
+        self._set(image_id, coords, positions, mask, cu_seqlens, None)
+
+    def _set(self, image_id, coords, positions, mask, cu_seqlens, extent) -> None:
+        set_field = object.__setattr__  # the way into a frozen dataclass
+        set_field(self, "image_id", image_id)
+        set_field(self, "coords", coords)
+        set_field(self, "positions", positions)
+        set_field(self, "mask", mask)
+        set_field(self, "cu_seqlens", cu_seqlens)
+        set_field(self, "extent", self._measure() if extent is None else extent)
+
+    @staticmethod
+    def _of(image_id, coords, positions, mask, cu_seqlens, extent) -> TokenLayout:
+        """A layout from checked fields."""
+        layout = object.__new__(TokenLayout)
+        layout._set(image_id, coords, positions, mask, cu_seqlens, extent)
+        return layout
+
+    def _measure(self) -> Tensor:
+        ends = torch.where((self.valid & (self.image_id >= 0))[..., None], self.coords + 1, 0)
+        if self.cu_seqlens is None:
+            if ends.shape[1] == 0:
+                return ends.new_zeros((ends.shape[0], 3))
+            return ends.amax(1)
+        samples = self.cu_seqlens.shape[0] - 1
+        extent = ends.new_zeros((samples + 1, 3))  # one more for the tokens after the last sample
+        return extent.scatter_reduce(0, self.sample.long()[:, None].expand(-1, 3), ends, "amax")[:samples]
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    @property
+    def num_samples(self) -> int:
+        return self.image_id.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the token axis, padding included."""
+        return self.image_id.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.image_id.device
+
+    @property
+    def sample(self) -> Tensor:
+        """int64 [tokens], of a packed layout: the sample of each token; num_samples after the last one."""
+        token = torch.arange(self.num_tokens, dtype=torch.int32, device=self.device)
+        return torch.searchsorted(self.cu_seqlens[1:].contiguous(), token, right=True)
+
+    @property
+    def valid(self) -> Tensor:
+        """bool, shaped like image_id: which tokens are no padding."""
+        valid = torch.ones_like(self.image_id, dtype=torch.bool) if self.mask is None else self.mask
+        return valid & (self.sample < self.num_samples) if self.packed else valid
+
+    @property
+    def visual(self) -> Tensor:
+        """bool, shaped like image_id: which tokens are visual (and no padding)."""
+        return self.valid & (self.image_id >= 0)
+
+    def check_selection(self, op: str, selection) -> None:
+        """Raises unless ``selection`` is one of this layout's tokens, without a head axis."""
+        if not isinstance(selection, Selection):
+            raise TypeError(f"{op}: selection must be a Selection, got {type(selection).__name__}")
+        if selection.indices.dim() != 2:
+            raise ValueError(f"{op}: selection must have no head axis, got indices {tuple(selection.indices.shape)}")
+        if selection.num_tokens != self.num_tokens or selection.packed != self.packed:
+            kinds = {True: "packed", False: "padded"}
+            raise ValueError(
+                f"{op}: selection must be of {self.num_tokens} {kinds[self.packed]} tokens, got one of "
+                f"{selection.num_tokens} {kinds[selection.packed]} tokens"
+            )
+        if selection.indices.shape[0] != self.num_samples:
+            raise ValueError(f"{op}: selection must have {self.num_samples} samples, got {selection.indices.shape[0]}")
+
+    def take(self, selection: Selection, *, packed: bool = False, total: int | None = None) -> TokenLayout:
+        """The layout of the tokens that stay; they keep image, coordinates and position.
+
+        Args:
+            selection: of this layout's token axis (``select``, ``Selection.from_mask``, ...), without a head axis.
+            packed: lay the samples one after the other, as ``compact(packed=True)`` does.
+            total: length of the packed axis; None costs one host synchronisation. Only with packed.
+
+        Returns:
+            [batch, capacity] with mask, or packed. What ``compact`` with the same arguments does to hidden states.
+        """
+        self.check_selection("take", selection)
+        axes = {"dim": 0, "batch_dim": None} if self.packed else {"dim": 1}
+        image_id, coords, positions, kept = compact(
+            selection, self.image_id, self.coords, self.positions, self.valid,
+            packed=packed, total=total, pad_value=[-1, 0, 0, 0], **axes,
+        )  # fmt: skip
+        cu_seqlens = selection.cu_seqlens() if packed else None
+        return TokenLayout._of(image_id, coords, positions, kept, cu_seqlens, self.extent)
+
+    @staticmethod
+    def from_images(
+        lengths: Sequence[int],
+        images: Sequence[ImageSpan] = (),
+        *,
+        padding: str = "right",
+        packed: bool = False,
+        device: torch.device | str | None = None,
+    ) -> TokenLayout:
+        """A layout from spans that the host knows.
+
+        Args:
+            lengths: tokens of each sample.
+            images: spans, in any order; images of one sample are numbered by their start.
+            padding: "right" or "left", the side on which shorter samples are padded.
+            packed: lay the samples one after the other instead; padding is ignored.
+            device: of the result.
+
+        Raises:
+            ValueError: a span that overlaps another one, leaves its sample, has an empty grid or names no sample.
+        """
+        op = "from_images"
+        lengths = list(lengths)
+        for sample, length in enumerate(lengths):
+            checks.integer(op, f"lengths[{sample}]", length)
+        checks.choice(op, "padding", padding, ("right", "left"))
+        checks.boolean(op, "packed", packed)
+        spans: list[list[ImageSpan]] = [[] for _ in lengths]
+        for number, image in enumerate(images):
+            span = _checked_span(f"images[{number}]", image)
+            if span.batch >= len(lengths):
+                raise ValueError(f"{op}: images[{number}] is of sample {span.batch}, but there are {len(lengths)}")
+            if span.start + span.length > lengths[span.batch]:
+                raise ValueError(
+                    f"{op}: images[{number}] covers tokens {span.start} to {span.start + span.length} of sample "
+                    f"{span.batch}, which has {lengths[span.batch]}"
+                )
+            spans[span.batch].append(span)
+        rows = []
+        for length, of_sample in zip(lengths, spans):
+            row = torch.zeros((length, 4), dtype=torch.int32)
+            row[:, 0] = -1
+            end = 0
+            for number, span in enumerate(sorted(of_sample, key=lambda s: s.start)):
+                if span.start < end:
+                    raise ValueError(
+                        f"{op}: the image at token {span.start} of sample {span.batch} overlaps the one before it, "
+                        f"which ends at {end}"
+                    )
+                end = span.start + span.length
+                row[span.start : end] = _cells(span, number)
+            rows.append(row)
+        if packed:
+            flat = torch.cat(rows) if rows else torch.zeros((0, 4), dtype=torch.int32)
+            ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            return TokenLayout(flat[:, 0].to(device), flat[:, 1:].to(device), cu_seqlens=ends.to(device))
+        longest = max(lengths, default=0)
+        table = torch.zeros((len(lengths), longest, 4), dtype=torch.int32)
+        table[..., 0] = -1
+        mask = torch.zeros((len(lengths), longest), dtype=torch.bool)
+        for sample, (length, row) in enumerate(zip(lengths, rows)):
+            first = 0 if padding == "right" else longest - length
+            table[sample, first : first + length] = row
+            mask[sample, first : first + length] = True
+        table, mask = table.to(device), mask.to(device)
+        ragged = any(length != longest for length in lengths)
+        return TokenLayout(table[..., 0].contiguous(), table[..., 1:].contiguous(), mask=mask if ragged else None)
+
+    @staticmethod
+    def from_ids(
+        input_ids: Tensor,
+        image_token_id: int | Sequence[int],
+        grids: Tensor | Sequence[tuple[int, int, int]],
+        *,
+        merge: int = 1,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> TokenLayout:
+        """A layout from token ids, on their device, without waiting for it.
+
+        Args:
+            input_ids: int [batch, tokens], or [tokens] with cu_seqlens.
+            image_token_id: the id (or ids, for images and videos) of placeholders of visual tokens.
+            grids: int [images, 3], (t, h, w) of every image in the order in which they appear (transformers'
+                ``image_grid_thw``); images do not cross samples.
+            merge: tokens per side that were merged into one after the grids were measured (Qwen's spatial_merge_size).
+            mask: bool [batch, tokens], False for padding.
+            cu_seqlens: int32 [samples + 1] of a packed sequence.
+
+        Raises:
+            ValueError: placeholders and grids disagree in number, or an image crosses samples (CPU tensors; on CUDA
+                a device-side assertion fails).
+        """
+        op = "from_ids"
+        checks.tensor(op, "input_ids", input_ids, 2 if cu_seqlens is None else 1)
+        checks.dtype(op, "input_ids", input_ids, checks.INTEGERS)
+        checks.integer(op, "merge", merge, 1)
+        if not isinstance(grids, Tensor):
+            grids = torch.tensor(list(grids), dtype=torch.int64).reshape(-1, 3)
+        checks.dtype(op, "grids", grids, checks.INTEGERS)
+        if grids.dim() != 2 or grids.shape[1] != 3:
+            raise ValueError(f"{op}: grids must be [images, 3], got shape {tuple(grids.shape)}")
+        tokens = [image_token_id] if isinstance(image_token_id, int) else list(image_token_id)
+        for token in tokens:
+            checks.integer(op, "image_token_id", token)
+        device = input_ids.device
+        grids = grids.to(device).long()
+        sizes = torch.stack([grids[:, 0], grids[:, 1] // merge, grids[:, 2] // merge], 1)
+        visual = torch.zeros_like(input_ids, dtype=torch.bool)
+        for token in tokens:
+            visual = visual | (input_ids == token)
+        if mask is not None:
+            checks.tensor(op, "mask", mask)
+            checks.dtype(op, "mask", mask, (torch.bool,))
+            checks.shape(op, "mask", mask, tuple(input_ids.shape), "shaped like input_ids")
+            visual = visual & mask
+        flat = visual.flatten()
+        number = flat.long().cumsum(0) - 1  # of each visual token, over the whole batch
+        ends = sizes.prod(1).cumsum(0)
+        images = grids.shape[0]
+        image = torch.searchsorted(ends, number, right=True)
+        require(flat.sum() == sizes.prod(1).sum(), f"{op}: input_ids must hold as many visual tokens as grids / merge")
+        require((grids[:, 1:] % merge == 0).all(), f"{op}: grids must be multiples of merge={merge}")
+        if images == 0:
+            return TokenLayout(
+                torch.full_like(input_ids, -1), input_ids.new_zeros((*input_ids.shape, 3)), mask=mask,
+                cu_seqlens=cu_seqlens,
+            )  # fmt: skip
+        image = image.clamp(max=images - 1)
+        inside = number - (ends - sizes.prod(1))[image]
+        _, h, w = sizes[image].unbind(1)
+        h, w = h.clamp(min=1), w.clamp(min=1)
+        coords = torch.stack([inside // (h * w), inside // w % h, inside % w], 1)
+        image = torch.where(flat, image, -1).reshape(input_ids.shape)
+        coords = torch.where(flat[:, None], coords, 0).reshape(*input_ids.shape, 3)
+        layout = TokenLayout(image, coords, mask=mask, cu_seqlens=cu_seqlens)
+        if layout.packed:
+            sample = layout.sample
+        else:
+            sample = torch.arange(input_ids.shape[0], device=device)[:, None].expand(input_ids.shape).flatten()
+        first = torch.where(flat, sample, torch.iinfo(torch.int64).max)
+        slot = torch.where(flat, image.flatten(), images)
+        low = first.new_full((images + 1,), 0).scatter_reduce(0, slot, first, "amin", include_self=False)[:images]
+        high = torch.where(flat, sample, -1)
+        high = high.new_full((images + 1,), 0).scatter_reduce(0, slot, high, "amax", include_self=False)[:images]
+        require((low == high).all(), f"{op}: input_ids must hold every image within one sample")
+        return layout
+
+
+def require(condition: Tensor, message: str) -> None:
+    """Checks a value: raises on the CPU, fails on the device without waiting for it on CUDA."""
+    if condition.is_cpu and not torch.compiler.is_compiling():
+        if not condition:
+            raise ValueError(message)
+    else:
+        torch._assert_async(condition, message)
+
+
+def _checked_span(name: str, image) -> ImageSpan:
+    try:
+        span = ImageSpan(*image)
+        t, h, w = span.grid
+    except (TypeError, ValueError):
+        raise TypeError(f"from_images: {name} must be ImageSpan(batch, start, (t, h, w)), got {image!r}") from None
+    for what, value, least in (
+        ("batch", span.batch, 0),
+        ("start", span.start, 0),
+        ("t", t, 1),
+        ("h", h, 1),
+        ("w", w, 1),
+    ):
+        checks.integer("from_images", f"{name}.{what}", value, least)
+    checks.boolean("from_images", f"{name}.newline", span.newline)
+    return span
+
+
+def _cells(span: ImageSpan, number: int) -> Tensor:
+    """int32 [length, 4]: (image, t, y, x) of the tokens of a span; image -1 for newlines."""
+    t, h, w = span.grid
+    cells = torch.zeros((t, h, w + span.newline, 4), dtype=torch.int32)
+    cells[..., 0] = number
+    cells[..., 1] = torch.arange(t)[:, None, None]
+    cells[..., 2] = torch.arange(h)[:, None]
+    cells[..., 3] = torch.arange(w + span.newline)
+    if span.newline:
+        cells[:, :, w] = torch.tensor([-1, 0, 0, 0], dtype=torch.int32)
+    return cells.reshape(-1, 4)
+
+
+_FIELDS = ("image_id", "coords", "positions", "mask", "cu_seqlens", "extent")
+
+pytree.register_pytree_node(
+    TokenLayout,
+    lambda layout: ([getattr(layout, name) for name in _FIELDS], None),
+    lambda tensors, _: TokenLayout._of(*tensors),
+    serialized_type_name="pyvtk.TokenLayout",
+    flatten_with_keys_fn=lambda layout: ([(pytree.GetAttrKey(n), getattr(layout, n)) for n in _FIELDS], None),
+)
+torch.serialization.add_safe_globals([TokenLayout])

@@ -1,0 +1,652 @@
+"""Attention plans: which blocks of tokens have to meet, worked out once and used by every layer.
+
+A plan holds the tokens in an order that keeps neighbours together, cut into blocks, and for every block of queries the
+blocks of keys that it has to visit. Building one is a few sorts and comparisons of bounding boxes on the layout's
+device; the host never waits. Kernels apply the exact rule to pairs inside the blocks that they visit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from pyvtk import checks
+from pyvtk.layout import MAX_COORDINATE, TokenLayout, require
+from pyvtk.reference.attention import visible
+from pyvtk.selection import Selection
+
+# What a slot holds: rows of query_slots and key_slots.
+ROW, IMAGE, T, Y, X, POSITION, REGION, SAMPLE = FACTS = range(8)
+# Values of IMAGE that name no image.
+TEXT, INVALID = -1, -2
+EVERYWHERE = 2**30  # a radius that no pair exceeds
+_LOW, _HIGH = -(2**31), 2**31 - 1
+
+
+class Density(NamedTuple):
+    """Pairs of a query and a key, per head, over all samples."""
+
+    needed: int  # visible by the plan's rule
+    visited: int  # in blocks that kernels visit
+    dense: int  # of ordinary causal attention over the same tokens
+
+    def __str__(self) -> str:
+        share = self.visited / max(self.dense, 1)
+        note = "; dense causal attention would visit fewer" if self.visited > self.dense else ""
+        return f"needs {self.needed} pairs, visits {self.visited}, {share:.1%} of dense causal attention{note}"
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """Made by :func:`neighbor_plan`, :func:`window_plan`, :func:`routed_plan` or :func:`subset_plan`.
+
+    Tensors are int32. ``batch`` is the batch axis of q, k and v (1 for packed sequences, whose samples begin at block
+    boundaries). A slot is a place in the plan's order; every row of q stands in one query slot, every row of k in one
+    key slot, and blocks are runs of ``block`` slots.
+
+    Attributes:
+        query_slots: [batch, 8, slots]; what stands in each slot: row, image, t, y, x, position, region, sample. row
+            -1 is an empty slot; image is -1 for text, -2 for what sees nothing.
+        key_slots: the same for keys; image -2 for keys that nobody sees.
+        key_blocks: [batch, query blocks, key blocks]; the key blocks that each query block visits: first those of
+            which every query sees every key, then the others, each ascending, then -1.
+        key_counts: [batch, query blocks, 2]; how many of the first kind, and how many in all.
+        query_order: [batch * query blocks]; query blocks, those that visit most first.
+        query_blocks, query_counts, key_order: the transpose, by which gradients of keys are formed.
+        routes: [batch, regions, regions]; 1 where tokens of one region see those of another; [0, 0, 0] for all.
+        block: tokens in a block of queries and in one of keys.
+        radius: (t, y, x), inclusive.
+        causal_window: visual tokens see only earlier ones of their own image.
+        cross_image: visual tokens see earlier ones of other images.
+
+    A pytree, so it passes through torch.compile.
+    """
+
+    query_slots: Tensor
+    key_slots: Tensor
+    key_blocks: Tensor
+    key_counts: Tensor
+    query_order: Tensor
+    query_blocks: Tensor
+    query_counts: Tensor
+    key_order: Tensor
+    routes: Tensor
+    num_queries: int
+    num_keys: int
+    block: tuple[int, int]
+    radius: tuple[int, int, int]
+    causal_window: bool = False
+    cross_image: bool = False
+    packed: bool = False
+
+    def tensors(self) -> list[Tensor]:
+        """What operators take as ``plan``, in their order."""
+        return [getattr(self, name) for name in _TENSORS]
+
+    def rule(self) -> list[int]:
+        """What operators take as ``rule``: tokens in a block of queries and of keys, radius, two flags."""
+        return [*self.block, *self.radius, int(self.causal_window), int(self.cross_image)]
+
+    def tail(self, num_queries: int, num_keys: int, k_lengths: Tensor | None = None) -> AttentionPlan:
+        """The plan of the last queries of a sequence that has grown: decode and chunked prefill.
+
+        Keys after those of this plan are text. :func:`neighbor_attention` makes this plan on its own where q or k
+        do not have this plan's length; make it once if several layers share it.
+
+        Args:
+            num_queries: rows of q; the last ones of the sequence.
+            num_keys: rows of k, at least this plan's.
+            k_lengths: int [batch], how many rows of k are in use; None: all of them.
+        """
+        op = "tail"
+        checks.integer(op, "num_queries", num_queries)
+        checks.integer(op, "num_keys", num_keys, self.num_keys)
+        if self.packed:
+            raise ValueError(f"{op}: plan must be of a padded batch, got one of packed samples")
+        if self.num_queries != self.num_keys:
+            raise ValueError(f"{op}: plan must be that of a whole layout, got a tail of {self.num_queries} queries")
+        if num_queries > num_keys:
+            raise ValueError(f"{op}: num_queries must be at most num_keys={num_keys}, got {num_queries}")
+        device, batch = self.query_slots.device, self.query_slots.shape[0]
+        new = torch.arange(self.num_keys, num_keys, dtype=torch.int32, device=device)
+        zero = torch.zeros_like(new)
+        added = torch.stack([new, torch.full_like(new, TEXT), zero, zero, zero, new, zero, zero])
+        added = added.expand(batch, -1, -1)
+        queries = torch.cat([_by_row(self.query_slots, self.num_queries), added], 2)
+        keys = torch.cat([_by_row(self.key_slots, self.num_keys), added], 2)
+        row = torch.arange(num_queries, device=device).expand(batch, num_queries) + (num_keys - num_queries)
+        if k_lengths is not None:
+            checks.tensor(op, "k_lengths", k_lengths)
+            checks.dtype(op, "k_lengths", k_lengths, checks.INTEGERS)
+            checks.shape(op, "k_lengths", k_lengths, (batch,), "[batch]")
+            checks.same_device(op, "k_lengths", k_lengths, self.query_slots, "the plan")
+            row = row + (k_lengths.long() - num_keys)[:, None]
+            unused = torch.arange(num_keys, device=device) >= k_lengths[:, None]
+            keys = _with(keys, IMAGE, torch.where(unused, INVALID, keys[:, IMAGE]))
+            queries = _with(queries, IMAGE, torch.where(unused, INVALID, queries[:, IMAGE]))
+        own = torch.arange(num_queries, dtype=torch.int32, device=device).expand(row.shape)
+        before = row < 0
+        queries = queries.gather(2, row.clamp(min=0)[:, None].expand(-1, len(FACTS), -1))
+        queries = _with(queries, IMAGE, torch.where(before, INVALID, queries[:, IMAGE]))
+        queries = _with(queries, ROW, own)
+
+        def curve(facts: Tensor) -> list[Tensor]:
+            return [facts[:, REGION].long(), _strips(facts, self.block[0], self.radius, None)]
+
+        return _build(
+            queries, keys, curve, None, self.routes, num_queries, num_keys, self.block, self.radius,
+            self.causal_window, self.cross_image,
+        )  # fmt: skip
+
+    def density(self) -> Density:
+        """How many pairs are needed, visited, and those of dense causal attention. Waits for the device."""
+        needed = dense = 0
+        keys = self.key_slots
+        as_text = _with(keys, IMAGE, keys[:, IMAGE].clamp(max=TEXT))
+        step = max(1, 2**24 // max(keys.shape[0] * keys.shape[2], 1))
+        for first in range(0, self.query_slots.shape[2], step):
+            some = self.query_slots[:, :, first : first + step]
+            needed += int(visible(some, keys, self.rule(), self.routes).sum())
+            some = _with(some, IMAGE, some[:, IMAGE].clamp(max=TEXT))
+            dense += int(visible(some, as_text, self.rule(), self.routes).sum())
+        visited = int(self.key_counts[..., 1].sum()) * self.block[0] * self.block[1]
+        return Density(needed, visited, dense)
+
+    def plot(self, batch: int = 0):
+        """Draws what each query sees, in sequence order, beside the blocks that kernels visit, in the plan's order.
+
+        Returns:
+            A matplotlib Figure. Waits for the device.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from matplotlib.figure import Figure
+
+        rows = self.query_slots[batch, ROW].long().cpu(), self.key_slots[batch, ROW].long().cpu()
+        seen = visible(self.query_slots[batch, None], self.key_slots[batch, None], self.rule(), self.routes[batch:][:1])
+        seen = seen[0].cpu()
+        in_sequence = torch.zeros((self.num_queries, self.num_keys), dtype=torch.bool)
+        there = (rows[0] >= 0)[:, None] & (rows[1] >= 0)
+        i, j = there.nonzero(as_tuple=True)
+        in_sequence[rows[0][i], rows[1][j]] = seen[i, j]
+        blocks, counts = self.key_blocks[batch].cpu(), self.key_counts[batch].cpu()
+        tiles = torch.zeros(blocks.shape)
+        for query, (full, visits) in enumerate(counts.tolist()):
+            tiles[query, blocks[query, :full].long()] = 2
+            tiles[query, blocks[query, full:visits].long()] = 1
+        tiles = tiles.repeat_interleave(self.block[0], 0).repeat_interleave(self.block[1], 1)
+        figure = Figure(figsize=(11, 5.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.imshow(in_sequence, cmap="Blues", interpolation="nearest", aspect="auto")
+        left.set(title="visible pairs", xlabel="key", ylabel="query")
+        right.imshow(tiles + seen, cmap="Blues", interpolation="nearest", aspect="auto", vmin=0, vmax=3)
+        right.set(title="blocks visited, in the plan's order", xlabel="key slot", ylabel="query slot")
+        figure.suptitle(str(self.density()))
+        return figure
+
+
+_TENSORS = (
+    "query_slots", "key_slots", "key_blocks", "key_counts", "query_order", "query_blocks", "query_counts", "key_order",
+    "routes",
+)  # fmt: skip
+_NUMBERS = ("num_queries", "num_keys", "block", "radius", "causal_window", "cross_image", "packed")
+
+pytree.register_pytree_node(
+    AttentionPlan,
+    lambda plan: ([getattr(plan, n) for n in _TENSORS], tuple(getattr(plan, n) for n in _NUMBERS)),
+    lambda tensors, numbers: AttentionPlan(*tensors, *numbers),
+    serialized_type_name="pyvtk.AttentionPlan",
+    flatten_with_keys_fn=lambda plan: (
+        [(pytree.GetAttrKey(n), getattr(plan, n)) for n in _TENSORS],
+        tuple(getattr(plan, n) for n in _NUMBERS),
+    ),
+)
+torch.serialization.add_safe_globals([AttentionPlan])
+
+
+# Facts: int32 [batch, 8, rows], what query_slots hold, in the order of rows --------------------------------------------
+
+
+def _with(facts: Tensor, which: int, values: Tensor) -> Tensor:
+    """``facts`` with one of them replaced."""
+    parts = list(facts.unbind(1))
+    parts[which] = values.to(torch.int32)
+    return torch.stack(parts, 1)
+
+
+def _facts(layout: TokenLayout, valid: Tensor) -> Tensor:
+    image = torch.where(valid, layout.image_id.clamp(min=TEXT), INVALID)
+    row = torch.arange(layout.num_tokens, dtype=torch.int32, device=layout.device).expand(image.shape)
+    sample = layout.sample.to(torch.int32) if layout.packed else torch.zeros_like(image)
+    facts = torch.stack([row, image, *layout.coords.unbind(-1), layout.positions, torch.zeros_like(row), sample], -2)
+    return facts[None] if layout.packed else facts
+
+
+def _by_row(slots: Tensor, rows: int) -> Tensor:
+    """Slots back in the order of rows."""
+    where = torch.where(slots[:, ROW] < 0, rows, slots[:, ROW]).long()[:, None].expand(-1, len(FACTS), -1)
+    return slots.new_empty((slots.shape[0], len(FACTS), rows + 1)).scatter(2, where, slots)[:, :, :rows]
+
+
+def _strip_shape(block: int, radius: tuple[int, int, int], flat: bool) -> tuple[int, int]:
+    """How many frames and lines a strip has: a block of tokens then covers a box of it whose surroundings, which
+    kernels visit, are smallest. A flat image has a single frame."""
+    near = [min(r, 64) for r in radius]
+    frames, lines, best = 1, 1, float("inf")
+    for t in (1,) if flat else (1, 2, 4, 8):
+        for y in (1, 2, 4, 8, 16):
+            if t * y > block:
+                continue
+            x = block / (t * y)
+            size = (1 if flat else t + 2 * near[0]) * (y + 2 * near[1]) * (x + 2 * near[2])
+            if size < best:
+                frames, lines, best = t, y, size
+    return frames, lines
+
+
+def _strips(facts: Tensor, block: int, radius: tuple[int, int, int], extent: Tensor | None) -> Tensor:
+    """int64 [batch, rows], by which tokens of one image sort: strips of a few lines, walked along x in alternating
+    directions, so that any run of ``block`` tokens is compact whatever the size of the grid."""
+    t, y, x = (facts[:, i].long() for i in (T, Y, X))
+    if extent is None:
+        deep = (torch.where(facts[:, IMAGE] >= 0, t, 0) > 0).any(1, keepdim=True)
+    else:
+        deep = extent[:, :1] > 1
+    flat_frames, flat_lines = _strip_shape(block, radius, flat=True)
+    deep_frames, deep_lines = _strip_shape(block, radius, flat=False)
+    frames = torch.where(deep, deep_frames, flat_frames)
+    lines = torch.where(deep, deep_lines, flat_lines)
+    strip_t, strip_y = t // frames, y // lines
+    along = torch.where((strip_y & 1) == 0, x, MAX_COORDINATE - 1 - x)
+    inside = (t % frames) * lines + y % lines  # below 128
+    return ((strip_t * MAX_COORDINATE + strip_y) * MAX_COORDINATE + along) * 128 + inside
+
+
+def _raster(facts: Tensor) -> Tensor:
+    """int64 [batch, rows]: raster order."""
+    t, y, x = (facts[:, i].long() for i in (T, Y, X))
+    return (t * MAX_COORDINATE + y) * MAX_COORDINATE + x
+
+
+# Slots, blocks and tables ----------------------------------------------------------------------------------------------
+
+
+def _sorted_by(keys: list[Tensor]) -> Tensor:
+    """int64 [batch, rows]: rows in the order of the keys, the first one most important."""
+    order = keys[-1].argsort(dim=1, stable=True)
+    for key in keys[-2::-1]:
+        order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
+    return order
+
+
+def _slots(facts: Tensor, curve: list[Tensor], cu_seqlens: Tensor | None, block: int) -> Tensor:
+    """Facts in the plan's order [batch, 8, slots]: images first, each along its curve, then text by position, then what
+    is invalid; packed samples begin at block boundaries."""
+    image = facts[:, IMAGE].long()
+    kind = torch.where(image >= 0, image, 2**31 + (image == INVALID).long())  # text after every image
+    kind = kind + (facts[:, SAMPLE].long() << 33)
+    curve = [torch.where(image >= 0, key, facts[:, POSITION].long()) for key in curve]
+    order = _sorted_by([kind, *curve])
+    batch, _, rows = facts.shape
+    place = torch.arange(rows, device=facts.device)
+    if cu_seqlens is None:
+        slots = -(-rows // block) * block
+    else:
+        samples = cu_seqlens.shape[0]  # what follows the last sample is one more
+        slots = (rows // block + samples) * block
+        ends = torch.cat([cu_seqlens[1:].long(), cu_seqlens.new_full((1,), rows, dtype=torch.int64)])
+        lengths = ends.diff(prepend=ends.new_zeros(1))
+        starts = ((lengths + block - 1) // block * block).cumsum(0)
+        shift = (starts - (lengths + block - 1) // block * block) - (ends - lengths)
+        # the sample of a row is that of its place, since samples are the first thing to sort by
+        place = place + shift[facts[0, SAMPLE].long()]
+    empty = torch.tensor([-1, INVALID, 0, 0, 0, 0, 0, -1], dtype=torch.int32, device=facts.device)
+    result = empty[:, None].expand(batch, len(FACTS), slots).contiguous()
+    where = place.expand(batch, len(FACTS), rows)
+    return result.scatter(2, where, facts.gather(2, order[:, None].expand(-1, len(FACTS), -1)))
+
+
+class _Boxes(NamedTuple):
+    """What is known of every block: [batch, blocks], or [batch, 4, blocks] for (image, t, y, x)."""
+
+    low: Tensor  # of visual tokens
+    high: Tensor
+    visual_first: Tensor  # positions of visual tokens
+    visual_last: Tensor
+    text_first: Tensor
+    text_last: Tensor
+    all_valid: Tensor
+    sample: Tensor
+    regions: Tensor | None  # float [batch, blocks, regions]: whether any visual token is of this region
+
+
+def _boxes(slots: Tensor, block: int, regions: int) -> _Boxes:
+    slots = slots.unflatten(2, (-1, block))
+    image, position = slots[:, IMAGE], slots[:, POSITION]
+    visual, text = image >= 0, image == TEXT
+
+    def least(values: Tensor, among: Tensor) -> Tensor:
+        return torch.where(among, values, _HIGH).amin(-1)
+
+    def most(values: Tensor, among: Tensor) -> Tensor:
+        return torch.where(among, values, _LOW).amax(-1)
+
+    place = slots[:, IMAGE : X + 1]
+    membership = None
+    if regions:
+        region = torch.where(visual, slots[:, REGION], regions).long()
+        membership = torch.zeros((*region.shape[:2], regions + 1), device=slots.device)
+        membership = membership.scatter(2, region, 1.0)[..., :regions]
+    return _Boxes(
+        least(place, visual[:, None]), most(place, visual[:, None]), least(position, visual), most(position, visual),
+        least(position, text), most(position, text), (image >= TEXT).all(-1), slots[:, SAMPLE].amax(-1), membership,
+    )  # fmt: skip
+
+
+def _meetings(q: _Boxes, k: _Boxes, routes: Tensor, radius, causal_window: bool, cross_image: bool):
+    """bool [batch, query blocks, key blocks], twice: whether a pair may be visible, and whether all pairs are."""
+
+    def rows(values: Tensor) -> Tensor:
+        return values[..., :, None]
+
+    def columns(values: Tensor) -> Tensor:
+        return values[..., None, :]
+
+    def earlier(keys: Tensor, queries: Tensor) -> Tensor:
+        return (columns(keys) <= rows(queries)) & (columns(keys) != _HIGH) & (rows(queries) != _LOW)
+
+    # Distances of boxes, as int64: absent tokens have bounds that int32 differences cannot hold.
+    q_low, q_high, k_low, k_high = (box.long() for box in (q.low, q.high, k.low, k.high))
+    apart = torch.maximum(columns(k_low) - rows(q_high), rows(q_low) - columns(k_high))  # [batch, 4, nq, nk]
+    spread = torch.maximum(columns(k_high) - rows(q_low), rows(q_high) - columns(k_low))
+    limits = torch.tensor([0, *radius], device=apart.device)[:, None, None]
+    near = (apart <= limits).all(1)
+    inside = (spread <= limits).all(1)
+    if causal_window:
+        near = near & earlier(k.visual_first, q.visual_last)
+        inside = inside & (columns(k.visual_last) <= rows(q.visual_first))
+    if q.regions is not None:
+        reached = q.regions @ routes.to(q.regions.dtype)
+        near = near & (reached @ k.regions.mT > 0)
+        missed = q.regions @ (1 - routes.to(q.regions.dtype))
+        inside = inside & (missed @ k.regions.mT == 0)
+    if cross_image:
+        several = (
+            (rows(q_low) != rows(q_high)) | (columns(k_low) != columns(k_high)) | (rows(q_low) != columns(k_low))
+        )[:, 0]
+        near = near | (several & earlier(k.visual_first, q.visual_last))
+
+    q_visual, k_visual = rows(q.visual_last != _LOW), columns(k.visual_last != _LOW)
+    q_text, k_text = rows(q.text_last != _LOW), columns(k.text_last != _LOW)
+    some = near & q_visual & k_visual
+    some = some | earlier(k.text_first, q.text_last) | earlier(k.text_first, q.visual_last)
+    some = some | earlier(k.visual_first, q.text_last)
+    # Everything visible: visual meets visual inside the rule, and whatever involves text is later than all its keys.
+    every = inside | ~q_visual | ~k_visual
+    every = every & (~(q_text & k_text) | (columns(k.text_last) <= rows(q.text_first)))
+    every = every & (~(q_text & k_visual) | (columns(k.visual_last) <= rows(q.text_first)))
+    every = every & (~(q_visual & k_text) | (columns(k.text_last) <= rows(q.visual_first)))
+    some = some & (rows(q.sample) == columns(k.sample))
+    return some, some & every & columns(k.all_valid)
+
+
+def _table(some: Tensor, every: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The blocks that each row of ``some`` [batch, rows, columns] visits, their counts, and the order of rows."""
+    batch, rows, columns = some.shape
+    partial = some & ~every
+    num_full, num_partial = every.sum(-1, dtype=torch.int32), partial.sum(-1, dtype=torch.int32)
+    place = torch.where(every, every.cumsum(-1), num_full[..., None] + partial.cumsum(-1)) - 1
+    place = torch.where(some, place, columns)
+    number = torch.arange(columns, dtype=torch.int32, device=some.device).expand(some.shape)
+    blocks = number.new_full((batch, rows, columns + 1), -1).scatter(2, place, number)[..., :columns].contiguous()
+    counts = torch.stack([num_full, num_full + num_partial], -1)
+    order = counts[..., 1].flatten().argsort(dim=0, descending=True, stable=True).to(torch.int32)
+    return blocks, counts, order
+
+
+def _build(
+    queries: Tensor, keys: Tensor, curve, cu_seqlens: Tensor | None, routes: Tensor, num_queries: int, num_keys: int,
+    block: tuple[int, int], radius: tuple[int, int, int], causal_window: bool, cross_image: bool,
+) -> AttentionPlan:  # fmt: skip
+    """A plan from the facts of queries and keys [batch, 8, rows]; ``curve(facts)`` gives the keys that images sort by."""
+    query_slots = _slots(queries, curve(queries), cu_seqlens, block[0])
+    key_slots = _slots(keys, curve(keys), cu_seqlens, block[1])
+    regions = routes.shape[-1]
+    q, k = _boxes(query_slots, block[0], regions), _boxes(key_slots, block[1], regions)
+    some, every = _meetings(q, k, routes, radius, causal_window, cross_image)
+    return AttentionPlan(
+        query_slots, key_slots, *_table(some, every), *_table(some.mT, every.mT), routes, num_queries, num_keys, block,
+        radius, causal_window, cross_image, cu_seqlens is not None,
+    )  # fmt: skip
+
+
+# Builders --------------------------------------------------------------------------------------------------------------
+
+
+def default_block(device: torch.device) -> tuple[int, int]:
+    """Tokens in a block of queries and of keys. The CPU kernel sorts out single keys, for which small blocks are best;
+    on a GPU a block fills the tensor cores."""
+    return (64, 64) if device.type == "cuda" else (16, 16)
+
+
+def _checked_block(op: str, block, device: torch.device) -> tuple[int, int]:
+    if block is None:
+        return default_block(device)
+    if not isinstance(block, Sequence) or len(block) != 2:
+        raise TypeError(f"{op}: block must be a pair (tokens of queries, tokens of keys), got {block!r}")
+    for size in block:
+        checks.integer(op, "block", size, 16)
+        if size & (size - 1):
+            raise ValueError(f"{op}: block must hold powers of two, got {tuple(block)}")
+    return tuple(block)
+
+
+def _triple(op: str, name: str, value, minimum: int) -> tuple[int, int, int]:
+    """An int for all three axes, or (y, x), or (t, y, x)."""
+    values = (value,) * 3 if isinstance(value, int) else value
+    if not isinstance(values, Sequence) or len(values) != 3:
+        raise TypeError(f"{op}: {name} must be an int or a triple (t, y, x), got {value!r}")
+    for number in values:
+        checks.integer(op, name, number, minimum)
+    return tuple(min(number, EVERYWHERE) for number in values)
+
+
+def _checked_layout(op: str, layout) -> TokenLayout:
+    if not isinstance(layout, TokenLayout):
+        raise TypeError(f"{op}: layout must be a TokenLayout, got {type(layout).__name__}")
+    return layout
+
+
+def _no_routes(layout: TokenLayout) -> Tensor:
+    return torch.zeros((0, 0, 0), dtype=torch.int32, device=layout.device)
+
+
+def neighbor_plan(
+    layout: TokenLayout,
+    radius: int | tuple[int, int, int],
+    *,
+    causal_window: bool = False,
+    cross_image: bool = False,
+    keys: str | Tensor = "all",
+    block: tuple[int, int] | None = None,
+) -> AttentionPlan:
+    """Visual tokens see those of their own image within a radius; everything else is causal attention.
+
+    Args:
+        layout: of the tokens.
+        radius: the largest distance along each axis (Chebyshev, clipped at the borders), one for all or (t, y, x).
+            0 leaves a visual token itself; a radius past the grid makes the image dense.
+        causal_window: visual tokens see only those before them in the sequence; by default both directions.
+        cross_image: visual tokens see earlier tokens of other images; by default those are unseen.
+        keys: which keys exist for this plan: "all", "text", "visual", or bool, shaped like the layout. Plans by
+            groups of keys are joined by :func:`merge_attention`.
+        block: tokens in a block of queries and of keys, powers of two; None: what suits the layout's device.
+
+    Source: YOPO (Treat Visual Tokens as Text?, arXiv 2410.06169), whose code uses a bidirectional, clipped window.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+    """
+    op = "neighbor_plan"
+    layout = _checked_layout(op, layout)
+    radius = _triple(op, "radius", radius, 0)
+    checks.boolean(op, "causal_window", causal_window)
+    checks.boolean(op, "cross_image", cross_image)
+    block = _checked_block(op, block, layout.device)
+    queries = facts = _facts(layout, layout.valid)
+    if isinstance(keys, Tensor):
+        checks.dtype(op, "keys", keys, (torch.bool,))
+        checks.shape(op, "keys", keys, tuple(layout.image_id.shape), "shaped like the layout")
+        checks.same_device(op, "keys", keys, layout.image_id, "the layout")
+        group = keys[None] if layout.packed else keys
+        facts = _with(facts, IMAGE, torch.where(group, facts[:, IMAGE], INVALID))
+    else:
+        checks.choice(op, "keys", keys, ("all", "text", "visual"))
+        if keys != "all":
+            in_group = (facts[:, IMAGE] >= 0) == (keys == "visual")
+            facts = _with(facts, IMAGE, torch.where(in_group, facts[:, IMAGE], INVALID))
+    extent = None if layout.packed else layout.extent
+
+    def curve(some: Tensor) -> list[Tensor]:
+        return [_strips(some, block[0], radius, extent)]
+
+    return _build(
+        queries, facts, curve, layout.cu_seqlens, _no_routes(layout), layout.num_tokens, layout.num_tokens, block,
+        radius, causal_window, cross_image,
+    )  # fmt: skip
+
+
+def window_plan(
+    layout: TokenLayout,
+    size: int | tuple[int, int, int],
+    shift: int | tuple[int, int, int] = 0,
+    *,
+    block: tuple[int, int] | None = None,
+) -> AttentionPlan:
+    """Visual tokens see those of their own window of their own image; everything else is causal attention.
+
+    Args:
+        layout: of the tokens.
+        size: tokens per window along (t, y, x), or one for all three. Windows at the far borders may be smaller.
+        shift: where the first whole window begins, in tokens; what lies before it is a smaller window (Swin's shifted
+            windows after masking: nothing wraps around).
+        block: as in :func:`neighbor_plan`.
+
+    Source: Swin Transformer (arXiv 2103.14030); LITv2's Hi-Fi heads; window attention of Qwen2.5-VL's tower.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+    """
+    op = "window_plan"
+    layout = _checked_layout(op, layout)
+    size, shift = _triple(op, "size", size, 1), _triple(op, "shift", shift, 0)
+    block = _checked_block(op, block, layout.device)
+    facts = _facts(layout, layout.valid)
+    inside = _raster(facts)
+    for axis, length, offset in zip((T, Y, X), size, shift):
+        # + length - offset % length: keeps the numerator positive, and windows in order
+        facts = _with(facts, axis, (facts[:, axis].long() + (length - offset % length) % length) // length)
+
+    def curve(some: Tensor) -> list[Tensor]:
+        return [_raster(some), inside]
+
+    return _build(
+        facts, facts, curve, layout.cu_seqlens, _no_routes(layout), layout.num_tokens, layout.num_tokens, block,
+        (0, 0, 0), False, False,
+    )  # fmt: skip
+
+
+def routed_plan(
+    layout: TokenLayout,
+    region: int | tuple[int, int, int] | Tensor,
+    table: Tensor,
+    *,
+    block: tuple[int, int] | None = None,
+) -> AttentionPlan:
+    """Visual tokens see those of the regions that their own region is routed to; everything else is causal attention.
+
+    Args:
+        layout: of the tokens.
+        region: tokens per region along (t, y, x), or one for all three: regions are then numbered in raster order over
+            the sample's extent. Or int, shaped like the layout: the number of each visual token's region.
+        table: int [samples, regions, k]; the regions that each region sees (its own only if listed); negative entries
+            are left out.
+        block: as in :func:`neighbor_plan`.
+
+    Source: BiFormer (arXiv 2303.08810), bi-level routing attention. Its scale is C ** -0.5, of all heads together.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, a region beyond the table (CPU; a device assertion on CUDA).
+    """
+    op = "routed_plan"
+    layout = _checked_layout(op, layout)
+    block = _checked_block(op, block, layout.device)
+    checks.tensor(op, "table", table, 3)
+    checks.dtype(op, "table", table, checks.INTEGERS)
+    checks.same_device(op, "table", table, layout.image_id, "the layout")
+    if table.shape[0] != layout.num_samples:
+        raise ValueError(f"{op}: table must have {layout.num_samples} samples, got shape {tuple(table.shape)}")
+    samples, regions, _ = table.shape
+    facts = _facts(layout, layout.valid)
+    sample = layout.sample.clamp(max=samples - 1)[None] if layout.packed else None
+    if isinstance(region, Tensor):
+        checks.dtype(op, "region", region, checks.INTEGERS)
+        checks.shape(op, "region", region, tuple(layout.image_id.shape), "shaped like the layout")
+        checks.same_device(op, "region", region, layout.image_id, "the layout")
+        number = (region[None] if layout.packed else region).long()
+    else:
+        size = torch.tensor(_triple(op, "region", region, 1), device=layout.device)
+        count = (layout.extent.long() + size - 1) // size  # regions per axis, [samples, 3]
+        count = count[sample[0]].T[:, None] if layout.packed else count.T[..., None]
+        t, y, x = (facts[:, axis].long() // length for axis, length in zip((T, Y, X), size))
+        number = (t * count[1] + y) * count[2] + x
+    seen = facts[:, IMAGE] >= 0
+    require((~seen | ((number >= 0) & (number < regions))).all(), f"{op}: region must be 0 to {regions - 1}")
+    require((table < regions).all(), f"{op}: table must hold regions below {regions}")
+    routes = torch.zeros((samples, regions, regions + 1), dtype=torch.int32, device=layout.device)
+    routes = routes.scatter(2, torch.where(table < 0, regions, table).long(), 1)[..., :regions].contiguous()
+    if layout.packed:
+        number = number + sample * regions
+        routes = torch.block_diag(*routes.unbind(0))[None].contiguous()
+    facts = _with(facts, REGION, torch.where(seen, number, 0))
+
+    def curve(some: Tensor) -> list[Tensor]:
+        return [some[:, REGION].long(), _raster(some)]
+
+    return _build(
+        facts, facts, curve, layout.cu_seqlens, routes, layout.num_tokens, layout.num_tokens, block,
+        (EVERYWHERE,) * 3, False, False,
+    )  # fmt: skip
+
+
+def subset_plan(
+    layout: TokenLayout, selection: Selection, *, block: tuple[int, int] | None = None
+) -> AttentionPlan:  # fmt: skip
+    """Selected tokens attend to each other, causally by position; all others neither see nor are seen (output 0).
+
+    Args:
+        layout: of the tokens.
+        selection: of the layout's token axis, without a head axis.
+        block: as in :func:`neighbor_plan`.
+
+    Source: ZipVL (arXiv 2410.08584), attention among the important tokens; VideoLLM-MoD (arXiv 2408.16730).
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+    """
+    op = "subset_plan"
+    layout = _checked_layout(op, layout)
+    block = _checked_block(op, block, layout.device)
+    layout.check_selection(op, selection)
+    facts = _facts(layout, layout.valid & selection.mask())
+    facts = _with(facts, IMAGE, facts[:, IMAGE].clamp(max=TEXT))
+    return _build(
+        facts, facts, lambda some: [some[:, POSITION].long()], layout.cu_seqlens, _no_routes(layout),
+        layout.num_tokens, layout.num_tokens, block, (0, 0, 0), False, False,
+    )  # fmt: skip
