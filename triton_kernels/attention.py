@@ -51,6 +51,12 @@ def _slots(slots, length, slot):
 
 
 @triton.jit
+def _row_again(slots, slot):
+    """The rows of slots, for the store after a walk: kept through it, they would cost 20 to 50 registers a thread."""
+    return tl.load(slots + slot, volatile=True)
+
+
+@triton.jit
 def _within(q, k, radius):
     # one unsigned comparison for both ends of the interval
     return (k - (q - radius)).to(tl.uint32) <= 2 * radius
@@ -244,6 +250,8 @@ def neighbor_attention_kernel(
     share = tl.where(blind, 0.0, 1 / mass)[:, None]
     sums1 = tl.where(blind[:, None], 0.0, sums1 * share)
     sums2 = tl.where(blind[:, None], 0.0, sums2 * share)
+    row = _row_again(query_slots + batch * _FACTS * query_length, slot)
+    exists = (row >= 0) & (member < GROUP)
     out_offset = head.to(tl.int64) * out_head + row.to(tl.int64) * out_row
     _store(out + batch * out_batch, out_offset, exists, sums1, sums2, D, D1, D2)
     natural = tl.where(blind, float("-inf"), (top + tl.log2(mass)) * _LN_2)
@@ -360,6 +368,9 @@ def neighbor_attention_query_grad_kernel(
             if D2:
                 sums2 = _dot(grad_z, k2, sums2, PRECISION)
 
+    row = _row_again(query_slots + batch * _FACTS * query_length, slot)
+    exists = (row >= 0) & (member < GROUP)
+    place = (batch * heads * GROUP + head) * query_rows + row
     factor = scale * _LN_2
     _store(grad_q, place * D, exists, sums1 * factor, sums2 * factor, D, D1, D2)
 
@@ -465,6 +476,7 @@ def neighbor_attention_key_grad_kernel(
                 grad_k2 = _dot(grad_z, q2, grad_k2, PRECISION)
 
     factor = scale * _LN_2
+    key = _row_again(key_slots + batch * _FACTS * key_length, k_slot)
     place = (batch * heads + kv_head) * key_rows + key
     _store(grad_k, place * D, key >= 0, grad_k1 * factor, grad_k2 * factor, D, D1, D2)
     _store(grad_v, place * D, key >= 0, grad_v1, grad_v2, D, D1, D2)
@@ -475,13 +487,16 @@ def neighbor_attention_key_grad_kernel(
 # Launchers -----------------------------------------------------------------------------------------------------------
 
 
-def parts(head_dim: int) -> tuple[int, int]:
-    """A head dimension as a sum of two powers of two, the second 0 where one is as short; products need 16."""
+def parts(head_dim: int, widest: int = 256) -> tuple[int, int]:
+    """A head dimension as a sum of two powers of two, the second 0 where one is as short; products need 16.
+
+    One part is at most ``widest`` where two suffice.
+    """
     one = max(16, triton.next_power_of_2(head_dim))
-    if one == head_dim or head_dim <= 16:
+    if head_dim <= 16:
         return one, 0
     two = max(16, triton.next_power_of_2(head_dim - one // 2))
-    return (one // 2, two) if one // 2 + two < one else (one, 0)
+    return (one // 2, two) if one // 2 + two < one or one > widest else (one, 0)
 
 
 def tiles(kernel: str, head_dim: int, dtype: torch.dtype, group: int, block_q: int, block_k: int,
