@@ -51,12 +51,6 @@ def _slots(slots, length, slot):
 
 
 @triton.jit
-def _row_again(slots, slot):
-    """The rows of slots, for the store after a walk: kept through it, they would cost 20 to 50 registers a thread."""
-    return tl.load(slots + slot, volatile=True)
-
-
-@triton.jit
 def _within(q, k, radius):
     # one unsigned comparison for both ends of the interval
     return (k - (q - radius)).to(tl.uint32) <= 2 * radius
@@ -140,20 +134,33 @@ def _products(a1, a2, b1, b2, D2: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _query_tile(query_order, blocks, heads, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr,
-                HEADS: tl.constexpr):  # fmt: skip
-    """This program's sample, query block, K/V head, and for every row of its tile the slot and the head of the group."""
+                HEADS: tl.constexpr, AGAIN: tl.constexpr):  # fmt: skip
+    """This program's sample, query block, K/V head, and for every row of its tile the slot and the head of the group.
+
+    Asked ``again`` after a walk, it reads them again: kept through the walk, they would cost registers (up to 50).
+    """
     chunks: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     tiles: tl.constexpr = BLOCK_Q // TILE_Q
     # programs start in the order of their numbers: those of one block lie together, the heaviest block is first
     per_block = heads * chunks * tiles
     program = tl.program_id(0)
-    entry = tl.load(query_order + program // per_block)
+    entry = tl.load(query_order + program // per_block, volatile=AGAIN)
     rest = program % per_block
     row = tl.arange(0, TILE_Q * HEADS)
     batch, block = entry // blocks, entry % blocks
     slot = block * BLOCK_Q + (rest % tiles) * TILE_Q + row // HEADS
     member = (rest // tiles % chunks) * HEADS + row % HEADS
     return batch.to(tl.int64), block, rest // (tiles * chunks), slot, member
+
+
+@triton.jit
+def _key_tile(key_order, blocks, heads, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, AGAIN: tl.constexpr):
+    """This program's sample, key block, K/V head, and the slots of its tile."""
+    tiles: tl.constexpr = BLOCK_K // TILE_K
+    program = tl.program_id(0)
+    entry = tl.load(key_order + program // (heads * tiles), volatile=AGAIN)
+    batch, block = (entry // blocks).to(tl.int64), entry % blocks
+    return batch, block, program // tiles % heads, block * BLOCK_K + (program % tiles) * TILE_K + tl.arange(0, TILE_K)
 
 
 # Forward -------------------------------------------------------------------------------------------------------------
@@ -176,7 +183,7 @@ def neighbor_attention_kernel(
 ):  # fmt: skip
     """out = softmax(scale * q k + k_bias) v with an online softmax in base 2; ``scale`` is |scale| * log2(e) here."""
     blocks = query_length // BLOCK_Q
-    batch, block, kv_head, slot, member = _query_tile(query_order, blocks, heads, GROUP, BLOCK_Q, TILE_Q, HEADS)
+    batch, block, kv_head, slot, member = _query_tile(query_order, blocks, heads, GROUP, BLOCK_Q, TILE_Q, HEADS, False)
     row, q_image, q_t, q_y, q_x, q_position, q_region = _slots(query_slots + batch * _FACTS * query_length, query_length, slot)
     head = kv_head * GROUP + member
     exists = (row >= 0) & (member < GROUP)
@@ -250,7 +257,9 @@ def neighbor_attention_kernel(
     share = tl.where(blind, 0.0, 1 / mass)[:, None]
     sums1 = tl.where(blind[:, None], 0.0, sums1 * share)
     sums2 = tl.where(blind[:, None], 0.0, sums2 * share)
-    row = _row_again(query_slots + batch * _FACTS * query_length, slot)
+    batch, block, kv_head, slot, member = _query_tile(query_order, blocks, heads, GROUP, BLOCK_Q, TILE_Q, HEADS, True)
+    head = kv_head * GROUP + member
+    row = tl.load(query_slots + batch * _FACTS * query_length + slot, volatile=True)
     exists = (row >= 0) & (member < GROUP)
     out_offset = head.to(tl.int64) * out_head + row.to(tl.int64) * out_row
     _store(out + batch * out_batch, out_offset, exists, sums1, sums2, D, D1, D2)
@@ -305,7 +314,7 @@ def neighbor_attention_query_grad_kernel(
 ):  # fmt: skip
     """grad_q = scale * dz k with dz = p * (grad_out v - delta); the same walk as the forward."""
     blocks = query_length // BLOCK_Q
-    batch, block, kv_head, slot, member = _query_tile(query_order, blocks, heads, GROUP, BLOCK_Q, TILE_Q, HEADS)
+    batch, block, kv_head, slot, member = _query_tile(query_order, blocks, heads, GROUP, BLOCK_Q, TILE_Q, HEADS, False)
     row, q_image, q_t, q_y, q_x, q_position, q_region = _slots(query_slots + batch * _FACTS * query_length, query_length, slot)
     head = kv_head * GROUP + member
     exists = (row >= 0) & (member < GROUP)
@@ -368,7 +377,9 @@ def neighbor_attention_query_grad_kernel(
             if D2:
                 sums2 = _dot(grad_z, k2, sums2, PRECISION)
 
-    row = _row_again(query_slots + batch * _FACTS * query_length, slot)
+    batch, block, kv_head, slot, member = _query_tile(query_order, blocks, heads, GROUP, BLOCK_Q, TILE_Q, HEADS, True)
+    head = kv_head * GROUP + member
+    row = tl.load(query_slots + batch * _FACTS * query_length + slot, volatile=True)
     exists = (row >= 0) & (member < GROUP)
     place = (batch * heads * GROUP + head) * query_rows + row
     factor = scale * _LN_2
@@ -392,13 +403,8 @@ def neighbor_attention_key_grad_kernel(
     CROSS_IMAGE: tl.constexpr, HEADS_OFF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_k = scale * dz^T q, grad_v = p^T grad_out, grad_k_bias = the sums of dz; tiles stand as [keys, queries]."""
-    key_tiles: tl.constexpr = BLOCK_K // TILE_K
-    program = tl.program_id(0)
-    entry = tl.load(key_order + program // (heads * key_tiles))
-    kv_head = program // key_tiles % heads
     count = key_length // BLOCK_K
-    batch, block = (entry // count).to(tl.int64), entry % count
-    k_slot = block * BLOCK_K + (program % key_tiles) * TILE_K + tl.arange(0, TILE_K)
+    batch, block, kv_head, k_slot = _key_tile(key_order, count, heads, BLOCK_K, TILE_K, False)
     key, k_image, k_t, k_y, k_x, k_position, k_region = _slots(key_slots + batch * _FACTS * key_length, key_length, k_slot)
     here = k_image >= -1
     wide = key.to(tl.int64)
@@ -440,13 +446,10 @@ def neighbor_attention_key_grad_kernel(
             wide_row, wide_head = row.to(tl.int64), head.to(tl.int64)
             q1, q2 = _load(q, wide_head * q_head + wide_row * q_row, active, D, D1, D2)
             grad1, grad2 = _load(grad_out, wide_head * grad_head + wide_row * grad_row, active, D, D1, D2)
-            bound = tl.load(lse + place, mask=active, other=float("-inf"))
+            # absent rows have q = grad_out = delta = 0, so p = 1 does no harm; only a bias could make it infinite
+            bound = tl.load(lse + place, mask=active, other=0.0)
             bound = tl.where(bound != float("-inf"), bound * _LOG2_E, float("inf"))
             delta_row = tl.load(delta + place, mask=active, other=0.0)
-            logits = _products(k1, k2, q1, q2, D2, PRECISION) * scale
-            if k_bias is not None:
-                logits += bias[:, None]
-            p = tl.exp2(logits - bound[None, :])
             if PARTIAL:
                 seen = _visible(
                     q_image[None, :], q_t[None, :], q_y[None, :], q_x[None, :], q_position[None, :], q_region[None, :],
@@ -454,6 +457,13 @@ def neighbor_attention_key_grad_kernel(
                     routes + batch * regions * regions, regions, radius_t, radius_y, radius_x,
                     BOX_T, BOX_Y, BOX_X, ROUTES, CAUSAL_WINDOW, CROSS_IMAGE,
                 )  # fmt: skip
+            logits = _products(k1, k2, q1, q2, D2, PRECISION) * scale
+            if k_bias is not None:
+                logits += bias[:, None]
+            p = tl.exp2(logits - bound[None, :])
+            if k_bias is not None:
+                p = tl.where(active[None, :], p, 0.0)
+            if PARTIAL:
                 p = tl.where(seen, p, 0.0)
             grad_p = _products(v1, v2, grad1, grad2, D2, PRECISION)
             used = p
@@ -476,7 +486,8 @@ def neighbor_attention_key_grad_kernel(
                 grad_k2 = _dot(grad_z, q2, grad_k2, PRECISION)
 
     factor = scale * _LN_2
-    key = _row_again(key_slots + batch * _FACTS * key_length, k_slot)
+    batch, block, kv_head, k_slot = _key_tile(key_order, count, heads, BLOCK_K, TILE_K, True)
+    key = tl.load(key_slots + batch * _FACTS * key_length + k_slot, volatile=True)
     place = (batch * heads + kv_head) * key_rows + key
     _store(grad_k, place * D, key >= 0, grad_k1 * factor, grad_k2 * factor, D, D1, D2)
     _store(grad_v, place * D, key >= 0, grad_v1, grad_v2, D, D1, D2)
