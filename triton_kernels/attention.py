@@ -52,8 +52,11 @@ def _slots(slots, length, slot):
 
 @triton.jit
 def _within(q, k, radius):
-    # one unsigned comparison for both ends of the interval
-    return (k - (q - radius)).to(tl.uint32) <= 2 * radius
+    """|q - k| <= radius in one unsigned comparison; the radius is added to what stands in rows, before the walk."""
+    if q.shape[0] == 1:
+        return ((k + radius) - q).to(tl.uint32) <= 2 * radius
+    else:
+        return (k - (q - radius)).to(tl.uint32) <= 2 * radius
 
 
 @triton.jit
