@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for every architecture, without a GPU, and asserts what they use of it.
 
-    python .ci/check_triton.py [--quick] [--csv FILE]
+    python .ci/check_triton.py [--quick] [--arch 90] [--dim 64 128] [--dtype bf16] [--group 1 4]
 
 The launchers of triton_kernels/attention.py run on tensors that only have shapes; what they would launch is compiled
 with triton.compile instead. A kernel may not use more shared memory than a block of its architecture has, and up to a
@@ -10,12 +10,14 @@ head dimension of 128 it may not spill a register. cuobjdump, which comes with T
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -101,30 +103,50 @@ def blocks_per_multiprocessor(architecture: int, warps: int, registers: int, sha
     return min(threads // (warps * 32), register_blocks, memory // (shared + 1024))
 
 
-def check(cases) -> list[str]:
+def measured(case: tuple) -> list[tuple[str, str]]:
+    """A line of the table and what is wrong ("": nothing), for each kernel of a case."""
+    architecture, dtype, head_dim, group, block, options = case
+    lines = []
+    for kernel, arguments in launches(*case):
+        name = kernel.__name__.removeprefix("neighbor_attention_").removesuffix("_kernel").replace("kernel", "forward")
+        if name == "delta":
+            continue
+        registers, spill, shared = resources(compiled(kernel, arguments, architecture))
+        warps, stages = arguments["num_warps"], arguments["num_stages"]
+        resident = blocks_per_multiprocessor(architecture, warps, registers, shared)
+        rows = f"{arguments['TILE_Q']}x{arguments['HEADS']}"
+        line = (
+            f"{name:<12}{architecture:>5}{TYPES[dtype]:>6}{head_dim:>5}{group:>5}{rows:>8}{arguments['TILE_K']:>6}{warps:>7}"
+            f"{stages:>8}{registers:>6}{spill:>7}{shared:>9}{resident:>8}  {' '.join(options)}"
+        )  # fmt: skip
+        error = ""
+        if shared > SHARED[architecture]:
+            error = f"{shared} bytes of shared memory, a block has {SHARED[architecture]}"
+        elif spill and head_dim <= 128:
+            error = f"{spill} bytes of registers spill"
+        lines.append((line, error and f"{name} sm_{architecture} {TYPES[dtype]} D={head_dim} group {group} {options}: {error}"))
+    return lines
+
+
+def check(cases: list[tuple], jobs: int) -> list[str]:
     """Compiles, prints a table, and returns what is wrong."""
-    errors = []
     header = ("kernel", "arch", "dtype", "D", "GQA", "rows", "keys", "warps", "stages", "regs", "spill", "shared", "per SM")
-    print("{:<16}{:>5}{:>6}{:>5}{:>5}{:>8}{:>6}{:>7}{:>8}{:>6}{:>7}{:>9}{:>8}".format(*header), flush=True)
-    for architecture, dtype, head_dim, group, block, options in cases:
-        for kernel, arguments in launches(architecture, dtype, head_dim, group, block, options):
-            name = kernel.__name__.removeprefix("neighbor_attention_").removesuffix("_kernel").replace("kernel", "forward")
-            if name == "delta":
-                continue
-            registers, spill, shared = resources(compiled(kernel, arguments, architecture))
-            warps, stages = arguments["num_warps"], arguments["num_stages"]
-            resident = blocks_per_multiprocessor(architecture, warps, registers, shared)
-            where = f"{name} sm_{architecture} {TYPES[dtype]} D={head_dim} GQA={group} block={block} {options or ''}"
-            rows = f"{arguments['TILE_Q']}x{arguments['HEADS']}"
-            print(
-                f"{name:<16}{architecture:>5}{TYPES[dtype]:>6}{head_dim:>5}{group:>5}{rows:>8}{arguments['TILE_K']:>6}{warps:>7}"
-                f"{stages:>8}{registers:>6}{spill:>7}{shared:>9}{resident:>8}  {options or ''}", flush=True,
-            )  # fmt: skip
-            if shared > SHARED[architecture]:
-                errors.append(f"{where}: {shared} bytes of shared memory, a block has {SHARED[architecture]}")
-            if spill and (head_dim <= 128 or name == "forward"):
-                errors.append(f"{where}: spills {spill} bytes")
+    print("{:<12}{:>5}{:>6}{:>5}{:>5}{:>8}{:>6}{:>7}{:>8}{:>6}{:>7}{:>9}{:>8}".format(*header), flush=True)
+    errors = []
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for lines in pool.map(measured, cases):
+            for line, error in lines:
+                print(line, flush=True)
+                errors += [error] if error else []
     return errors
+
+
+# some cases, for the tests: one of each tile, the options, the tightest shared memory
+QUICK = [
+    (90, torch.bfloat16, 128, 1, 64, {"heads": True, "bias": True}),
+    (86, torch.float32, 80, 1, 64, {}),
+    (100, torch.float16, 64, 4, 64, {"routes": True, "radius": (2**30,) * 3}),
+]
 
 
 def main() -> int:
@@ -132,17 +154,18 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED))
     parser.add_argument("--dim", type=int, nargs="*", default=[64, 80, 128, 256])
     parser.add_argument("--dtype", nargs="*", default=["bf16", "fp32"])
-    parser.add_argument("--group", type=int, default=1)
+    parser.add_argument("--group", type=int, nargs="*", default=[1])
     parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--quick", action="store_true", help="a few kernels, for the tests")
     given = parser.parse_args()
     names = {name: dtype for dtype, name in TYPES.items()}
     begin = time.perf_counter()
-    cases = [
-        (architecture, names[dtype], head_dim, given.group, given.block, {})
-        for architecture in given.arch for dtype in given.dtype for head_dim in given.dim
+    cases = QUICK if given.quick else [
+        (architecture, names[dtype], head_dim, group, given.block, {})
+        for architecture in given.arch for dtype in given.dtype for head_dim in given.dim for group in given.group
     ]  # fmt: skip
-    errors = check(cases)
+    errors = check(cases, given.jobs)
     print(f"triton {triton.__version__}: {time.perf_counter() - begin:.0f} s")
     for error in errors:
         print(error)

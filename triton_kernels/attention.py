@@ -515,19 +515,50 @@ def parts(head_dim: int, widest: int = 256) -> tuple[int, int]:
 
 def tiles(kernel: str, head_dim: int, dtype: torch.dtype, group: int, block_q: int, block_k: int,
           capability: tuple[int, int]) -> dict[str, int]:  # fmt: skip
-    """Tile of a program: tokens and heads of the group in its query rows, tokens of keys; warps and stages.
+    """Tile of a program, found by compiling (.ci/check_triton.py): as large as registers allow without spilling.
+
+    The facts of columns, which the predicate compares, take 6 registers a column and thread; so do the splits that
+    float32 in tensor cores needs. Both cost more than shared memory, which limits only devices with 99 KiB.
 
     Args:
         kernel: "forward", "query_grad" or "key_grad".
         group: query heads per K/V head.
         block_q, block_k: tokens of a plan's blocks; tiles divide them.
-        capability: of the device; (9, 0) and (10, 0) have more than twice the shared memory of (8, 6), (8, 9), (12, 0).
+        capability: of the device.
+
+    Returns:
+        TILE_Q tokens times HEADS heads of a group make the query rows of a tile, TILE_K tokens its keys; D1 and D2 are
+        the parts of the head dimension.
     """
-    rows, keys, warps, stages = 64, 64, 4, 2
-    tile_q = min(block_q, rows)
-    heads = min(triton.next_power_of_2(group), max(1, rows // tile_q))
-    return {"TILE_Q": tile_q, "HEADS": heads, "TILE_K": min(block_k, keys), "num_warps": warps, "num_stages": stages,
-            "enable_fp_fusion": True}
+    single, wide = dtype == torch.float32, head_dim > 128
+    # devices whose products read shared memory by themselves, given tiles of 64 rows, and whose pipelines begin a
+    # stage later for it; the others need two stages more before a row's copy overlaps with work
+    large = capability[0] in (9, 10)
+    stages = 3 if large or single or wide else 5
+    warps = 8 if wide or (single and head_dim > 64) else 4
+    if kernel == "forward":
+        rows, keys = (64, 64) if not wide else (64, 32)
+        if single:
+            rows, keys = 32, 16 if wide else 32
+        elif not wide and (group % 2 == 0 or block_q >= 128):
+            rows, keys, warps = 128, 64 if large else 32, 8  # two heads share what is loaded
+    elif kernel == "query_grad":
+        rows, keys = (64, 64 if large else 32) if not wide else (32, 32)
+        if single:
+            rows, keys = 32, 32 if head_dim <= 64 else 16
+    else:
+        rows, keys = (32 if head_dim <= 80 or capability[0] == 10 else 16, 64) if not wide else (32, 32)
+        if single:
+            rows, keys = (16, 16) if wide else (32, 32)
+    tile_q, tile_k = min(block_q, rows), min(block_k, keys)
+    heads = min(triton.next_power_of_2(group), rows // tile_q)
+    # products by warp: columns beyond the rows would be split over warps, and rows' maxima with them
+    left = tile_k if kernel == "key_grad" else tile_q * heads
+    first, second = parts(head_dim, 256 if large and left >= 64 else max(left, 64))
+    return {
+        "TILE_Q": tile_q, "HEADS": heads, "TILE_K": tile_k, "D1": first, "D2": second, "num_warps": warps,
+        "num_stages": stages, "enable_fp_fusion": True,
+    }  # fmt: skip
 
 
 def _capability(tensor: Tensor) -> tuple[int, int]:
@@ -549,7 +580,6 @@ def _common(kernel: str, q, k, v, k_bias, visual_heads, plan, rule, keep_mass) -
     block_q, block_k, radius_t, radius_y, radius_x, causal_window, cross_image = rule
     head_dim, heads = q.shape[3], k.shape[1]
     capability = _capability(q)
-    first, second = parts(head_dim)
     return {
         "q": q, "k": k, "v": v, "k_bias": k_bias,
         "visual_heads": None if visual_heads is None else visual_heads.contiguous().view(torch.uint8),
@@ -558,7 +588,7 @@ def _common(kernel: str, q, k, v, k_bias, visual_heads, plan, rule, keep_mass) -
         "query_rows": q.shape[2], "key_rows": k.shape[2],
         "query_length": query_slots.shape[2], "key_length": key_slots.shape[2], "heads": heads,
         "regions": routes.shape[1], "radius_t": radius_t, "radius_y": radius_y, "radius_x": radius_x,
-        "GROUP": q.shape[1] // heads, "D": head_dim, "D1": first, "D2": second, "BLOCK_Q": block_q, "BLOCK_K": block_k,
+        "GROUP": q.shape[1] // heads, "D": head_dim, "BLOCK_Q": block_q, "BLOCK_K": block_k,
         "BOX_T": radius_t < INFINITE, "BOX_Y": radius_y < INFINITE, "BOX_X": radius_x < INFINITE,
         "ROUTES": routes.shape[1] > 0, "CAUSAL_WINDOW": bool(causal_window), "CROSS_IMAGE": bool(cross_image),
         "HEADS_OFF": NO_HEADS if visual_heads is None else KEEP if keep_mass else DROP,
