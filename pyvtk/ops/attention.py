@@ -42,8 +42,9 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias
 
 
-backends.define("neighbor_attention", _SCHEMA, fake=_fake, dtypes=backends.HALF_AND_SINGLE)
-backends.define("neighbor_attention_backward", _BACKWARD_SCHEMA, fake=_backward_fake, dtypes=backends.HALF_AND_SINGLE)
+_KERNELS = {"dtypes": backends.HALF_AND_SINGLE, "triton": "attention"}
+backends.define("neighbor_attention", _SCHEMA, fake=_fake, **_KERNELS)
+backends.define("neighbor_attention_backward", _BACKWARD_SCHEMA, fake=_backward_fake, **_KERNELS)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -53,8 +54,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradient_through(name: str) -> None:
-    """Register operator ``<name>_backward`` as the gradient of ``name``."""
+def _register_gradient(name: str, backward_name: str) -> None:
+    """Let operator ``backward_name`` form the gradients of ``name``."""
 
     def backward(ctx, grad_out, grad_lse):
         q, k, v, k_bias, visual_heads, out, lse, *plan = ctx.saved_tensors
@@ -65,7 +66,7 @@ def _gradient_through(name: str) -> None:
             grad_out = grad_out.contiguous()
         if grad_lse is not None:
             grad_lse = grad_lse.contiguous()
-        *grads, bias = getattr(torch.ops.pyvtk, f"{name}_backward")(
+        *grads, bias = getattr(torch.ops.pyvtk, backward_name)(
             grad_out, grad_lse, q, k, v, k_bias, visual_heads, out, lse, plan, *ctx.options
         )
         return *grads, None if k_bias is None else bias, None, none, None, None, None, None
@@ -73,7 +74,8 @@ def _gradient_through(name: str) -> None:
     torch.library.register_autograd(f"pyvtk::{name}", backward, setup_context=_setup_context)
 
 
-_gradient_through("neighbor_attention")
+_register_gradient("neighbor_attention", "neighbor_attention_backward")
+_register_gradient("neighbor_attention_triton", "neighbor_attention_backward_triton")
 
 
 def _check(q, k, v, plan, scale, k_bias, visual_heads, visual_mass, visual_rows, return_lse) -> None:
