@@ -4,6 +4,7 @@
 #   demo       demo.png: tokens of a photograph scored, selected, dropped    bench    benchmarks, as a table and plots
 #   asan       the tests of the CPU kernels under sanitizers                 cpp-test C++ tests, which need no torch
 #   cuda       the CUDA library (needs nvcc, no GPU), checked                wheel    wheel and sdist, in dist/
+#   triton     the Triton kernels, compiled for every architecture (no GPU)
 #   lint       what a change must pass                                       format   rewrites the files so that it does
 #   clean      removes what was built; the virtual environment stays
 #
@@ -26,7 +27,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 CXX_FILES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: build test demo bench asan cpp-test cuda wheel lint lint-python lint-cpp lint-text format clean
+.PHONY: build test demo bench asan cpp-test cuda triton wheel lint lint-python lint-cpp lint-text format clean
 .DEFAULT_GOAL := build
 .DELETE_ON_ERROR:
 
@@ -101,6 +102,10 @@ cuda: $(VENV)/.built
 	rm -rf build/cuda
 	PYVTK_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0a" $(PIP) wheel -q --no-build-isolation --no-deps -w build/cuda .
 	$(BIN)/python .ci/check_cuda.py build/cuda/*.whl
+
+# Not only that they compile: shared memory within each architecture's limit, no register spilled up to 128 channels.
+triton: $(VENV)/.built
+	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python .ci/check_triton.py --jobs $(JOBS)
 
 wheel: $(VENV)/.built $(VENV)/.dev
 	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir dist .

@@ -31,9 +31,9 @@ HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 @pytest.mark.skipif(WHY_NOT is None, reason="the tests below run in this process")
 def test_in_the_interpreter(tmp_path):
     command = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    arguments = [str(ROOT / "tests" / "test_attention_triton.py"), "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
+    arguments = ["-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-k", "not compile"]
     env = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    said = run("-c", command, *arguments, "-k", "not compile", cwd=tmp_path, env=env)
+    said = run("-c", command, str(ROOT / "tests" / "test_attention_triton.py"), *arguments, cwd=tmp_path, env=env)
     passed = int(re.search(r"(\d+) passed", said).group(1))
     assert passed >= len(CASES) and "failed" not in said, said
 
@@ -59,7 +59,8 @@ def video() -> TokenLayout:
 
 
 def packed() -> TokenLayout:
-    return TokenLayout.from_images([22, 17], [ImageSpan(0, 2, (1, 3, 5)), ImageSpan(1, 1, (1, 3, 4))], packed=True, device=DEVICE)
+    spans = [ImageSpan(0, 2, (1, 3, 5)), ImageSpan(1, 1, (1, 3, 4))]
+    return TokenLayout.from_images([22, 17], spans, packed=True, device=DEVICE)
 
 
 def neighbors(layout: TokenLayout, radius=1, block=(16, 16), **options):
@@ -152,7 +153,8 @@ def test_outputs_and_gradients(name):
     k, v = (random(plan, kv_heads, plan.num_keys, dim, dtype, order) for _ in range(2))
     bias = torch.randn(k.shape[0], plan.num_keys, device=DEVICE) if options.get("bias") else None
     on = torch.tensor(options["heads"], dtype=torch.bool, device=DEVICE) if "heads" in options else None
-    settings = (plan.tensors(), plan.rule(), options.get("scale", dim**-0.5), "drop" not in options, "zero_rows" in options)
+    scale, modes = options.get("scale", dim**-0.5), ("drop" not in options, "zero_rows" in options)
+    settings = (plan.tensors(), plan.rule(), scale, *modes)
 
     # what is invalid holds NaN, also where gradients come from; the oracles get zeros instead
     grad_out, grad_lse = torch.randn_like(q.contiguous()), torch.randn(q.shape[:3], device=DEVICE)
@@ -170,7 +172,8 @@ def test_outputs_and_gradients(name):
     bad = [x.as_strided(x.shape, x.stride()).copy_(poisoned[n]) for n, x in (("q", q), ("k", k), ("v", v))]
 
     inputs = leaves(*bad, bad_bias)
-    out, lse = torch.ops.pyvtk.neighbor_attention_triton(*inputs[:3], inputs[3] if bias is not None else None, on, *settings)
+    operator = torch.ops.pyvtk.neighbor_attention_triton
+    out, lse = operator(*inputs[:3], inputs[3] if bias is not None else None, on, *settings)
     assert out.dtype == dtype and lse.dtype == torch.float32
     blind = lse.detach().isneginf()
     assert (blind | ~invalid_queries).all() and (out.detach()[blind] == 0).all()
@@ -189,8 +192,8 @@ def test_outputs_and_gradients(name):
     assert_within_budget(out, oracle, rough)
     assert_within_budget(lse, oracle_lse, rough_lse)
     for label, grad, right, about in zip(("q", "k", "v", "k_bias"), grads, oracle_grads, rough_grads):
-        where = invalid_queries if label == "q" else invalid_keys
-        assert (grad[(where if label != "k_bias" else where[:, 0]).expand(grad.shape[: where.dim() - (label == "k_bias")])] == 0).all()
+        where = {"q": invalid_queries, "k_bias": invalid_keys[:, 0]}.get(label, invalid_keys)
+        assert (grad[where.expand(grad.shape[: where.dim()])] == 0).all()
         assert_within_budget(grad, right, about)
 
 
@@ -227,7 +230,8 @@ def test_opcheck():
     settings = (plan.tensors(), plan.rule(), 0.25, True, False)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     operators = torch.ops.pyvtk
-    torch.library.opcheck(operators.neighbor_attention_triton.default, (q, k, v, bias, None, *settings), test_utils=tests)
+    forward = (q, k, v, bias, None, *settings)
+    torch.library.opcheck(operators.neighbor_attention_triton.default, forward, test_utils=tests)
     q, k, v, bias = (x.detach() for x in (q, k, v, bias))
     out, lse = operators.neighbor_attention_triton(q, k, v, bias, None, *settings)
     backward = (out, lse, q, k, v, bias, None, out, lse, *settings)

@@ -1,9 +1,9 @@
 """Triton kernels of neighbor_attention. Meaning: pyvtk/reference/attention.py; tables: pyvtk/plans.py.
 
-Forward and dQ: a program takes some tokens of one query block, for some query heads that share a K/V head, and walks the
-key blocks that its plan lists. dK/dV: a program takes some tokens of one key block and one K/V head, and walks the query
-blocks that visit it, for all heads of the group. Every sum has one owner and a fixed order: no atomics, same bits each
-time. Both walks are cut in two: full blocks first, without the predicate, then partial ones with it.
+Forward and dQ: a program takes some tokens of one query block, for some query heads that share a K/V head, and walks
+the key blocks that its plan lists. dK/dV: a program takes some tokens of one key block and one K/V head, and walks the
+query blocks that visit it, for all heads of the group. Every sum has one owner and a fixed order: no atomics, same
+bits each time. Both walks are cut in two: full blocks first, without the predicate, then partial ones with it.
 
 Rows are gathered by the numbers in a plan's slots; K and V are not repeated for the heads of a group, which lie beside
 the tokens in the rows of a tile instead. A head dimension is cut into two powers of two (80 = 64 + 16), so that it does
@@ -187,7 +187,8 @@ def neighbor_attention_kernel(
     """out = softmax(scale * q k + k_bias) v with an online softmax in base 2; ``scale`` is |scale| * log2(e) here."""
     blocks = query_length // BLOCK_Q
     batch, block, kv_head, slot, member = _query_tile(query_order, blocks, heads, GROUP, BLOCK_Q, TILE_Q, HEADS, False)
-    row, q_image, q_t, q_y, q_x, q_position, q_region = _slots(query_slots + batch * _FACTS * query_length, query_length, slot)
+    facts = query_slots + batch * _FACTS * query_length
+    row, q_image, q_t, q_y, q_x, q_position, q_region = _slots(facts, query_length, slot)
     head = kv_head * GROUP + member
     exists = (row >= 0) & (member < GROUP)
     active = exists & (q_image >= -1)
@@ -318,7 +319,8 @@ def neighbor_attention_query_grad_kernel(
     """grad_q = scale * dz k with dz = p * (grad_out v - delta); the same walk as the forward."""
     blocks = query_length // BLOCK_Q
     batch, block, kv_head, slot, member = _query_tile(query_order, blocks, heads, GROUP, BLOCK_Q, TILE_Q, HEADS, False)
-    row, q_image, q_t, q_y, q_x, q_position, q_region = _slots(query_slots + batch * _FACTS * query_length, query_length, slot)
+    facts = query_slots + batch * _FACTS * query_length
+    row, q_image, q_t, q_y, q_x, q_position, q_region = _slots(facts, query_length, slot)
     head = kv_head * GROUP + member
     exists = (row >= 0) & (member < GROUP)
     place = (batch * heads * GROUP + head) * query_rows + row
@@ -408,7 +410,8 @@ def neighbor_attention_key_grad_kernel(
     """grad_k = scale * dz^T q, grad_v = p^T grad_out, grad_k_bias = the sums of dz; tiles stand as [keys, queries]."""
     count = key_length // BLOCK_K
     batch, block, kv_head, k_slot = _key_tile(key_order, count, heads, BLOCK_K, TILE_K, False)
-    key, k_image, k_t, k_y, k_x, k_position, k_region = _slots(key_slots + batch * _FACTS * key_length, key_length, k_slot)
+    facts = key_slots + batch * _FACTS * key_length
+    key, k_image, k_t, k_y, k_x, k_position, k_region = _slots(facts, key_length, k_slot)
     here = k_image >= -1
     wide = key.to(tl.int64)
     k1, k2 = _load(k + batch * k_batch + kv_head.to(tl.int64) * k_head, wide * k_row, here, D, D1, D2)
@@ -535,26 +538,28 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, group: int, block_q: i
     # stage later for it; the others need two stages more before a row's copy overlaps with work
     large = capability[0] in (9, 10)
     stages = 3 if large or single or wide else 5
-    warps = 8 if wide or (single and head_dim > 64) else 4
+    warps = 8 if wide else 4
     if kernel == "forward":
         rows, keys = (64, 64) if not wide else (64, 32)
         if single:
-            rows, keys = 32, 16 if wide else 32
+            rows, keys, warps = 32, 16 if wide else 32, 8 if head_dim > 64 else 4
         elif not wide and (group % 2 == 0 or block_q >= 128):
             rows, keys, warps = 128, 64 if large else 32, 8  # two heads share what is loaded
     elif kernel == "query_grad":
         rows, keys = (64, 64 if large else 32) if not wide else (32, 32)
         if single:
-            rows, keys = 32, 32 if head_dim <= 64 else 16
+            rows, keys = 16, 16
     else:
         rows, keys = (32 if head_dim <= 80 or capability[0] == 10 else 16, 64) if not wide else (32, 32)
         if single:
-            rows, keys = (16, 16) if wide else (32, 32)
+            rows, keys = (32, 32) if head_dim <= 64 else (16, 16)
     tile_q, tile_k = min(block_q, rows), min(block_k, keys)
     heads = min(triton.next_power_of_2(group), rows // tile_q)
     # products by warp: columns beyond the rows would be split over warps, and rows' maxima with them
     left = tile_k if kernel == "key_grad" else tile_q * heads
     first, second = parts(head_dim, 256 if large and left >= 64 else max(left, 64))
+    if single and second:  # thin parts in three products spill by the hundred
+        second = first
     return {
         "TILE_Q": tile_q, "HEADS": heads, "TILE_K": tile_k, "D1": first, "D2": second, "num_warps": warps,
         "num_stages": stages, "enable_fp_fusion": True,
@@ -639,12 +644,13 @@ def neighbor_attention_backward(
     with torch.cuda.device_of(q):
         first, second = parts(head_dim)
         arguments = {
-            "grad_out": grad_out, "grad_lse": None if grad_lse is None else grad_lse.contiguous(), "out": out, "lse": lse,
-            "delta": delta, **_strides("grad", grad_out), **_strides("out", out), "query_rows": rows, "heads": heads,
-            "D": head_dim, "D1": first, "D2": second, "ROWS": tile, "num_warps": 4,
+            "grad_out": grad_out, "grad_lse": None if grad_lse is None else grad_lse.contiguous(), "out": out,
+            "lse": lse, "delta": delta, **_strides("grad", grad_out), **_strides("out", out), "query_rows": rows,
+            "heads": heads, "D": head_dim, "D1": first, "D2": second, "ROWS": tile, "num_warps": 4,
         }  # fmt: skip
         _launch(neighbor_attention_delta_kernel, batch * heads * triton.cdiv(rows, tile), arguments)
-        shared = {"grad_out": grad_out, "lse": lse, "delta": delta, "scale": scale * LOG2_E, **_strides("grad", grad_out)}
+        shared = {"grad_out": grad_out, "lse": lse, "delta": delta, "scale": scale * LOG2_E}
+        shared.update(_strides("grad", grad_out))
         arguments = {
             **_common("query_grad", q, k, v, k_bias, visual_heads, plan, rule, keep_mass), **shared, "grad_q": grad_q,
             "key_blocks": plan[2], "key_counts": plan[3], "query_order": plan[4],
