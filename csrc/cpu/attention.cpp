@@ -1,7 +1,7 @@
 // Binding of neighbor_attention for CPU tensors. Meaning: pyvtk/reference/attention.py.
 #include "binding.h"
 #include "cpu/attention_problem.h"
-#define PYVTK_KERNEL_HEADER "cpu/attention.h"
+#define PYVTK_KERNEL_HEADER "cpu/attention_backward.h"  // and attention.h, which it includes
 #include "cpu/each_isa.h"
 
 namespace pyvtk::cpu {
@@ -135,9 +135,96 @@ std::tuple<Tensor, Tensor> neighbor_attention(Tensor q, Tensor k, Tensor v, Opti
   return {out, lse};
 }
 
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Gradients neighbor_attention_backward(OptionalTensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k, Tensor v,
+                                      OptionalTensor k_bias, OptionalTensor visual_heads, Tensor out, Tensor lse,
+                                      std::vector<Tensor> plan, std::vector<int64_t> rule, double scale,
+                                      bool keep_mass, bool zero_rows) {
+  AttentionProblem p = attention_problem(q, k, v, k_bias, visual_heads, plan, rule, scale, keep_mass, zero_rows);
+  guard_shape(out, {p.batch, p.q_heads, p.queries, p.dim}, "out");
+  guard_dtype(out, q.scalar_type(), "out");
+  guard_shape(lse, {p.batch, p.q_heads, p.queries}, "lse");
+  guard_dtype(lse, ScalarType::Float, "lse");
+  guard_contiguous(lse, "lse");
+  p.out = rows_of(out, "out");
+  p.lse = mutable_data<float>(lse);
+  AttentionGradient g{};
+  if (grad_out.has_value()) {
+    guard_shape(*grad_out, {p.batch, p.q_heads, p.queries, p.dim}, "grad_out");
+    guard_dtype(*grad_out, q.scalar_type(), "grad_out");
+    g.out = rows_of(*grad_out, "grad_out");
+  }
+  if (grad_lse.has_value()) {
+    guard_shape(*grad_lse, {p.batch, p.q_heads, p.queries}, "grad_lse");
+    guard_dtype(*grad_lse, ScalarType::Float, "grad_lse");
+    guard_contiguous(*grad_lse, "grad_lse");
+    g.lse = data<float>(*grad_lse);
+  }
+  Tensor grad_q = new_empty(q, {p.batch, p.q_heads, p.queries, p.dim}, q.scalar_type());
+  Tensor grad_k = new_empty(k, {p.batch, p.kv_heads, p.keys, p.dim}, q.scalar_type());
+  Tensor grad_v = new_empty(v, {p.batch, p.kv_heads, p.keys, p.dim}, q.scalar_type());
+  Tensor grad_bias = k_bias.has_value() ? new_empty(q, {p.batch, p.keys}, ScalarType::Float)
+                                        : new_empty(q, {0}, ScalarType::Float);
+  g.q = rows_of(grad_q, "grad_q");
+  g.k = rows_of(grad_k, "grad_k");
+  g.v = rows_of(grad_v, "grad_v");
+  g.k_bias = k_bias.has_value() ? mutable_data<float>(grad_bias) : nullptr;
+  if (p.batch * p.q_heads * p.queries * p.dim == 0 || p.keys == 0) {
+    for (const Tensor& tensor : {grad_q, grad_k, grad_v, grad_bias}) {
+      if (tensor.numel()) std::memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size());
+    }
+    return {grad_q, grad_k, grad_v, grad_bias};
+  }
+  const bool known = for_float_dtype(q.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t lanes = PYVTK_FOR_ISA(attention_lanes)();
+    g.ld = ceil_div(p.dim, lanes) * lanes;
+    // Enough parts for some threads, while their sums fit 64 MiB; likewise rows of the batch that are under way.
+    const int64_t row_floats = 2 * p.kv_heads * p.keys * g.ld, most_floats = int64_t{1} << 24;
+    g.parts = std::clamp<int64_t>(std::min(16 / (p.batch * p.kv_heads), most_floats / row_floats), 1,
+                                  std::max<int64_t>(p.row_tiles() / 8, 1));
+    g.direct = g.parts == 1 && std::is_same_v<T, float> && g.ld == p.dim;
+    const int64_t rows =
+        g.direct ? p.batch : std::clamp<int64_t>(most_floats / (row_floats * g.parts), 1, p.batch);
+    std::unique_ptr<float[]> k_sums, v_sums, bias_sums;
+    if (!g.direct) {
+      k_sums = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(rows * g.parts * row_floats / 2));
+      v_sums = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(rows * g.parts * row_floats / 2));
+    }
+    if (g.k_bias) {
+      bias_sums = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(rows * g.parts * p.kv_heads * p.keys));
+    }
+    g.k_sums = k_sums.get();
+    g.v_sums = v_sums.get();
+    g.bias_sums = bias_sums.get();
+    const auto backward = PYVTK_FOR_ISA(attention_backward<T>);
+    const auto add_keys = PYVTK_FOR_ISA(attention_backward_keys<T>);
+    const auto add_bias = PYVTK_FOR_ISA(attention_backward_bias);
+    for_attention_tables(p, rows, [&](AttentionTable& table) {
+      find_keys(p, table);
+      const int64_t heads = (table.batch_end - table.batch_begin) * p.kv_heads;
+      parallel_for(heads * g.parts, cost_of_head(p, table, 5) / static_cast<double>(g.parts),
+                   [&](int64_t begin, int64_t end) { backward(p, g, table, begin, end); });
+      if (table.tile_end < p.row_tiles()) return;
+      if (!g.direct) {
+        parallel_for(heads * p.keys, 0.2 * static_cast<double>(2 * g.parts * g.ld),
+                     [&](int64_t begin, int64_t end) { add_keys(p, g, table.batch_begin, begin, end); });
+      }
+      if (g.k_bias) {
+        parallel_for((table.batch_end - table.batch_begin) * p.keys, static_cast<double>(p.kv_heads * g.parts),
+                     [&](int64_t begin, int64_t end) { add_bias(p, g, table.batch_begin, begin, end); });
+      }
+    });
+  });
+  PYVTK_GUARD(known, "q has dtype number ", static_cast<int>(q.scalar_type()), ", which has no kernel");
+  return {grad_q, grad_k, grad_v, grad_bias};
+}
+
 }  // namespace
 }  // namespace pyvtk::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(pyvtk, CPU, m) {
   m.impl("neighbor_attention", TORCH_BOX(&pyvtk::cpu::neighbor_attention));
+  m.impl("neighbor_attention_backward", TORCH_BOX(&pyvtk::cpu::neighbor_attention_backward));
 }

@@ -113,6 +113,7 @@ PYVTK_INLINE void key_products(FloatRows rows, const int32_t* number, const floa
 #pragma GCC unroll 4
     for (int64_t c = 0; c < vectors; ++c) sum[n][c] = vfloat{};
   }
+#pragma GCC unroll 4
   for (int64_t d = 0; d < dim; ++d) {
     vfloat x[vectors];
 #pragma GCC unroll 4
@@ -129,9 +130,21 @@ PYVTK_INLINE void key_products(FloatRows rows, const int32_t* number, const floa
 // f(first key, sums [keys][vectors]) over groups of a run's keys.
 template <int64_t keys, int64_t vectors, class F>
 PYVTK_INLINE void for_key_products(FloatRows rows, const KeyRun& run, const float* columns, int64_t dim, F&& f) {
+  // Where products are rounded before they are added, short sums keep errors down.
+  constexpr int64_t kPart = PYVTK_VECTOR_BYTES == 16 ? 32 : 256;
   const auto group = [&](auto count, int64_t i) __attribute__((always_inline)) {
     vfloat sum[count][vectors];
-    key_products<count, vectors>(rows, run.row + i, columns, dim, sum);
+    key_products<count, vectors>(rows, run.row + i, columns, kPart < 256 ? std::min(dim, kPart) : dim, sum);
+    for (int64_t d = kPart; kPart < 256 && d < dim; d += kPart) {
+      vfloat more[count][vectors];
+      key_products<count, vectors>({rows.data + d, rows.stride}, run.row + i, columns + d * kAttentionTile,
+                                   std::min(dim - d, kPart), more);
+#pragma GCC unroll 12
+      for (int64_t n = 0; n < count; ++n) {
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < vectors; ++c) sum[n][c] += more[n][c];
+      }
+    }
     f(i, sum);
   };
   int64_t i = 0;
@@ -345,6 +358,14 @@ struct AttentionMemory {
   }
 };
 
+// to = factor * from
+template <class T>
+PYVTK_INLINE void store_row(const float* from, float factor, int64_t dim, T* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d) * factor);
+  for (; d < dim; ++d) to[d] = from_float<T>(from[d] * factor);
+}
+
 template <class T>
 class AttentionForward {
  public:
@@ -523,11 +544,9 @@ class AttentionForward {
       const float* from = sums_ + (slot * kAttentionTile + i) * ldo_;
       if (lse[i] == -kInfinity) {
         std::fill_n(to, p_.dim, from_float<T>(0.0f));
-        continue;
+      } else {
+        store_row(from, factor[i], p_.dim, to);
       }
-      int64_t d = 0;
-      for (; d + kLanes <= p_.dim; d += kLanes) store(to + d, load(from + d) * factor[i]);
-      for (; d < p_.dim; ++d) to[d] = from_float<T>(from[d] * factor[i]);
     }
   }
 

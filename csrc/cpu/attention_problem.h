@@ -58,12 +58,19 @@ struct AttentionProblem {
   }
 };
 
+// Gradients, and where those of keys and values are summed: [steps' rows of the batch][kv_heads][parts][keys][ld] each,
+// or the result itself, if there is one part and it is float32 of whole vectors.
 struct AttentionGradient {
-  AttentionRows out;                                               // gradient of it
-  const float* lse;                                                // gradient of it, or nullptr
-  int64_t lse_batch_stride, lse_head_stride, lse_row_stride;
-  AttentionRows q, k, v;                                           // contiguous
-  float* k_bias;                                                   // [batch, keys] or nullptr
+  AttentionRows out;  // gradient of it; without data it is zero
+  const float* lse;   // [batch, q_heads, queries], gradient of it, or nullptr
+  AttentionRows q, k, v;
+  float* k_bias;  // [batch, keys] or nullptr
+  int64_t parts;  // that the tiles of a row of the batch are cut into; by sizes alone, so that sums have one order
+  bool direct;
+  int64_t ld;
+  float* k_sums;
+  float* v_sums;
+  float* bias_sums;  // [steps' rows][kv_heads][parts][keys], or nullptr
 };
 
 // The keys of one tile of queries, without those that none of its queries sees. Where a half of the tile has vectors of
