@@ -83,8 +83,11 @@ class Scene:
 
     def seen(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """bool [rows, tokens]: which keys these queries see."""
-        image, (t, y, x) = self.layout.image_id[0], self.layout.coords[0].unbind(-1)
-        near = functools.reduce(torch.logical_and, ((c[rows, None] - c).abs() <= self.radius for c in (t, y, x)))
+        image, coords = self.layout.image_id[0], self.layout.coords[0]
+        axes = [axis for axis in range(3) if any(grid[axis] > 1 for grid in self.grids)]
+        near = functools.reduce(
+            torch.logical_and, ((coords[rows, None, axis] - coords[:, axis]).abs() <= self.radius for axis in axes)
+        )
         if not self.causal:
             return near
         position = self.layout.positions[0]
@@ -175,7 +178,7 @@ class Scene:
 
     def build(self, tiles: bool) -> BlockMask:
         length = self.slots.shape[1] if tiles else self.tokens
-        # what FlexAttention's documentation advises on a GPU; on the CPU, where it takes 10 s, the plain one
+        # compiled as FlexAttention's documentation advises; on the CPU, where that takes 20 s per mask, not
         create = compiled(create_block_mask) if self.device == "cuda" else create_block_mask
         return create(self.rule(tiles), None, None, length, length, device=self.device)
 
@@ -274,6 +277,9 @@ def peers_of(scene: Scene, mask: bool, flex: str | None) -> tuple[dict, dict[str
     present, absent = dense_peers(scene), {}
     if mask:
         present |= masked_peers(scene)
+        if scene.device == "cpu" and scene.tokens >= 4096:
+            del present["SDPA mask built"]
+            absent["SDPA mask built"] = "seconds"
     else:
         absent["SDPA mask"] = "minutes, or more memory than there is"
     if flex is None:
@@ -479,6 +485,7 @@ def planning(name, scene, heads, dtype):
 
         return check
 
+    flex_mask = "flex mask" if scene.device == "cuda" else "flex mask, uncompiled"
     return Case(
         "attention",
         title(f"plan of {name}, radius {scene.radius}", heads),
@@ -487,7 +494,7 @@ def planning(name, scene, heads, dtype):
         {
             OURS: lambda q, k, v: pyvtk.neighbor_plan(scene.layout, scene.radius),
             "one layer": lambda q, k, v: pyvtk.neighbor_attention(q, k, v, scene.plan),
-            "flex mask": lambda q, k, v: scene.build(False),
+            flex_mask: lambda q, k, v: scene.build(False),
         },
         expect,
         bars={"one layer": 1.0},
@@ -577,39 +584,33 @@ def on_cpu() -> list[Case]:
 
 
 def on_cuda() -> list[Case]:
-    """Whole layers in bfloat16."""
+    """Whole layers in bfloat16. FlexAttention compiles for a minute per shape: ``--filter`` chooses."""
     tower, llava, qwen = (16, 16, 128), (32, 32, 128), (28, 4, 128)
     over_flex = {"flex": 1.3, "flex tiles": 1.0}
-    bars = {
-        (grid(64, 64), 7): over_flex,
-        (grid(128, 128), 7): over_flex | {DENSE: 10.0, TILE: 0.35},
-        (LLAVA, 2): {"SDPA causal": 1.0},
-        (QWEN_4K, 3): {"flex": 1.3},
-        (QWEN_16K, 3): {"flex": 1.3},
-    }
-    towers = {
-        "24x24": grid(24, 24), "27x27": grid(27, 27), "48x48": grid(48, 48), "64x64": grid(64, 64),
-        "128x128": grid(128, 128), "video 32x14x14": grid(14, 14, 32),
-    }  # fmt: skip
-    mixed = {"LLaVA-1.5 mixed, N=675": (LLAVA, llava), "Qwen2-VL mixed, N=4096": (QWEN_4K, qwen),
-             "Qwen2-VL mixed, N=16384": (QWEN_16K, qwen)}  # fmt: skip
-    shapes = [(name, parts, tower) for name, parts in towers.items()]
-    shapes += [(name, *how) for name, how in mixed.items()]
+    # name, parts, heads, the radius with bars, which all peers run, and those bars
+    shapes = [
+        ("24x24", grid(24, 24), tower, 3, {}),
+        ("27x27", grid(27, 27), tower, 3, {}),
+        ("48x48", grid(48, 48), tower, 3, {}),
+        ("64x64", grid(64, 64), tower, 7, over_flex),
+        ("128x128", grid(128, 128), tower, 7, over_flex | {DENSE: 10.0, TILE: 0.35}),
+        ("video 32x14x14", grid(14, 14, 32), tower, 3, {}),
+        ("LLaVA-1.5 mixed, N=675", LLAVA, llava, 2, {"SDPA causal": 1.0}),
+        ("Qwen2-VL mixed, N=4096", QWEN_4K, qwen, 3, {"flex": 1.3}),
+        ("Qwen2-VL mixed, N=16384", QWEN_16K, qwen, 3, {"flex": 1.3}),
+    ]
+    no_flex = {"flex": "compiled for one radius of every shape"}
     found = []
-    for (name, parts, heads), radius in itertools.product(shapes, (1, 2, 3, 7)):
+    for name, parts, heads, radius, bars in shapes:
         scene = Scene(parts, radius, "cuda")
-        found.append(forward(name, scene, heads, torch.bfloat16, bars=bars.get((parts, radius))))
-    for radius in (12, 23):  # dense attention wins
-        found.append(forward("24x24", Scene(grid(24, 24), radius, "cuda"), tower, torch.bfloat16))
-    for name, parts, heads in shapes:
-        radius = 7 if (parts, 7) in bars else 3 if (parts, 3) in bars else 2
-        scene = Scene(parts, radius, "cuda")
-        wanted = {peer: bar for peer, bar in bars.get((parts, radius), {}).items() if peer in over_flex}
-        # the plain masked backward of the longest sequence keeps a float mask and its gradient for every head
-        found.append(training(name, scene, heads, torch.bfloat16, bars=wanted, mask=scene.tokens <= 4096))
-        if scene.tokens <= 4096:
-            found.append(planning(name, scene, heads, torch.bfloat16))
-            found.append(dropping(name, scene, heads, torch.bfloat16))
+        found.append(forward(name, scene, heads, torch.bfloat16, bars=bars))
+        of_flex = {peer: bar for peer, bar in bars.items() if peer in over_flex}
+        found.append(training(name, scene, heads, torch.bfloat16, bars=of_flex))
+        found.append(planning(name, scene, heads, torch.bfloat16))
+        found.append(dropping(name, scene, heads, torch.bfloat16))
+        # where dense attention wins is of interest too
+        for other in sorted({1, 2, 3, 7, *((12, 23) if name == "24x24" else ())} - {radius}):
+            found.append(forward(name, Scene(parts, other, "cuda"), heads, torch.bfloat16, **no_flex))
     return found
 
 

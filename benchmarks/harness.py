@@ -90,7 +90,7 @@ class Case:
         memory: measure extra memory too.
         device: "cpu" or "cuda".
         absent: peers that cannot run here, and why.
-        optional: peers that not every installation can run; those that raise RuntimeError become absent.
+        optional: peers that not every installation can run; those that raise become absent.
         dense: peers that compute every pair (of a causal case: every causal one), for ``pairs``.
         pairs: how sparse the case is.
     """
@@ -356,7 +356,7 @@ def present(case: Case, inputs: tuple) -> Case:
     for name in case.optional:
         try:
             case.providers[name](*(_copy(inputs) if case.mutates else inputs))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             absent[name] = first_line(error)[:120] or type(error).__name__
     return dataclasses.replace(
         case,

@@ -58,7 +58,9 @@ def _share(axes, rows: list[Result]) -> None:
 
 
 def _break_even(figure, rows: list[Result]) -> None:
-    """Points left of and below the line of ideal work; below 1x dense attention is the better choice."""
+    """Each case by the share of pairs that it needs and its speed-up over dense attention, which below 1x is the better
+    choice. On the line all time is spent on needed pairs; at the tick of a case, on those that its plan's blocks hold
+    (kernels that skip keys inside blocks get above it)."""
     axes, key = figure.subplots(1, 2, width_ratios=(1.6, 1))
     _bare(axes)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
