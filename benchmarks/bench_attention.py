@@ -258,6 +258,8 @@ def natten_peers(scene: Scene) -> tuple[dict, dict[str, str]]:
     grid = tuple(length for length in scene.grids[0] if length > 1)
     if importlib.util.find_spec("natten") is None:
         return {}, {"natten": "not installed"}
+    if scene.device == "cpu" and scene.tokens > 2304:
+        return {}, {"natten": "tens of seconds: it has no kernel for the CPU"}
     if min(grid) < 2 * scene.radius + 1:
         return {}, {"natten": "its window must fit into the grid"}
     import natten
