@@ -285,8 +285,8 @@ def test_command_refuses(arguments, message, capsys):
 def test_command_needs_the_device(capsys):
     assert main(["bench", "attention", "--device", "cuda"]) == 2
     assert capsys.readouterr().err == "pyvtk bench: torch sees no CUDA device\n"
-    assert main(["bench", "attention", "--device", "cuda", "--list", "--filter", "attention: 128x128, radius 7, 16"]) == 0
-    assert capsys.readouterr().out == "attention: 128x128, radius 7, 16/16 heads, D=128, bf16\n"
+    assert main(["bench", "attention", "--device", "cuda", "--list", "--filter", "attention: 128x128, radius 7,"]) == 0
+    assert capsys.readouterr().out.startswith("attention: 128x128, radius 7, 16/16 heads, D=128, bf16\n")
 
 
 def test_command_exits_1_on_red(monkeypatch, capsys):
