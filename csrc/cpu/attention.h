@@ -243,13 +243,14 @@ class KeyRows {
 
   explicit KeyRows(const AttentionProblem& p) : p_(p), pitch_(ceil_div(p.dim, kLanes) * kLanes) {
     if constexpr (!std::is_same_v<T, float>) {
-      // Rows are widened when they are needed first: what nobody sees is not read.
       wide_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(2 * p.keys * pitch_));
       owner_.assign(static_cast<size_t>(p.keys), -1);
     }
   }
 
-  void choose(int64_t b, int64_t kv_head) {
+  // For tiles that need `entries` rows, counted as often as they need them. Many: all are widened, in the order of
+  // memory. Few: when they are needed first.
+  void choose(int64_t b, int64_t kv_head, int64_t entries) {
     head_ = b * p_.kv_heads + kv_head;
     k_ = p_.k.head<T>(b, kv_head);
     v_ = p_.v.head<T>(b, kv_head);
@@ -259,6 +260,7 @@ class KeyRows {
     } else {
       k = {wide_.get(), 2 * pitch_};
       v = {wide_.get() + pitch_, 2 * pitch_};
+      for (int64_t key = 0; key < p_.keys && entries >= p_.keys; ++key) widen(key);
     }
   }
 
@@ -513,7 +515,7 @@ class AttentionForward : TileForward {
   explicit AttentionForward(const AttentionProblem& p) : TileForward(p), p_(p), keys_(p) {}
 
   void run(const AttentionTable& table, int64_t b, int64_t kv_head, int64_t tile_begin, int64_t tile_end) {
-    keys_.choose(b, kv_head);
+    keys_.choose(b, kv_head, table.entries(b, tile_begin, tile_end));
     k_ = keys_.k;
     v_ = keys_.v;
     bias_ = p_.k_bias ? p_.k_bias + b * p_.keys : nullptr;

@@ -242,12 +242,12 @@ class AttentionBackward : TileBackward {
       std::fill_n(grad_v_, p_.keys * g_.ld, 0.0f);
       if (grad_bias_) std::fill_n(grad_bias_, p_.keys, 0.0f);
     }
-    keys_.choose(b, kv_head);
+    const int64_t first = std::max(tiles * part / g_.parts, table.tile_begin);
+    const int64_t last = std::min(tiles * (part + 1) / g_.parts, table.tile_end);
+    keys_.choose(b, kv_head, table.entries(b, first, last));
     k_ = keys_.k;
     v_ = keys_.v;
     bias_ = p_.k_bias ? p_.k_bias + b * p_.keys : nullptr;
-    const int64_t first = std::max(tiles * part / g_.parts, table.tile_begin);
-    const int64_t last = std::min(tiles * (part + 1) / g_.parts, table.tile_end);
     for (int64_t tile = first; tile < last; ++tile) {
       tile_rows(p_, b, tile, rows_);
       const AttentionTile& keys = table.tile(b, tile);
