@@ -251,6 +251,7 @@ class AttentionBackward : TileBackward {
     for (int64_t tile = first; tile < last; ++tile) {
       tile_rows(p_, b, tile, rows_);
       const AttentionTile& keys = table.tile(b, tile);
+      if (tile + 1 < last) prefetch(b, kv_head, tile + 1);
       for (int64_t head = kv_head * p_.group(); head < (kv_head + 1) * p_.group(); ++head) {
         visit(table, keys, b, head, keys.valid & ~(p_.is_on(head) || !p_.zero_rows ? 0 : keys.visual));
       }
@@ -258,11 +259,21 @@ class AttentionBackward : TileBackward {
   }
 
  private:
+  void prefetch(int64_t b, int64_t kv_head, int64_t tile) {
+    int32_t rows[kAttentionTile];
+    tile_rows(p_, b, tile, rows);
+    for (int64_t head = kv_head * p_.group(); head < (kv_head + 1) * p_.group(); ++head) {
+      prefetch_rows(p_.q.head<const T>(b, head), p_.q.row_stride, rows, p_.dim);
+      if (g_.out.data) prefetch_rows(g_.out.head<const T>(b, head), g_.out.row_stride, rows, p_.dim);
+    }
+  }
+
   void visit(const AttentionTable& table, const AttentionTile& tile, int64_t b, int64_t head, uint32_t active) {
     const int64_t entries = active ? tile.both + tile.low + tile.high : 0;
     if (entries == 0) {
       std::fill_n(sums_, kAttentionTile * ldo_, 0.0f);
     } else {
+      prefetch_rows(g_.q.head<const T>(b, head), g_.q.row_stride, rows_, p_.dim);
       load_queries(b, head, active);
       // The mean slope of a query, sum of p dp, is also grad_out . out; but a rounded out would leave its errors in the
       // gradient of a bias, which sums over all queries.
