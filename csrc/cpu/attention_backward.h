@@ -51,19 +51,31 @@ class TileBackward {
   void subtract_means() {
     for (int64_t c = 0; c < kTileVectors; ++c) shift_[c] -= mean_[c];
   }
+  // Sums of p dp and of p: exp(z - lse) carries the rounding of lse, which grows with it, and is normalised anew.
   void add_means() {
     for (int64_t half = 0; half < kHalves; ++half) {
       const int64_t count = chunk_.runs[0].count + chunk_.runs[1 + half].count;
-      vfloat sum[kHalfVectors] = {};
+      vfloat sum[kHalfVectors] = {}, total[kHalfVectors] = {};
       for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 2
         for (int64_t c = 0; c < kHalfVectors; ++c) {
-          const int64_t at = i * kHalf + c * kLanes;
-          sum[c] += load(weights_[half] + at) * load(slopes_[half] + at);
+          const vfloat p = load(weights_[half] + i * kHalf + c * kLanes);
+          sum[c] += p * load(slopes_[half] + i * kHalf + c * kLanes);
+          total[c] += p;
         }
       }
-      for (int64_t c = 0; c < kHalfVectors; ++c) mean_[half * kHalfVectors + c] += sum[c];
+      for (int64_t c = 0; c < kHalfVectors; ++c) {
+        mean_[half * kHalfVectors + c] += sum[c];
+        total_[half * kHalfVectors + c] += total[c];
+      }
     }
+  }
+  void normalise() {
+    for (int64_t c = 0; c < kTileVectors; ++c) {
+      factor_[c] = blend(total_[c] == vfloat{}, splat(1.0f), 1.0f / total_[c]);
+      mean_[c] *= factor_[c];
+    }
+    subtract_means();
   }
 
   // Probabilities of a chunk and their gradients.
@@ -97,13 +109,15 @@ class TileBackward {
     }
   }
 
-  // Gradients of logits from those of probabilities.
+  // Gradients of logits from those of probabilities, which are normalised.
   void form_slopes(int64_t half, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 2
       for (int64_t c = 0; c < kHalfVectors; ++c) {
-        float* slope = slopes_[half] + i * kHalf + c * kLanes;
-        store(slope, load(weights_[half] + i * kHalf + c * kLanes) * (load(slope) + shift_[half * kHalfVectors + c]));
+        const int64_t at = i * kHalf + c * kLanes, vector = half * kHalfVectors + c;
+        const vfloat p = load(weights_[half] + at) * factor_[vector];
+        store(weights_[half] + at, p);
+        store(slopes_[half] + at, p * (load(slopes_[half] + at) + shift_[vector]));
       }
     }
   }
@@ -213,7 +227,7 @@ class TileBackward {
   float* grad_bias_ = nullptr;
   FloatRows k_, v_;
   const float* bias_ = nullptr;
-  vfloat lse_[kTileVectors], shift_[kTileVectors], mean_[kTileVectors];
+  vfloat lse_[kTileVectors], shift_[kTileVectors], mean_[kTileVectors], total_[kTileVectors], factor_[kTileVectors];
   bool text_only_ = false;
   KeyChunk chunk_;
 
@@ -290,12 +304,12 @@ class AttentionBackward : TileBackward {
       };
       if (!single && !std::is_same_v<T, float> && grad_bias_) {
         walk([&](bool) { add_means(); });
-        subtract_means();
+        normalise();
       }
       walk([&](bool fresh) {
         if (single) {
           add_means();
-          subtract_means();
+          normalise();
         }
         add_gradients(fresh);
       });
@@ -338,7 +352,8 @@ class AttentionBackward : TileBackward {
     for (int64_t c = 0; c < kTileVectors; ++c) {
       lse_[c] = load(lse + c * kLanes);
       shift_[c] = load(shift + c * kLanes);
-      mean_[c] = vfloat{};
+      mean_[c] = total_[c] = vfloat{};
+      factor_[c] = splat(1.0f);
     }
     tile_columns(q, ldo_, p_.scale * kLog2E, q_columns_);
     tile_columns(grad, ldo_, 1.0f, grad_columns_);
