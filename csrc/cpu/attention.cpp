@@ -179,10 +179,12 @@ Gradients neighbor_attention_backward(OptionalTensor grad_out, OptionalTensor gr
     using T = decltype(zero);
     const int64_t lanes = PYVTK_FOR_ISA(attention_lanes)();
     g.ld = ceil_div(p.dim, lanes) * lanes;
-    // Enough parts for some threads, while their sums fit 64 MiB; likewise rows of the batch that are under way.
+    // Enough parts for some threads, while their sums fit 64 MiB; likewise rows of the batch that are under way. Sums
+    // of parts cost less where a group shares them.
     const int64_t row_floats = 2 * p.kv_heads * p.keys * g.ld, most_floats = int64_t{1} << 24;
-    g.parts = std::clamp<int64_t>(std::min(16 / (p.batch * p.kv_heads), most_floats / row_floats), 1,
-                                  std::max<int64_t>(p.row_tiles() / 8, 1));
+    const int64_t wanted = 8 * std::min<int64_t>(p.group(), 4) / (p.batch * p.kv_heads);
+    g.parts =
+        std::clamp<int64_t>(std::min(wanted, most_floats / row_floats), 1, std::max<int64_t>(p.row_tiles() / 8, 1));
     g.direct = g.parts == 1 && std::is_same_v<T, float> && g.ld == p.dim;
     const int64_t rows = g.direct ? p.batch : std::clamp<int64_t>(most_floats / (row_floats * g.parts), 1, p.batch);
     std::unique_ptr<float[]> k_sums, v_sums, bias_sums;

@@ -51,19 +51,31 @@ class TileBackward {
   void subtract_means() {
     for (int64_t c = 0; c < kTileVectors; ++c) shift_[c] -= mean_[c];
   }
+  // Sums of p dp and of p: exp(z - lse) carries the rounding of lse, which grows with it, and is normalised anew.
   void add_means() {
     for (int64_t half = 0; half < kHalves; ++half) {
       const int64_t count = chunk_.runs[0].count + chunk_.runs[1 + half].count;
-      vfloat sum[kHalfVectors] = {};
+      vfloat sum[kHalfVectors] = {}, total[kHalfVectors] = {};
       for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 2
         for (int64_t c = 0; c < kHalfVectors; ++c) {
-          const int64_t at = i * kHalf + c * kLanes;
-          sum[c] += load(weights_[half] + at) * load(slopes_[half] + at);
+          const vfloat p = load(weights_[half] + i * kHalf + c * kLanes);
+          sum[c] += p * load(slopes_[half] + i * kHalf + c * kLanes);
+          total[c] += p;
         }
       }
-      for (int64_t c = 0; c < kHalfVectors; ++c) mean_[half * kHalfVectors + c] += sum[c];
+      for (int64_t c = 0; c < kHalfVectors; ++c) {
+        mean_[half * kHalfVectors + c] += sum[c];
+        total_[half * kHalfVectors + c] += total[c];
+      }
     }
+  }
+  void normalise() {
+    for (int64_t c = 0; c < kTileVectors; ++c) {
+      factor_[c] = blend(total_[c] == vfloat{}, splat(1.0f), 1.0f / total_[c]);
+      mean_[c] *= factor_[c];
+    }
+    subtract_means();
   }
 
   // Probabilities of a chunk and their gradients.
@@ -97,13 +109,15 @@ class TileBackward {
     }
   }
 
-  // Gradients of logits from those of probabilities.
+  // Gradients of logits from those of probabilities, which are normalised.
   void form_slopes(int64_t half, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 2
       for (int64_t c = 0; c < kHalfVectors; ++c) {
-        float* slope = slopes_[half] + i * kHalf + c * kLanes;
-        store(slope, load(weights_[half] + i * kHalf + c * kLanes) * (load(slope) + shift_[half * kHalfVectors + c]));
+        const int64_t at = i * kHalf + c * kLanes, vector = half * kHalfVectors + c;
+        const vfloat p = load(weights_[half] + at) * factor_[vector];
+        store(weights_[half] + at, p);
+        store(slopes_[half] + at, p * (load(slopes_[half] + at) + shift_[vector]));
       }
     }
   }
@@ -213,7 +227,7 @@ class TileBackward {
   float* grad_bias_ = nullptr;
   FloatRows k_, v_;
   const float* bias_ = nullptr;
-  vfloat lse_[kTileVectors], shift_[kTileVectors], mean_[kTileVectors];
+  vfloat lse_[kTileVectors], shift_[kTileVectors], mean_[kTileVectors], total_[kTileVectors], factor_[kTileVectors];
   bool text_only_ = false;
   KeyChunk chunk_;
 
@@ -242,15 +256,16 @@ class AttentionBackward : TileBackward {
       std::fill_n(grad_v_, p_.keys * g_.ld, 0.0f);
       if (grad_bias_) std::fill_n(grad_bias_, p_.keys, 0.0f);
     }
-    keys_.choose(b, kv_head);
+    const int64_t first = std::max(tiles * part / g_.parts, table.tile_begin);
+    const int64_t last = std::min(tiles * (part + 1) / g_.parts, table.tile_end);
+    keys_.choose(b, kv_head, table.entries(b, first, last));
     k_ = keys_.k;
     v_ = keys_.v;
     bias_ = p_.k_bias ? p_.k_bias + b * p_.keys : nullptr;
-    const int64_t first = std::max(tiles * part / g_.parts, table.tile_begin);
-    const int64_t last = std::min(tiles * (part + 1) / g_.parts, table.tile_end);
     for (int64_t tile = first; tile < last; ++tile) {
       tile_rows(p_, b, tile, rows_);
       const AttentionTile& keys = table.tile(b, tile);
+      if (tile + 1 < last) prefetch(b, kv_head, tile + 1);
       for (int64_t head = kv_head * p_.group(); head < (kv_head + 1) * p_.group(); ++head) {
         visit(table, keys, b, head, keys.valid & ~(p_.is_on(head) || !p_.zero_rows ? 0 : keys.visual));
       }
@@ -258,11 +273,21 @@ class AttentionBackward : TileBackward {
   }
 
  private:
+  void prefetch(int64_t b, int64_t kv_head, int64_t tile) {
+    int32_t rows[kAttentionTile];
+    tile_rows(p_, b, tile, rows);
+    for (int64_t head = kv_head * p_.group(); head < (kv_head + 1) * p_.group(); ++head) {
+      prefetch_rows(p_.q.head<const T>(b, head), p_.q.row_stride, rows, p_.dim);
+      if (g_.out.data) prefetch_rows(g_.out.head<const T>(b, head), g_.out.row_stride, rows, p_.dim);
+    }
+  }
+
   void visit(const AttentionTable& table, const AttentionTile& tile, int64_t b, int64_t head, uint32_t active) {
     const int64_t entries = active ? tile.both + tile.low + tile.high : 0;
     if (entries == 0) {
       std::fill_n(sums_, kAttentionTile * ldo_, 0.0f);
     } else {
+      prefetch_rows(g_.q.head<const T>(b, head), g_.q.row_stride, rows_, p_.dim);
       load_queries(b, head, active);
       // The mean slope of a query, sum of p dp, is also grad_out . out; but a rounded out would leave its errors in the
       // gradient of a bias, which sums over all queries.
@@ -279,12 +304,12 @@ class AttentionBackward : TileBackward {
       };
       if (!single && !std::is_same_v<T, float> && grad_bias_) {
         walk([&](bool) { add_means(); });
-        subtract_means();
+        normalise();
       }
       walk([&](bool fresh) {
         if (single) {
           add_means();
-          subtract_means();
+          normalise();
         }
         add_gradients(fresh);
       });
@@ -327,7 +352,8 @@ class AttentionBackward : TileBackward {
     for (int64_t c = 0; c < kTileVectors; ++c) {
       lse_[c] = load(lse + c * kLanes);
       shift_[c] = load(shift + c * kLanes);
-      mean_[c] = vfloat{};
+      mean_[c] = total_[c] = vfloat{};
+      factor_[c] = splat(1.0f);
     }
     tile_columns(q, ldo_, p_.scale * kLog2E, q_columns_);
     tile_columns(grad, ldo_, 1.0f, grad_columns_);

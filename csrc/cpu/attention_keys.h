@@ -1,5 +1,7 @@
 // Which keys a tile of queries needs: the predicate of the plan, evaluated for 16 queries at a time. Once for all
 // heads.
+#include "cpu/attention_problem.h"
+
 namespace pyvtk::cpu::PYVTK_ISA {
 
 // With vectors of half a tile, keys that only one half needs are not multiplied with the other. With narrower vectors

@@ -103,6 +103,12 @@ struct AttentionTable {
   const AttentionTile& tile(int64_t b, int64_t tile) const {
     return tiles[static_cast<size_t>((b - batch_begin) * row_tiles() + tile - tile_begin)];
   }
+  // Keys of tiles [begin, end).
+  int64_t entries(int64_t b, int64_t begin, int64_t end) const {
+    int64_t sum = 0;
+    for (int64_t i = begin; i < end; ++i) sum += tile(b, i).both + tile(b, i).low + tile(b, i).high;
+    return sum;
+  }
 };
 
 inline constexpr uint32_t kVisualKey = 1u << 16;
