@@ -199,3 +199,166 @@ def test_trap_13_half_precision_maps_collide(seed):
     for token in ours ^ theirs:
         assert abs(float(exact[token]) - boundary) <= rounding
     assert ours == set(best(scores, 144)[0])
+
+
+# --- attention by groups of keys: what published code edits in the map after the softmax ---
+
+
+def layout_of(system=5, side=5, text=9, batch=2):
+    """System tokens, one image, text, and the causal mask whose visual block is a window of 3 x 3 [M, N]."""
+    tokens = system + side * side + text
+    images = [pyvtk.ImageSpan(b, system, (1, side, side)) for b in range(batch)]
+    mask = torch.ones(tokens, tokens).tril().bool()
+    for i in range(side * side):
+        for j in range(side * side):
+            near = abs(i // side - j // side) <= 1 and abs(i % side - j % side) <= 1
+            mask[system + i, system + j] = near
+    visual = torch.zeros(tokens, dtype=torch.bool)
+    visual[system : system + side * side] = True
+    return pyvtk.TokenLayout.from_images([tokens] * batch, images), mask, visual
+
+
+def masked_map(q, k, mask):
+    """Post-softmax weights [B, H, M, N] in float64."""
+    z = torch.einsum("bhmd,bhnd->bhmn", q.double(), k.repeat_interleave(q.shape[1] // k.shape[1], 1).double())
+    return (z * q.shape[-1] ** -0.5).masked_fill(~mask, -math.inf).softmax(-1)
+
+
+def whole_inputs(layout, heads=4, kv_heads=2, dim=16):
+    q, k = inputs(heads, kv_heads, layout.num_tokens, layout.num_tokens, dim, layout.num_samples)
+    return q, k, torch.randn(k.shape, generator=torch.Generator().manual_seed(5))
+
+
+def by_groups(q, k, v, layout, groups, radius=1):
+    """(out, lse) of every group of keys."""
+    plans = [pyvtk.neighbor_plan(layout, radius, keys=group) for group in groups]
+    return zip(*(pyvtk.neighbor_attention(q, k, v, plan, return_lse=True) for plan in plans))
+
+
+def values_of(v, heads):
+    return v.double().repeat_interleave(heads // v.shape[1], 1)
+
+
+@pytest.mark.parametrize("rows", ("attend", "zero"))
+def test_trap_1_pruned_heads_are_not_renormalised(rows):
+    """YOPO multiplies the weights of visual columns by 0 after the softmax; LLaVA's code zeroes visual rows as well."""
+    layout, mask, visual = layout_of()
+    q, k, v = whole_inputs(layout)
+    on = torch.tensor([True, False, True, False])
+    weights = masked_map(q, k, mask)
+    weights[:, ~on] = weights[:, ~on].masked_fill(visual, 0)
+    expected = weights @ values_of(v, 4)
+    if rows == "zero":
+        expected[:, ~on] = expected[:, ~on].masked_fill(visual[:, None], 0)
+    plan = pyvtk.neighbor_plan(layout, 1)
+    out = pyvtk.neighbor_attention(q, k, v, plan, visual_heads=on, visual_rows=rows)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    # The same from two groups: out = exp(lse_text - lse) out_text for heads that are off.
+    outs, lses = by_groups(q, k, v, layout, ("text", "visual"))
+    _, lse = pyvtk.merge_attention(outs, lses)
+    seen = on[:, None].float()
+    coefficients = [(lses[0] - lse).exp(), (lses[1] - lse).exp() * seen]
+    merged, _ = pyvtk.merge_attention(outs, lses, coefficients)
+    if rows == "zero":
+        merged = torch.where(visual[:, None] & ~on[:, None, None], 0, merged)
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-5, atol=1e-6)
+    # A mask before the softmax is something else.
+    dropped = pyvtk.neighbor_attention(q, k, v, plan, visual_heads=on, visual_rows=rows, visual_mass="drop")
+    assert (dropped[:, ~on, -1] - out[:, ~on, -1]).abs().max() > 0.01
+
+
+def test_layer_cut():
+    """From YOPO's cut layer on visual columns weigh 0 in every head (simulation); with visual tokens gone (what its
+    text describes) text attends to text alone."""
+    layout, mask, visual = layout_of()
+    q, k, v = whole_inputs(layout)
+    off = torch.zeros(4, dtype=torch.bool)
+    weights = masked_map(q, k, mask).masked_fill(visual, 0)
+    out = pyvtk.neighbor_attention(q, k, v, pyvtk.neighbor_plan(layout, 1), visual_heads=off)
+    torch.testing.assert_close(out.double(), weights @ values_of(v, 4), rtol=1e-5, atol=1e-6)
+    kept = pyvtk.Selection.from_mask((~visual).expand(2, -1), capacity="exact")
+    taken = pyvtk.compact(kept, q, k, v, dim=2)
+    gone = pyvtk.neighbor_attention(*taken, pyvtk.neighbor_plan(layout.take(kept), 1))
+    expected = masked_map(*taken[:2], torch.ones(14, 14).tril().bool()) @ values_of(taken[2], 4)
+    torch.testing.assert_close(gone.double(), expected, rtol=1e-5, atol=1e-6)
+    dropped = pyvtk.neighbor_attention(
+        q, k, v, pyvtk.neighbor_plan(layout, 1), visual_heads=off, visual_mass="drop", visual_rows="zero"
+    )
+    torch.testing.assert_close(pyvtk.compact(kept, dropped, dim=2), gone)
+
+
+def test_renormalised_removal():
+    """Sum over the other groups of m_g o_g / (1 - m_removed), and 0 where the removed group had all the mass."""
+    layout, mask, visual = layout_of(system=0)
+    q, k, v = whole_inputs(layout)
+    outs, lses = by_groups(q, k, v, layout, ("text", "visual"))
+    _, lse = pyvtk.merge_attention(outs, lses)
+    coefficients = [(lses[0] - lse).exp(), torch.zeros_like(lse)]
+    out, _ = pyvtk.merge_attention(outs, lses, coefficients, renormalize=True)
+    weights = masked_map(q, k, mask).masked_fill(visual, 0)
+    mass = weights.sum(-1, keepdim=True)
+    weights = torch.where(mass > 0, weights / mass, 0)
+    torch.testing.assert_close(out.double(), weights @ values_of(v, 4), rtol=1e-5, atol=1e-6)
+    assert not out[:, :, visual].any()  # nothing precedes the image: its tokens see visual keys alone
+
+
+def test_visual_attention_redistribution():
+    """VAR: where an image has much mass and little of it in sinks, sinks (of text, too) pass a share 1 - p on to the
+    other visual tokens, in proportion to their weights."""
+    layout, mask, visual = layout_of(system=4, text=8)
+    q, k, v = whole_inputs(layout)
+    tokens = torch.arange(layout.num_tokens)
+    sink = (tokens == 0) | (tokens == 7) | (tokens == 16)  # one of text, two of the image
+    p, rho, much = 0.6, 0.5, 0.2
+    weights = masked_map(q, k, mask)
+    image, image_sinks = weights[..., visual].sum(-1), weights[..., visual & sink].sum(-1)
+    chosen = (image >= much) & (image_sinks / image.clamp(min=1e-30) <= rho)
+    expected_map = weights.clone()
+    freed = (1 - p) * weights[..., sink].sum(-1)
+    other = visual & ~sink
+    share = weights[..., other] / weights[..., other].sum(-1, keepdim=True).clamp(min=1e-30)
+    edited = weights.clone()
+    edited[..., sink] *= p
+    edited[..., other] += freed[..., None] * share
+    expected_map = torch.where(chosen[..., None], edited, weights)
+
+    groups = [~visual & ~sink, ~visual & sink, visual & sink, visual & ~sink]
+    outs, lses = by_groups(q, k, v, layout, [g.expand(2, -1) for g in groups])
+    whole, lse = pyvtk.merge_attention(outs, lses)
+    text, text_sink, image_sink, image_other = ((x - lse).exp() for x in lses)
+    gate = (image_sink + image_other >= much) & (image_sink / (image_sink + image_other).clamp(min=1e-30) <= rho)
+    assert torch.equal(gate, chosen) and 0 < int(gate.sum()) < gate.numel()
+    moved = [text, p * text_sink, p * image_sink, image_other + (1 - p) * (image_sink + text_sink)]
+    plain = [text, text_sink, image_sink, image_other]
+    out, _ = pyvtk.merge_attention(outs, lses, [torch.where(gate, a, b) for a, b in zip(moved, plain)])
+    torch.testing.assert_close(out.double(), expected_map @ values_of(v, 4), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole.double(), weights @ values_of(v, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_yopo_visual_mass_needs_no_map():
+    """rho = sum over queries of the visual mass over the mass of the rest, from lse of two groups."""
+    layout, mask, visual = layout_of()
+    q, k, v = whole_inputs(layout)
+    outs, lses = by_groups(q, k, v, layout, ("text", "visual"))
+    _, lse = pyvtk.merge_attention(outs, lses)
+    mass = (lses[1] - lse).exp()
+    weights = masked_map(q, k, mask)
+    expected = weights[..., visual].sum((-1, -2)) / weights[..., ~visual].sum((-1, -2))
+    torch.testing.assert_close((mass.sum(-1) / (1 - mass).sum(-1)).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_trap_6_biformer_scales_by_all_channels():
+    """BiFormer: the scale is C ** -0.5 of all heads together; regions see the regions they are routed to."""
+    layout = pyvtk.TokenLayout.from_images([64], [pyvtk.ImageSpan(0, 0, (1, 8, 8))])
+    q, k = inputs(4, 4, 64, 64, 8, 1)
+    v = torch.randn(1, 4, 64, 8)
+    cells = torch.arange(64)
+    region = cells // 8 // 2 * 4 + cells % 8 // 2
+    mean = [torch.stack([x[0].transpose(0, 1).flatten(1)[region == r].mean(0) for r in range(16)]) for x in (q, k)]
+    table = (mean[0] @ mean[1].T).topk(3).indices[None]
+    out = pyvtk.neighbor_attention(q, k, v, pyvtk.routed_plan(layout, (1, 2, 2), table), scale=32**-0.5)
+    for i in range(64):
+        seen = torch.cat([cells[region == r] for r in table[0, region[i]].tolist()])
+        z = torch.einsum("hd,hnd->hn", q[0, :, i].double(), k[0][:, seen].double()) * 32**-0.5
+        expected = torch.einsum("hn,hnd->hd", z.softmax(-1), v[0][:, seen].double())
+        torch.testing.assert_close(out[0, :, i].double(), expected, rtol=1e-5, atol=1e-6)

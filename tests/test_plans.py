@@ -392,7 +392,7 @@ def test_launches_few_operations(monkeypatch):
             self.count += not views
             return function(*args, **(kwargs or {}))
 
-    for build, limit in ((neighbor_plan, 230), (window_plan, 240)):
+    for build, limit in ((neighbor_plan, 270), (window_plan, 290)):
         with Counter() as counter:
             build(LAYOUTS["left"], 2)
         assert counter.count <= limit

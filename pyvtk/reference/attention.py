@@ -104,7 +104,8 @@ def group_weights(
     weights = weights.masked_fill(~seen, 0)
     if renormalize:
         total = weights.sum(0)
-        weights = (weights / total.masked_fill(total == 0, 1)).masked_fill(total == 0, 0)
+        # ~seen again: what nobody saw may be NaN, and its gradient must not reach the total
+        weights = (weights / total.masked_fill(total == 0, 1)).masked_fill((total == 0) | ~seen, 0)
     return weights, seen, lse
 
 
