@@ -205,9 +205,9 @@ class AttentionPlan:
         tiles = tiles.repeat_interleave(self.block[0], 0).repeat_interleave(self.block[1], 1)
         figure = Figure(figsize=(11, 5.5), layout="constrained")
         left, right = figure.subplots(1, 2)
-        left.imshow(in_sequence, cmap="Blues", interpolation="nearest", aspect="auto")
+        left.imshow(in_sequence.numpy(), cmap="Blues", interpolation="nearest", aspect="auto")
         left.set(title="visible pairs", xlabel="key", ylabel="query")
-        right.imshow(tiles + seen, cmap="Blues", interpolation="nearest", aspect="auto", vmin=0, vmax=3)
+        right.imshow((tiles + seen).numpy(), cmap="Blues", interpolation="nearest", aspect="auto", vmin=0, vmax=3)
         right.set(title="blocks visited, in the plan's order", xlabel="key slot", ylabel="query slot")
         figure.suptitle(str(self.density()))
         return figure

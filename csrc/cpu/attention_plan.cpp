@@ -46,7 +46,8 @@ PlanTokens tokens_of(const Tensor& facts, const Tensor& curve, const OptionalTen
   return tokens;
 }
 
-void guard_facts(const Tensor& facts, const Tensor& curve, int64_t batch, const OptionalTensor& cu_seqlens) {
+void guard_facts(const Tensor& facts, const Tensor& curve, int64_t batch, int64_t regions,
+                 const OptionalTensor& cu_seqlens) {
   guard_dtype(facts, ScalarType::Int, "facts");
   guard_dim(facts, 3, "facts");
   guard_shape(facts, {batch, kFacts, facts.size(2)}, "facts");
@@ -56,6 +57,12 @@ void guard_facts(const Tensor& facts, const Tensor& curve, int64_t batch, const 
   guard_shape(curve, {curve.size(0), batch, facts.size(2)}, "curve");
   guard_contiguous(curve, "curve");
   PYVTK_GUARD(curve.size(0) > 0, "curve holds no keys to sort by");
+  for (int64_t b = 0; b < batch && regions > 0; ++b) {
+    const int32_t* region = data<int32_t>(facts) + (b * kFacts + kRegion) * facts.size(2);
+    for (int64_t row = 0; row < facts.size(2); ++row) {
+      PYVTK_GUARD(region[row] >= 0 && region[row] < regions, "region ", region[row], " is not one of ", regions);
+    }
+  }
   if (!cu_seqlens.has_value()) return;
   const int64_t samples = cu_seqlens->size(0) - 1;
   for (int64_t row = 0; row < facts.size(2); ++row) {
@@ -76,12 +83,12 @@ Plan attention_plan(Tensor query_facts, Tensor key_facts, Tensor query_curve, Te
     guard_dim(*cu_seqlens, 1, "cu_seqlens");
     PYVTK_GUARD(batch == 1 && cu_seqlens->size(0) > 0, "packed tokens form one batch row");
   }
-  guard_facts(query_facts, query_curve, batch, cu_seqlens);
-  guard_facts(key_facts, key_curve, batch, cu_seqlens);
   guard_dtype(routes, ScalarType::Int, "routes");
   guard_dim(routes, 3, "routes");
   guard_contiguous(routes, "routes");
   const int64_t regions = routes.size(2);
+  guard_facts(query_facts, query_curve, batch, regions, cu_seqlens);
+  guard_facts(key_facts, key_curve, batch, regions, cu_seqlens);
   PYVTK_GUARD(regions == 0 || (routes.size(0) == batch && routes.size(1) == regions), "routes do not fit the batch");
 
   const auto slots_for = [&](int64_t rows, int64_t block) {

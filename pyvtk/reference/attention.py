@@ -111,7 +111,8 @@ def group_weights(
 
 def weigh_groups(outs: list[Tensor], weights: Tensor, seen: Tensor) -> Tensor:
     """sum_g weights_g out_g over groups that saw a key; outs [batch, heads, queries, channels], weights and seen
-    [groups, batch, heads, queries]. 16-bit outs are added in float32."""
+    [groups, batch, heads, queries]. A weight of 0 hides what is not finite. 16-bit outs are added in float32."""
     wide = torch.float64 if outs[0].dtype == torch.float64 else torch.float32
-    parts = [out.to(wide).masked_fill(~s[..., None], 0) for s, out in zip(seen, outs)]
+    hidden = [~s[..., None] | ((w == 0)[..., None] & ~out.isfinite()) for w, s, out in zip(weights, seen, outs)]
+    parts = [out.to(wide).masked_fill(h, 0) for h, out in zip(hidden, outs)]
     return sum(w.to(wide)[..., None] * part for w, part in zip(weights, parts)).to(outs[0].dtype)
