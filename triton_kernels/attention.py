@@ -446,15 +446,14 @@ def neighbor_attention_key_grad_kernel(
             row, q_image, q_t, q_y, q_x, q_position, q_region = _slots(query_slots, query_length, slot)
             member = (step // tiles % chunks) * HEADS + m % HEADS
             head = kv_head * GROUP + member
-            # rows of padding may hold NaN; rows that are blind only hold what p = 0 makes harmless
-            active = (q_image >= -1) & (member < GROUP)
             place = head.to(tl.int64) * query_rows + row
+            # lse is -inf where a row sees nothing, padding too; such rows may hold NaN, and so may their gradients
+            bound = tl.load(lse + place, mask=(row >= 0) & (member < GROUP), other=float("-inf")) * _LOG2_E
+            active = bound != float("-inf")
             wide_row, wide_head = row.to(tl.int64), head.to(tl.int64)
             q1, q2 = _load(q, wide_head * q_head + wide_row * q_row, active, D, D1, D2)
             grad1, grad2 = _load(grad_out, wide_head * grad_head + wide_row * grad_row, active, D, D1, D2)
-            # absent rows have q = grad_out = delta = 0, so p = 1 does no harm; only a bias could make it infinite
-            bound = tl.load(lse + place, mask=active, other=0.0)
-            bound = tl.where(bound != float("-inf"), bound * _LOG2_E, float("inf"))
+            bound = tl.where(active, bound, float("inf"))  # p = exp2(-inf) = 0
             delta_row = tl.load(delta + place, mask=active, other=0.0)
             if PARTIAL:
                 seen = _visible(
@@ -467,8 +466,6 @@ def neighbor_attention_key_grad_kernel(
             if k_bias is not None:
                 logits += bias[:, None]
             p = tl.exp2(logits - bound[None, :])
-            if k_bias is not None:
-                p = tl.where(active[None, :], p, 0.0)
             if PARTIAL:
                 p = tl.where(seen, p, 0.0)
             grad_p = _products(v1, v2, grad1, grad2, D2, PRECISION)
@@ -550,7 +547,11 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, group: int, block_q: i
         if single:
             rows, keys = 16, 16
     else:
-        rows, keys = (32 if head_dim <= 80 or capability[0] == 10 else 16, 64) if not wide else (32, 32)
+        rows, keys = (32, 64) if not wide else (32, 32)
+        if 80 < head_dim <= 128 and capability[0] != 10:
+            rows, keys = (16, 64) if large else (32, 32)
+        if not large and not single and not wide:
+            stages = 4  # a fifth one costs registers that there are not
         if single:
             rows, keys = (32, 32) if head_dim <= 64 else (16, 16)
     tile_q, tile_k = min(block_q, rows), min(block_k, keys)
