@@ -4,7 +4,7 @@
 // sets problem.scores and its strides, and run_select() for the rows that are ready, from any thread.
 #pragma once
 #include "binding.h"
-#include "cpu/select_problem.h"
+#include "common/select_problem.h"
 
 namespace pyvtk::cpu {
 
