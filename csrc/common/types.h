@@ -1,5 +1,5 @@
-// Element types shared by all kernels. Torch-free; bit-compatible with torch's bfloat16 and float16. Device code may call
-// what is constexpr.
+// Element types shared by all kernels. Torch-free; bit-compatible with torch's bfloat16 and float16. Device code may
+// call what is constexpr.
 #pragma once
 #include <bit>
 #include <cstdint>
