@@ -5,6 +5,7 @@
 #   asan       the tests of the CPU kernels under sanitizers                 cpp-test C++ tests, which need no torch
 #   cuda       the CUDA library (needs nvcc, no GPU), checked                wheel    wheel and sdist, in dist/
 #   emulate, emulate-asan, emulate-tsan    the CUDA kernels on the CPU: results, bounds, races (no nvcc, no GPU)
+#   triton     the Triton kernels, compiled for every architecture (no GPU)
 #   lint       what a change must pass                                       format   rewrites the files so that it does
 #   clean      removes what was built; the virtual environment stays
 #
@@ -28,7 +29,8 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 CXX_FILES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: build test demo bench asan cpp-test cuda emulate emulate-asan emulate-tsan wheel lint lint-python lint-cpp lint-text format clean
+.PHONY: build test demo bench asan cpp-test cuda triton emulate emulate-asan emulate-tsan wheel lint lint-python \
+  lint-cpp lint-text format clean
 .DEFAULT_GOAL := build
 .DELETE_ON_ERROR:
 
@@ -119,6 +121,10 @@ emulate-asan: $(VENV)/.built
 emulate-tsan: $(VENV)/.built
 	$(call build_emulation,thread)
 	$(test_emulation)
+
+# Not only that they compile: shared memory within each architecture's limit, no register spilled up to 128 channels.
+triton: $(VENV)/.built
+	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python .ci/check_triton.py --jobs $(JOBS)
 
 wheel: $(VENV)/.built $(VENV)/.dev
 	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir dist .

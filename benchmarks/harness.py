@@ -7,12 +7,14 @@ A case says what is computed and by whom; nothing about timing. The rules, and w
 - a warm case reads its inputs before each call, so that no provider pays for the cache misses of all; a cold case
   rotates through copies that together exceed the last-level cache, and every call gets one that was long unused;
 - the limit (a plain read, copy or matrix product of the same size) is one more provider of the same rounds;
+- on CUDA, events tell the time and the L2 cache is overwritten before each call;
 - a case in which any provider fails the check gets no number at all.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import json
@@ -29,14 +31,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import pyvtk
-from pyvtk._measure import Timing, extra_memory, interleave
+from pyvtk._measure import OnCuda, Timing, extra_memory, interleave, on_host
 
 OURS = "pyvtk"
 BEST = "best"  # in bars: the fastest peer of the row
 SHARE = "limit"  # in bars: share of the machine's limit
 MEMORY = "memory"  # in bars: extra memory as a share of the first peer's
-RESERVED = (OURS, BEST, SHARE, MEMORY)
-FAMILIES = ("score", "select", "compact", "merge")
+DENSE = "dense"  # in bars: the fastest peer that computes every pair
+TILE = "tile"  # in bars: share of the speed-up over DENSE that the visited pairs allow
+RESERVED = (OURS, BEST, SHARE, MEMORY, DENSE, TILE)
+FAMILIES = ("score", "select", "compact", "merge", "attention")
 
 
 @dataclass
@@ -59,6 +63,15 @@ class Limit:
 
 
 @dataclass
+class Pairs:
+    """Pairs of a query and a key, per head: what a case needs, what its tiles visit, what dense peers compute."""
+
+    needed: int
+    visited: int
+    dense: int
+
+
+@dataclass
 class Case:
     """One row: inputs, providers, and what is expected of them.
 
@@ -75,6 +88,11 @@ class Case:
         cold: inputs come from memory rather than from cache.
         mutates: providers change their inputs (the check then works on copies).
         memory: measure extra memory too.
+        device: "cpu" or "cuda".
+        absent: peers that cannot run here, and why.
+        optional: peers that not every installation can run; those that raise become absent.
+        dense: peers that compute every pair (of a causal case: every causal one), for ``pairs``.
+        pairs: how sparse the case is.
     """
 
     family: str
@@ -88,12 +106,19 @@ class Case:
     cold: bool = False
     mutates: bool = False
     memory: bool = False
+    device: str = "cpu"
+    absent: dict[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
+    pairs: Callable[[], Pairs] | None = None
 
     def __post_init__(self):
         first, *peers = self.providers
         assert first == OURS, f"{self.name}: the first provider must be {OURS!r}"
         assert not set(peers) & set(RESERVED), f"{self.name}: peers must not be named {RESERVED}"
-        assert set(self.bars) <= {*peers, BEST, SHARE, MEMORY}, f"{self.name}: unknown bar in {set(self.bars)}"
+        assert set(self.bars) <= {*peers, *RESERVED[1:]}, f"{self.name}: unknown bar in {set(self.bars)}"
+        assert {*self.dense, *self.optional} <= set(peers), f"{self.name}: {self.dense}, {self.optional} are no peers"
+        assert not set(self.absent) & set(self.providers), f"{self.name}: absent peers are there"
 
     @property
     def id(self) -> str:
@@ -120,6 +145,9 @@ class Result:
     amount: float | None = None  # bytes or floating-point operations
     memory: dict[str, int] = field(default_factory=dict)  # provider -> extra bytes at the peak
     bars: dict[str, Bar] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)  # peer -> why it did not run
+    dense: list[str] = field(default_factory=list)  # peers that compute every pair
+    pairs: Pairs | None = None
     error: str | None = None  # why there are no numbers
 
     @property
@@ -131,6 +159,16 @@ class Result:
     def share(self) -> float | None:
         """Share of the limit's speed that is reached."""
         return None if self.limit_time is None else self.limit_time / self.times[OURS].median
+
+    @property
+    def over_dense(self) -> float | None:
+        """How many times as long the fastest dense peer takes."""
+        return min((self.ratios[name] for name in self.dense), default=None)
+
+    @property
+    def tile_ideal(self) -> float | None:
+        """The same if every visited pair took as long as one of a dense peer's."""
+        return None if self.pairs is None else self.pairs.dense / self.pairs.visited
 
 
 @dataclass
@@ -148,8 +186,14 @@ class Report:
         for row in raw["results"]:
             row["times"] = {name: Timing(**t) for name, t in row["times"].items()}
             row["bars"] = {name: Bar(**b) for name, b in row["bars"].items()}
+            row["pairs"] = Pairs(**row["pairs"]) if row.get("pairs") else None
             results.append(Result(**row))
         return Report(raw["machine"], results)
+
+
+@functools.cache
+def clock(device: str) -> Callable[[Callable, tuple], float]:
+    return OnCuda() if device == "cuda" else on_host
 
 
 # ---- limits
@@ -180,32 +224,33 @@ def copy_limit(of: Callable[..., list[Tensor]]) -> Limit:
     return Limit("copy", probe, lambda *inputs: 2 * sum(source.nbytes for source in of(*inputs)))
 
 
-_PROBE = 768  # three matrices of 768 x 768 stay in cache and still keep a core busy for some milliseconds
+# three matrices of 768 x 768 stay in cache and still keep a core busy for some milliseconds; a GPU needs more
+_PROBE = {"cpu": 768, "cuda": 8192}
 
 
 @functools.cache
-def _matmul_operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _matmul_operands(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Square operands in ``dtype`` or float32, whichever multiplies faster here."""
 
     def operands(dtype):
-        return tuple(torch.randn(_PROBE, _PROBE).to(dtype) for _ in range(3))
+        return tuple(torch.randn(_PROBE[device], _PROBE[device], device=device).to(dtype) for _ in range(3))
 
     candidates = {str(d): operands(d) for d in {dtype, torch.float32}}
     calls = {name: functools.partial(torch.mm, a, b, out=c) for name, (a, b, c) in candidates.items()}
     for call in calls.values():
         call()
-    times = interleave(calls, seconds=0.2)
+    times = interleave(calls, seconds=0.2, clock=clock(device))
     return candidates[min(times, key=lambda name: times[name].median)]
 
 
-def matmul_limit(operations: Callable[..., float], dtype: torch.dtype) -> Limit:
+def matmul_limit(operations: Callable[..., float], dtype: torch.dtype, device: str = "cpu") -> Limit:
     """Doing the case's multiplications at the rate of a large matrix product."""
 
     def probe(*inputs):
-        a, b, c = _matmul_operands(dtype)
+        a, b, c = _matmul_operands(dtype, device)
         torch.mm(a, b, out=c)
 
-    return Limit("matmul", probe, operations, lambda *inputs: operations(*inputs) / (2 * _PROBE**3))
+    return Limit("matmul", probe, operations, lambda *inputs: operations(*inputs) / (2 * _PROBE[device] ** 3))
 
 
 # ---- checks
@@ -301,6 +346,28 @@ class Pool:
         return inputs
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def present(case: Case, inputs: tuple) -> Case:
+    """The case without the optional peers that cannot run."""
+    absent = dict(case.absent)
+    for name in case.optional:
+        try:
+            case.providers[name](*(_copy(inputs) if case.mutates else inputs))
+        except (RuntimeError, ValueError) as error:
+            absent[name] = first_line(error)[:120] or type(error).__name__
+    return dataclasses.replace(
+        case,
+        providers={name: call for name, call in case.providers.items() if name not in absent},
+        bars={name: bar for name, bar in case.bars.items() if name not in absent},
+        dense=tuple(name for name in case.dense if name not in absent),
+        absent=absent,
+        optional=(),
+    )
+
+
 def verify(case: Case, inputs: tuple) -> str | None:
     """What is wrong with any provider of the case; None if all pass."""
     check = case.expect(*(_copy(inputs) if case.mutates else inputs))
@@ -308,7 +375,8 @@ def verify(case: Case, inputs: tuple) -> str | None:
         try:
             check(name, provider(*(_copy(inputs) if case.mutates else inputs)))
         except Exception as error:  # whatever went wrong, the row must not show numbers
-            return f"{name}: {type(error).__name__ + ': ' if not isinstance(error, AssertionError) else ''}{error}"
+            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+            return f"{name}: {kind}{first_line(error)}"
     return None
 
 
@@ -320,6 +388,10 @@ def judge(case: Case, result: Result) -> dict[str, Bar]:
             reached = result.share
         elif name == BEST:
             reached = min(result.ratios.values())
+        elif name == DENSE:
+            reached = result.over_dense
+        elif name == TILE:
+            reached = result.over_dense / result.tile_ideal
         elif name == MEMORY:
             if len(result.memory) < 2:
                 continue  # this system cannot measure it
@@ -332,9 +404,10 @@ def judge(case: Case, result: Result) -> dict[str, Bar]:
 
 def run_case(case: Case, *, seconds: float = 2.0) -> Result:
     """Check a case, then measure it."""
-    result = Result(case.family, case.name, short(case.dtype))
     torch.manual_seed(0)
     inputs = case.inputs()
+    case = present(case, inputs)
+    result = Result(case.family, case.name, short(case.dtype), absent=case.absent, dense=list(case.dense))
     result.error = verify(case, inputs)
     if result.error:
         return result
@@ -351,18 +424,19 @@ def run_case(case: Case, *, seconds: float = 2.0) -> Result:
     pool = Pool(case)
     for position, call in enumerate(calls.values()):
         call(*pool(0, position))
-    times = interleave(calls, pool, seconds=seconds)
+    times = interleave(calls, pool, seconds=seconds, clock=clock(case.device))
     if case.limit:
         entry = pool.entries[0]
         result.limit = case.limit.kind
         result.limit_time = times.pop(SHARE).median * case.limit.scale(*entry)
         result.amount = case.limit.amount(*entry)
     result.times = times
+    result.pairs = case.pairs() if case.pairs else None
     result.bars = judge(case, result)
     return result
 
 
-def machine(command: str) -> dict:
+def machine(command: str, device: str = "cpu") -> dict:
     """Where and when the numbers were taken. ``load`` is the load average at the start: above 0.5, expect noise."""
     facts = pyvtk.info()
     root = Path(__file__).resolve().parent.parent
@@ -379,7 +453,7 @@ def machine(command: str) -> dict:
     if commit and git("status", "--porcelain", "--untracked-files=no"):
         commit += " with changes"
     return {
-        "device": "cpu",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "cpu": cpu,
         "instruction_set": facts["instruction_set"],
         "cache": cache_bytes(),
@@ -430,6 +504,8 @@ def _bar_cell(name: str, bar: Bar) -> str:
         return f"{sign} limit ≥ {100 * bar.required:.0f} %"
     if name == MEMORY:
         return f"{sign} memory ≤ {100 * bar.required:.0f} %"
+    if name == TILE:
+        return f"{sign} tile-ideal ≥ {100 * bar.required:.0f} %"
     return f"{sign} {name} ≥ {bar.required:g}x"
 
 
@@ -450,6 +526,13 @@ def table(results: list[Result]) -> str:
             if r.memory:
                 used = ", ".join(f"{name} {size(n)}" for name, n in r.memory.items())
                 rows.append(("", "", "", "", "", f"extra memory: {used}", ""))
+            if r.pairs:
+                share = r.pairs.needed / r.pairs.dense
+                ideal = f"needs {share:.1%} of the dense pairs, visits {1 / r.tile_ideal:.1%}"
+                rows.append(("", "", "", "", "", ideal, ""))
+            if r.absent:
+                reasons = "; ".join(f"{name} ({why})" for name, why in r.absent.items())
+                rows.append(("", "", "", "", "", f"absent: {reasons}", ""))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         blocks.append("\n".join([family, *("  " + line for line in lines)]))
@@ -465,6 +548,7 @@ def summary(results: list[Result]) -> str:
 
 def header(facts: dict) -> str:
     lines = (
+        *(["{device}, beside"] if facts["device"] != "cpu" else []),
         "{cpu}, {instruction_set}, {threads} thread, last-level cache {cache}, load {load}",
         "pyvtk {pyvtk} at commit {commit}, torch {torch}, Python {python}, {date}",
         "{command}",
@@ -475,24 +559,26 @@ def header(facts: dict) -> str:
 # ---- the command
 
 
-def cases(families: list[str] | None = None, text: str | None = None) -> list[Case]:
-    """All cases of these families whose id contains ``text``."""
+def cases(families: list[str] | None = None, text: str | None = None, device: str = "cpu") -> list[Case]:
+    """All cases of these families on the device whose id contains ``text``. A family lists ``CASES`` for the CPU, or
+    has a function ``cases(device)`` where the shapes depend on it."""
     import importlib
 
     found = []
     for family in families or FAMILIES:
         module = importlib.import_module(f"{__package__}.bench_{family}")
-        found += [case for case in module.CASES if text is None or text.lower() in case.id.lower()]
+        of_family = module.cases(device) if hasattr(module, "cases") else module.CASES if device == "cpu" else []
+        found += [case for case in of_family if text is None or text.lower() in case.id.lower()]
     return found
 
 
-def run(chosen: list[Case], *, seconds: float, command: str) -> Report:
+def run(chosen: list[Case], *, seconds: float, command: str, device: str = "cpu") -> Report:
     """Measure cases one after the other under a progress bar (on a terminal)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     torch.set_num_threads(1)
-    report = Report(machine(command), [])
+    report = Report(machine(command, device), [])
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # refreshed by hand: a drawing thread would disturb the timings
@@ -506,18 +592,20 @@ def run(chosen: list[Case], *, seconds: float, command: str) -> Report:
 
 
 def main(args: argparse.Namespace) -> int:
-    chosen = cases(args.families, args.filter)
+    chosen = cases(args.families, args.filter, args.device)
     if args.list:
         print("\n".join(case.id for case in chosen))
         return 0
     if not chosen:
-        print(f"pyvtk bench: no case contains {args.filter!r}; --list shows them", file=sys.stderr)
+        wanted = f"contains {args.filter!r}" if args.filter else f"runs on {args.device}"
+        print(f"pyvtk bench: no case {wanted}; --list shows them", file=sys.stderr)
         return 2
     for folder in ([Path(args.json).parent] if args.json else []) + ([Path(args.plots)] if args.plots else []):
         folder.mkdir(parents=True, exist_ok=True)  # now, lest the numbers be lost after the run
     words = ["python -m pyvtk bench", *(args.families or []), *(["--quick"] if args.quick else [])]
+    words += [f"--device {args.device}"] if args.device != "cpu" else []
     words += [f"--filter {args.filter!r}"] if args.filter else []
-    report = run(chosen, seconds=0.2 if args.quick else 2.0, command=" ".join(words))
+    report = run(chosen, seconds=0.2 if args.quick else 2.0, command=" ".join(words), device=args.device)
     print(header(report.machine), table(report.results), summary(report.results), sep="\n\n")
     if args.json:
         Path(args.json).write_text(report.to_json())

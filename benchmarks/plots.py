@@ -1,4 +1,5 @@
-"""One picture per family: how many times as fast as peers, and what share of the machine's limit."""
+"""One picture per family: how many times as fast as peers, and what share of the machine's limit. And for sparse cases:
+their density against their speed-up over dense peers."""
 
 from __future__ import annotations
 
@@ -56,8 +57,59 @@ def _share(axes, rows: list[Result]) -> None:
     axes.set_title("share of the limit measured beside it", fontsize=8.5)
 
 
+def _break_even(figure, rows: list[Result]) -> None:
+    """Each case by the share of pairs that it needs and its speed-up over dense attention, which below 1x is the better
+    choice. On the line all time is spent on needed pairs; at the tick of a case, on those that its plan's blocks hold
+    (kernels that skip keys inside blocks get above it)."""
+    axes, key = figure.subplots(1, 2, width_ratios=(1.6, 1))
+    _bare(axes)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    density = [row.pairs.needed / row.pairs.dense for row in rows]
+    low, top = min(density) / 1.4, 1.6 * max(*(1 / d for d in density), *(r.over_dense for r in rows))
+    bottom = min(0.4, *(row.over_dense / 1.3 for row in rows))
+    axes.set(xscale="log", xlim=(low, 1.3), ylim=(bottom, top))
+    axes.set_yscale("log", base=2)
+    axes.axhspan(bottom, 1, color=WARM, alpha=0.07, linewidth=0)
+    axes.axhline(1, color=INK, linewidth=1)
+    axes.text(low * 1.05, bottom * 1.08, "dense attention wins", color=WARM, fontsize=8.5)
+    lines = [*axes.plot([low, 1], [1 / low, 1], color=DEEP, linewidth=1.2, label="ideal: dense / needed pairs")]
+    for number, (x, row) in enumerate(zip(density, rows), 1):
+        y, ideal = row.over_dense, row.tile_ideal
+        axes.plot([x, x], [y, ideal], color=PALE, linewidth=1, zorder=1)
+        axes.plot(x, ideal, marker="_", markersize=9, color=LIMITS["matmul"], zorder=2)
+        marker = "^" if "backward" in row.name else "s" if row.dtype == "bf16" else "o"
+        axes.plot(x, y, marker=marker, markersize=6, color=DEEP if y >= 1 else WARM, zorder=3)
+        axes.annotate(str(number), (x, y), (4, 3), textcoords="offset points", fontsize=7, color=INK)
+    for marker, color, label in (
+        ("_", LIMITS["matmul"], "ideal of tiles: dense / visited pairs"),
+        ("o", DEEP, "forward, fp32"),
+        ("s", DEEP, "forward, bf16"),
+        ("^", DEEP, "forward and backward"),
+    ):
+        lines += axes.plot([], [], marker=marker, color=color, linestyle="", label=label)
+    axes.legend(handles=lines, fontsize=7.5, frameon=False, loc="upper right")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}x")
+    axes.set_xlabel("share of the pairs of dense (where causal: causal) attention that are needed", fontsize=8)
+    axes.set_ylabel("times as fast as dense attention", fontsize=8)
+    names = [f"{i:2d}  {row.over_dense:5.2f}x  {row.name}  {row.dtype}" for i, row in enumerate(rows, 1)]
+    key.axis("off")
+    key.text(0, 1, "\n".join(names), va="top", fontsize=7, color=INK, family="monospace", linespacing=1.5)
+
+
+def _signed(figure, title: str, facts: dict) -> None:
+    figure.suptitle(title, fontsize=13, color=INK, x=0.01, ha="left", fontweight="bold")
+    device = "" if facts["device"] == "cpu" else f"{facts['device']}, "
+    figure.supxlabel(
+        f"{device}{facts['cpu']}, {facts['instruction_set']}, {facts['threads']} thread, torch {facts['torch']}, "
+        f"pyvtk {facts['pyvtk']} ({facts['commit']}), {facts['date'][:10]}",
+        fontsize=7.5,
+        color=TODAY,
+    )
+
+
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Write ``<family>.png`` into the folder for every family with numbers."""
+    """Write ``<family>.png`` into the folder for every family with numbers, and ``<family>_break_even.png``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -77,16 +129,18 @@ def draw(report: Report, folder: Path) -> list[Path]:
         _share(right, rows)
         left.set_yticks(range(len(rows)), [f"{r.name}  {r.dtype}" for r in rows])
         left.set_ylim(len(rows) - 0.4, -0.6)
-        facts = report.machine
-        figure.suptitle(f"pyvtk {family}", fontsize=13, color=INK, x=0.01, ha="left", fontweight="bold")
-        figure.supxlabel(
-            f"{facts['cpu']}, {facts['instruction_set']}, {facts['threads']} thread, torch {facts['torch']}, "
-            f"pyvtk {facts['pyvtk']} ({facts['commit']}), {facts['date'][:10]}",
-            fontsize=7.5,
-            color=TODAY,
-        )
+        _signed(figure, f"pyvtk {family}", report.machine)
         path = folder / f"{family}.png"
         figure.savefig(path, dpi=150, facecolor="white")
         plt.close(figure)
         written.append(path)
+        sparse = sorted((r for r in rows if r.pairs and r.dense), key=lambda r: r.pairs.needed / r.pairs.dense)
+        if sparse:
+            figure = plt.figure(figsize=(13, max(5.5, 1.5 + 0.16 * len(sparse))), layout="constrained")
+            _break_even(figure, sparse)
+            _signed(figure, f"pyvtk {family}: where it pays", report.machine)
+            path = folder / f"{family}_break_even.png"
+            figure.savefig(path, dpi=150, facecolor="white")
+            plt.close(figure)
+            written.append(path)
     return written

@@ -4,7 +4,8 @@ Every operator has a schema and a fake kernel in Python (:func:`define`), so its
 part. Implementations:
 
 ``compiled``   C++ (CPU) or CUDA, in ``libpyvtk_cpu.so`` / ``libpyvtk_cuda.so``, chosen by torch's dispatcher
-``triton``     kernels of :mod:`pyvtk.triton_kernels`, as an operator ``<name>_triton``
+``triton``     kernels of :mod:`pyvtk.triton_kernels`, as an operator ``<name>_triton``; CPU tensors only where Triton
+               interprets its kernels (TRITON_INTERPRET=1 before the start of Python), and never unless asked for
 ``reference``  plain torch, on any device (:mod:`pyvtk.reference`)
 
 :func:`pick` takes the first of these that can run, or the one that was asked for, or raises with the reason.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -27,6 +29,11 @@ _library_errors: dict[str, str | None] = {}
 _compiled_dtypes: dict[str, tuple[torch.dtype, ...] | None] = {}
 # (operator, device type) -> why its compiled kernel cannot run (None: it can); filled by complete()
 _compiled_errors: dict[tuple[str, str], str | None] = {}
+# operator -> module of pyvtk.triton_kernels that holds its launcher
+_triton_modules: dict[str, str] = {}
+# (operator, device type) -> why its Triton kernel cannot run (None: it can); filled by complete()
+_triton_errors: dict[tuple[str, str], str | None] = {}
+_MINIMUM_TRITON = (3, 6)
 # (operator, dtype or None) of the compiled kernels that run on the CPU: pick()'s usual answer in one look
 _on_cpu: set[tuple[str, torch.dtype | None]] = set()
 
@@ -52,11 +59,35 @@ def load_libraries() -> None:
         _load("libpyvtk_cuda.so")
 
 
-def define(name: str, schema: str, *, fake, dtypes: tuple[torch.dtype, ...] | None = None, tags=()) -> None:
-    """Declare operator ``pyvtk::name``: its schema, its fake kernel, and the dtypes that its compiled kernels take."""
+def define(
+    name: str,
+    schema: str,
+    *,
+    fake,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    tags=(),
+    triton: str | None = None,
+) -> None:
+    """Declare operator ``pyvtk::name``: its schema, its fake kernel, and the dtypes that its kernels take.
+
+    With ``triton``, a module of :mod:`pyvtk.triton_kernels`, also ``pyvtk::name_triton``, which calls that module's
+    function ``name``. The module is imported when the operator first runs, since Triton may be missing.
+    """
+    _define(name, schema, fake, tags)
+    _compiled_dtypes[name] = dtypes
+    if triton is not None:
+        _define(f"{name}_triton", schema, fake, tags)
+        _triton_modules[name] = triton
+
+        def launch(*arguments):
+            return getattr(importlib.import_module(f"pyvtk.triton_kernels.{triton}"), name)(*arguments)
+
+        torch.library.impl(f"pyvtk::{name}_triton", ("cpu", "cuda"), launch)
+
+
+def _define(name: str, schema: str, fake, tags) -> None:
     torch.library.define(f"pyvtk::{name}", schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     torch.library.register_fake(f"pyvtk::{name}")(fake)
-    _compiled_dtypes[name] = dtypes
 
 
 def complete() -> None:
@@ -64,33 +95,50 @@ def complete() -> None:
 
     The answers are looked up in a dict later because torch.compile cannot trace a question to the dispatcher.
     """
+    no_triton = _no_triton()
     for name in _compiled_dtypes:
         for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
             error = _library_errors[f"libpyvtk_{device}.so"]
             if error is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvtk::{name}", key):
                 error = f"pyvtk::{name} has no {key} kernel yet"
             _compiled_errors[name, device] = error
+            kernel = None if name in _triton_modules else f"pyvtk::{name} has no Triton kernel yet"
+            _triton_errors[name, device] = no_triton or kernel or _no_triton_device(device)
     for name, dtypes in _compiled_dtypes.items():
         if _compiled_errors[name, "cpu"] is None:
             _on_cpu.update((name, dtype) for dtype in (None, *(dtypes or ())))
 
 
-def _triton_error(name: str) -> str | None:
+def _no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return f"pyvtk::{name} has no Triton kernel yet"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # installed under another name, as nightly builds are
+        return None
+    if tuple(int(part) for part in version.split(".")[:2]) < _MINIMUM_TRITON:
+        return f"triton {version} is older than {'.'.join(map(str, _MINIMUM_TRITON))}"
+    return None
+
+
+def _no_triton_device(device: str) -> str | None:
+    interprets = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    if device == "cpu" and not interprets:
+        return "Triton takes CPU tensors only with TRITON_INTERPRET=1, set before Python starts"
+    if device == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    return None
 
 
 def why_not(name: str, backend: str, device: str, dtype: torch.dtype | None = None) -> str | None:
     """Why ``backend`` cannot run operator ``name`` on tensors of this device type and dtype; None if it can."""
     if backend == "reference":
         return None
-    if backend == "triton":
-        return _triton_error(name)
-    error = _compiled_errors.get((name, device), f"pyvtk has no compiled kernels for device type {device!r}")
+    kind, errors = ("Triton", _triton_errors) if backend == "triton" else ("compiled", _compiled_errors)
+    error = errors.get((name, device), f"pyvtk has no {kind} kernels for device type {device!r}")
     dtypes = _compiled_dtypes[name]
     if error is None and dtype is not None and dtypes is not None and dtype not in dtypes:
-        error = f"compiled kernels of {name} take {', '.join(str(d) for d in dtypes)}, not {dtype}"
+        error = f"{kind} kernels of {name} take {', '.join(str(d) for d in dtypes)}, not {dtype}"
     return error
 
 
@@ -119,6 +167,8 @@ def pick(name: str, backend: str | None, tensor: torch.Tensor, dtype: torch.dtyp
         return backend
     if why_not(name, "compiled", device, dtype) is None:
         return "compiled"
+    if device != "cpu" and why_not(name, "triton", device, dtype) is None:  # the interpreter is there for tests
+        return "triton"
     return "reference"
 
 
@@ -158,11 +208,13 @@ def info() -> dict:
         facts["instruction_sets"] = []
         facts["build_error"] = str(error)
     facts["devices"] = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    # Triton's device is CUDA, or the CPU where it interprets
     facts["operators"] = {
         name: {
-            f"{backend} {device}" if backend == "compiled" else backend: why_not(name, backend, device)
-            for backend in BACKENDS
-            for device in (("cpu", "cuda") if backend == "compiled" else ("cpu",))
+            "compiled cpu": why_not(name, "compiled", "cpu"),
+            "compiled cuda": why_not(name, "compiled", "cuda"),
+            "triton": why_not(name, "triton", "cpu") and why_not(name, "triton", "cuda"),
+            "reference": None,
         }
         for name in _compiled_dtypes
     }

@@ -12,12 +12,15 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGE = "pyvtk_benchmarks"  # not "benchmarks": other projects install a package of that name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="score, select, compact, merge; default: all")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="score, select, ...; default: all")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     parser.add_argument("--quick", action="store_true", help="0.2 s of measured time per case instead of 2")
     parser.add_argument("--filter", metavar="TEXT", help="only cases whose line in --list contains TEXT")
     parser.add_argument("--json", metavar="PATH", help="write every number, with machine, versions and commit")
@@ -54,6 +57,9 @@ def main(args: argparse.Namespace) -> int:
     unknown = sorted(set(args.families) - set(harness.FAMILIES))
     if unknown:
         print(f"pyvtk bench: unknown family {unknown[0]!r}; choose from {', '.join(harness.FAMILIES)}", file=sys.stderr)
+        return 2
+    if args.device == "cuda" and not args.list and not torch.cuda.is_available():
+        print("pyvtk bench: torch sees no CUDA device", file=sys.stderr)
         return 2
     if args.plots or not args.list:
         needed = ["rich"] + (["matplotlib"] if args.plots else [])

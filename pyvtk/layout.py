@@ -200,7 +200,9 @@ class TokenLayout:
             selection, self.image_id, self.coords, self.positions, self.valid,
             packed=packed, total=total, pad_value=[-1, 0, 0, 0], **axes,
         )  # fmt: skip
-        cu_seqlens = selection.cu_seqlens() if packed else None
+        cu_seqlens = None
+        if packed:  # tokens beyond total were cut off
+            cu_seqlens = selection.cu_seqlens().clamp(max=image_id.shape[0])
         return TokenLayout._of(image_id, coords, positions, kept, cu_seqlens, self.extent)
 
     @staticmethod
@@ -225,7 +227,8 @@ class TokenLayout:
             ValueError: a span that overlaps another one, leaves its sample, has an empty grid or names no sample.
         """
         op = "from_images"
-        lengths = list(lengths)
+        if not isinstance(lengths, Sequence):
+            raise TypeError(f"{op}: lengths must be a sequence of ints, got {type(lengths).__name__}")
         for sample, length in enumerate(lengths):
             checks.integer(op, f"lengths[{sample}]", length)
         checks.choice(op, "padding", padding, ("right", "left"))
@@ -258,7 +261,7 @@ class TokenLayout:
         if packed:
             flat = torch.cat(rows) if rows else torch.zeros((0, 4), dtype=torch.int32)
             ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-            return TokenLayout(flat[:, 0].to(device), flat[:, 1:].to(device), cu_seqlens=ends.to(device))
+            return TokenLayout(*_on(device, flat[:, 0], flat[:, 1:]), cu_seqlens=_on(device, ends)[0])
         longest = max(lengths, default=0)
         table = torch.zeros((len(lengths), longest, 4), dtype=torch.int32)
         table[..., 0] = -1
@@ -267,7 +270,7 @@ class TokenLayout:
             first = 0 if padding == "right" else longest - length
             table[sample, first : first + length] = row
             mask[sample, first : first + length] = True
-        table, mask = table.to(device), mask.to(device)
+        table, mask = _on(device, table, mask)
         ragged = any(length != longest for length in lengths)
         return TokenLayout(table[..., 0].contiguous(), table[..., 1:].contiguous(), mask=mask if ragged else None)
 
@@ -300,16 +303,12 @@ class TokenLayout:
         checks.tensor(op, "input_ids", input_ids, 2 if cu_seqlens is None else 1)
         checks.dtype(op, "input_ids", input_ids, checks.INTEGERS)
         checks.integer(op, "merge", merge, 1)
-        if not isinstance(grids, Tensor):
-            grids = torch.tensor(list(grids), dtype=torch.int64).reshape(-1, 3)
-        checks.dtype(op, "grids", grids, checks.INTEGERS)
-        if grids.dim() != 2 or grids.shape[1] != 3:
-            raise ValueError(f"{op}: grids must be [images, 3], got shape {tuple(grids.shape)}")
-        tokens = [image_token_id] if isinstance(image_token_id, int) else list(image_token_id)
+        grids = _checked_grids(op, grids)
+        tokens = image_token_id if isinstance(image_token_id, (list, tuple)) else [image_token_id]
         for token in tokens:
             checks.integer(op, "image_token_id", token)
         device = input_ids.device
-        grids = grids.to(device).long()
+        grids = grids.to(device, non_blocking=True).long()
         sizes = torch.stack([grids[:, 0], grids[:, 1] // merge, grids[:, 2] // merge], 1)
         visual = torch.zeros_like(input_ids, dtype=torch.bool)
         for token in tokens:
@@ -318,6 +317,7 @@ class TokenLayout:
             checks.tensor(op, "mask", mask)
             checks.dtype(op, "mask", mask, (torch.bool,))
             checks.shape(op, "mask", mask, tuple(input_ids.shape), "shaped like input_ids")
+            checks.same_device(op, "mask", mask, input_ids, "input_ids")
             visual = visual & mask
         flat = visual.flatten()
         number = flat.long().cumsum(0) - 1  # of each visual token, over the whole batch
@@ -353,12 +353,29 @@ class TokenLayout:
 
 
 def require(condition: Tensor, message: str) -> None:
-    """Checks a value: raises on the CPU, fails on the device without waiting for it on CUDA."""
-    if condition.is_cpu and not torch.compiler.is_compiling():
+    """Checks a value: raises on the CPU; on CUDA, and in a graph that is traced, it becomes a check on the device."""
+    if condition.is_cpu and type(condition) is Tensor and not torch.compiler.is_compiling():
         if not condition:
             raise ValueError(message)
     else:
         torch._assert_async(condition, message)
+
+
+def _checked_grids(op: str, grids) -> Tensor:
+    """int [images, 3], from a tensor or from triples."""
+    if isinstance(grids, Tensor):
+        checks.dtype(op, "grids", grids, checks.INTEGERS)
+        if grids.dim() != 2 or grids.shape[1] != 3:
+            raise ValueError(f"{op}: grids must be [images, 3], got shape {tuple(grids.shape)}")
+        return grids
+    if not isinstance(grids, Sequence):
+        raise TypeError(f"{op}: grids must be a tensor or a sequence of (t, h, w), got {type(grids).__name__}")
+    for grid in grids:
+        if not isinstance(grid, Sequence) or any(isinstance(n, bool) or not isinstance(n, int) for n in grid):
+            raise TypeError(f"{op}: grids must be (t, h, w) of ints, got {grid!r}")
+        if len(grid) != 3:
+            raise ValueError(f"{op}: grids must be (t, h, w) of ints, got {grid!r}")
+    return torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
 
 
 def _checked_span(name: str, image) -> ImageSpan:
@@ -377,6 +394,11 @@ def _checked_span(name: str, image) -> ImageSpan:
         checks.integer("from_images", f"{name}.{what}", value, least)
     checks.boolean("from_images", f"{name}.newline", span.newline)
     return span
+
+
+def _on(device, *tensors: Tensor) -> list[Tensor]:
+    """Tensors of the host, on a device, without waiting for it."""
+    return [x.to(device, non_blocking=True) for x in tensors]
 
 
 def _cells(span: ImageSpan, number: int) -> Tensor:

@@ -15,17 +15,16 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from pyvtk import checks
+from pyvtk import backends, checks
 from pyvtk.layout import MAX_COORDINATE, TokenLayout, require
+from pyvtk.reference import attention_plan as reference
 from pyvtk.reference.attention import visible
+from pyvtk.reference.attention_plan import IMAGE, INVALID, POSITION, REGION, ROW, TEXT, T, X, Y
 from pyvtk.selection import Selection
 
-# What a slot holds: rows of query_slots and key_slots.
-ROW, IMAGE, T, Y, X, POSITION, REGION, SAMPLE = FACTS = range(8)
-# Values of IMAGE that name no image.
-TEXT, INVALID = -1, -2
+_FACTS = 8  # numbers in a slot
 EVERYWHERE = 2**30  # a radius that no pair exceeds
-_LOW, _HIGH = -(2**31), 2**31 - 1
+PADDING = -(2**31)  # the position of padding
 
 
 class Density(NamedTuple):
@@ -63,6 +62,9 @@ class AttentionPlan:
         radius: (t, y, x), inclusive.
         causal_window: visual tokens see only earlier ones of their own image.
         cross_image: visual tokens see earlier ones of other images.
+        packed: whether samples are packed.
+        added_keys: whether ``tail`` lets text that was added be seen: not by plans of visual keys. None: it refuses to
+            add keys, since a mask said which there are.
 
     A pytree, so it passes through torch.compile.
     """
@@ -83,6 +85,7 @@ class AttentionPlan:
     causal_window: bool = False
     cross_image: bool = False
     packed: bool = False
+    added_keys: bool | None = True
 
     def tensors(self) -> list[Tensor]:
         """What operators take as ``plan``, in their order."""
@@ -95,13 +98,17 @@ class AttentionPlan:
     def tail(self, num_queries: int, num_keys: int, k_lengths: Tensor | None = None) -> AttentionPlan:
         """The plan of the last queries of a sequence that has grown: decode and chunked prefill.
 
-        Keys after those of this plan are text. :func:`neighbor_attention` makes this plan on its own where q or k
-        do not have this plan's length; make it once if several layers share it.
+        Keys after those of this plan are text, later than all of them. :func:`neighbor_attention` makes this plan on
+        its own where q or k do not have this plan's length; make it once if several layers share it.
 
         Args:
             num_queries: rows of q; the last ones of the sequence.
             num_keys: rows of k, at least this plan's.
-            k_lengths: int [batch], how many rows of k are in use; None: all of them.
+            k_lengths: int [batch], how many rows of k are in use; None: all of them. With it, padding behind a
+                sample's last token is free room, and what stands there now is text.
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit.
         """
         op = "tail"
         checks.integer(op, "num_queries", num_queries)
@@ -112,26 +119,41 @@ class AttentionPlan:
             raise ValueError(f"{op}: plan must be that of a whole layout, got a tail of {self.num_queries} queries")
         if num_queries > num_keys:
             raise ValueError(f"{op}: num_queries must be at most num_keys={num_keys}, got {num_queries}")
+        if num_keys > self.num_keys and self.added_keys is None:
+            raise ValueError(f"{op}: num_keys must be {self.num_keys}, since keys was a mask, got {num_keys}")
         device, batch = self.query_slots.device, self.query_slots.shape[0]
-        new = torch.arange(self.num_keys, num_keys, dtype=torch.int32, device=device)
-        zero = torch.zeros_like(new)
-        added = torch.stack([new, torch.full_like(new, TEXT), zero, zero, zero, new, zero, zero])
-        added = added.expand(batch, -1, -1)
-        queries = torch.cat([_by_row(self.query_slots, self.num_queries), added], 2)
-        keys = torch.cat([_by_row(self.key_slots, self.num_keys), added], 2)
-        row = torch.arange(num_queries, device=device).expand(batch, num_queries) + (num_keys - num_queries)
+        queries = _by_row(self.query_slots, self.num_queries)
+        place = torch.arange(num_keys, dtype=torch.int32, device=device)
+        first = self.num_keys  # the row at which what is new begins
         if k_lengths is not None:
             checks.tensor(op, "k_lengths", k_lengths)
             checks.dtype(op, "k_lengths", k_lengths, checks.INTEGERS)
             checks.shape(op, "k_lengths", k_lengths, (batch,), "[batch]")
             checks.same_device(op, "k_lengths", k_lengths, self.query_slots, "the plan")
+            in_range = ((k_lengths >= 0) & (k_lengths <= num_keys)).all()
+            require(in_range, f"{op}: k_lengths must be at most the {num_keys} rows of k")
+            ends = torch.where(queries[:, POSITION] == PADDING, 0, place[: self.num_keys] + 1)
+            first = _most(ends, 0)
+        position = (_most(queries[:, POSITION], -1) + 1 + place - first).expand(batch, num_keys)
+        old = (place < first).expand(batch, num_keys)
+
+        def grown(facts: Tensor, image: int) -> Tensor:
+            facts = torch.nn.functional.pad(facts, (0, num_keys - self.num_keys))
+            facts = _with(facts, ROW, place.expand(batch, num_keys))
+            facts = _with(facts, IMAGE, torch.where(old, facts[:, IMAGE], image))
+            facts = _with(facts, POSITION, torch.where(old, facts[:, POSITION], position))
+            if k_lengths is None:
+                return facts
+            return _with(facts, IMAGE, torch.where(place < k_lengths[:, None], facts[:, IMAGE], INVALID))
+
+        keys = grown(_by_row(self.key_slots, self.num_keys), TEXT if self.added_keys else INVALID)
+        queries = grown(queries, TEXT)
+        row = torch.arange(num_queries, device=device).expand(batch, num_queries) + (num_keys - num_queries)
+        if k_lengths is not None:
             row = row + (k_lengths.long() - num_keys)[:, None]
-            unused = torch.arange(num_keys, device=device) >= k_lengths[:, None]
-            keys = _with(keys, IMAGE, torch.where(unused, INVALID, keys[:, IMAGE]))
-            queries = _with(queries, IMAGE, torch.where(unused, INVALID, queries[:, IMAGE]))
         own = torch.arange(num_queries, dtype=torch.int32, device=device).expand(row.shape)
         before = row < 0
-        queries = queries.gather(2, row.clamp(min=0)[:, None].expand(-1, len(FACTS), -1))
+        queries = queries.gather(2, row.clamp(min=0)[:, None].expand(-1, _FACTS, -1))
         queries = _with(queries, IMAGE, torch.where(before, INVALID, queries[:, IMAGE]))
         queries = _with(queries, ROW, own)
 
@@ -140,7 +162,7 @@ class AttentionPlan:
 
         return _build(
             queries, keys, curve, None, self.routes, num_queries, num_keys, self.block, self.radius,
-            self.causal_window, self.cross_image,
+            self.causal_window, self.cross_image, self.added_keys,
         )  # fmt: skip
 
     def density(self) -> Density:
@@ -195,7 +217,7 @@ _TENSORS = (
     "query_slots", "key_slots", "key_blocks", "key_counts", "query_order", "query_blocks", "query_counts", "key_order",
     "routes",
 )  # fmt: skip
-_NUMBERS = ("num_queries", "num_keys", "block", "radius", "causal_window", "cross_image", "packed")
+_NUMBERS = ("num_queries", "num_keys", "block", "radius", "causal_window", "cross_image", "packed", "added_keys")
 
 pytree.register_pytree_node(
     AttentionPlan,
@@ -210,7 +232,7 @@ pytree.register_pytree_node(
 torch.serialization.add_safe_globals([AttentionPlan])
 
 
-# Facts: int32 [batch, 8, rows], what query_slots hold, in the order of rows --------------------------------------------
+# Facts: int32 [batch, 8, rows], what query_slots hold, in the order of rows -------------------------------------------
 
 
 def _with(facts: Tensor, which: int, values: Tensor) -> Tensor:
@@ -223,15 +245,21 @@ def _with(facts: Tensor, which: int, values: Tensor) -> Tensor:
 def _facts(layout: TokenLayout, valid: Tensor) -> Tensor:
     image = torch.where(valid, layout.image_id.clamp(min=TEXT), INVALID)
     row = torch.arange(layout.num_tokens, dtype=torch.int32, device=layout.device).expand(image.shape)
+    position = torch.where(layout.valid, layout.positions, PADDING)
     sample = layout.sample.to(torch.int32) if layout.packed else torch.zeros_like(image)
-    facts = torch.stack([row, image, *layout.coords.unbind(-1), layout.positions, torch.zeros_like(row), sample], -2)
+    facts = torch.stack([row, image, *layout.coords.unbind(-1), position, torch.zeros_like(row), sample], -2)
     return facts[None] if layout.packed else facts
+
+
+def _most(values: Tensor, least: int) -> Tensor:
+    """int32 [batch, 1]: the largest of the values [batch, n] and ``least``; n may be 0."""
+    return torch.cat([values, values.new_full((values.shape[0], 1), least)], 1).amax(1, keepdim=True)
 
 
 def _by_row(slots: Tensor, rows: int) -> Tensor:
     """Slots back in the order of rows."""
-    where = torch.where(slots[:, ROW] < 0, rows, slots[:, ROW]).long()[:, None].expand(-1, len(FACTS), -1)
-    return slots.new_empty((slots.shape[0], len(FACTS), rows + 1)).scatter(2, where, slots)[:, :, :rows]
+    where = torch.where(slots[:, ROW] < 0, rows, slots[:, ROW]).long()[:, None].expand(-1, _FACTS, -1)
+    return slots.new_empty((slots.shape[0], _FACTS, rows + 1)).scatter(2, where, slots)[:, :, :rows]
 
 
 def _strip_shape(block: int, radius: tuple[int, int, int], flat: bool) -> tuple[int, int]:
@@ -274,159 +302,60 @@ def _raster(facts: Tensor) -> Tensor:
     return (t * MAX_COORDINATE + y) * MAX_COORDINATE + x
 
 
-# Slots, blocks and tables ----------------------------------------------------------------------------------------------
+# The operator ---------------------------------------------------------------------------------------------------------
 
 
-def _sorted_by(keys: list[Tensor]) -> Tensor:
-    """int64 [batch, rows]: rows in the order of the keys, the first one most important."""
-    order = keys[-1].argsort(dim=1, stable=True)
-    for key in keys[-2::-1]:
-        order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
-    return order
+def _num_slots(rows: int, cu_seqlens: Tensor | None, block: int) -> int:
+    # packed samples each begin a block, and what follows the last one does too
+    return -(-rows // block) * block if cu_seqlens is None else (rows // block + cu_seqlens.shape[0]) * block
 
 
-def _slots(facts: Tensor, curve: list[Tensor], cu_seqlens: Tensor | None, block: int) -> Tensor:
-    """Facts in the plan's order [batch, 8, slots]: images first, each along its curve, then text by position, then what
-    is invalid; packed samples begin at block boundaries."""
-    image = facts[:, IMAGE].long()
-    kind = torch.where(image >= 0, image, 2**31 + (image == INVALID).long())  # text after every image
-    kind = kind + (facts[:, SAMPLE].long() << 33)
-    curve = [torch.where(image >= 0, key, facts[:, POSITION].long()) for key in curve]
-    order = _sorted_by([kind, *curve])
-    batch, _, rows = facts.shape
-    place = torch.arange(rows, device=facts.device)
-    if cu_seqlens is None:
-        slots = -(-rows // block) * block
-    else:
-        samples = cu_seqlens.shape[0]  # what follows the last sample is one more
-        slots = (rows // block + samples) * block
-        ends = torch.cat([cu_seqlens[1:].long(), cu_seqlens.new_full((1,), rows, dtype=torch.int64)])
-        lengths = ends.diff(prepend=ends.new_zeros(1))
-        starts = ((lengths + block - 1) // block * block).cumsum(0)
-        shift = (starts - (lengths + block - 1) // block * block) - (ends - lengths)
-        # the sample of a row is that of its place, since samples are the first thing to sort by
-        place = place + shift[facts[0, SAMPLE].long()]
-    empty = torch.tensor([-1, INVALID, 0, 0, 0, 0, 0, -1], dtype=torch.int32, device=facts.device)
-    result = empty[:, None].expand(batch, len(FACTS), slots).contiguous()
-    where = place.expand(batch, len(FACTS), rows)
-    return result.scatter(2, where, facts.gather(2, order[:, None].expand(-1, len(FACTS), -1)))
+def _plan_fake(query_facts, key_facts, query_curve, key_curve, cu_seqlens, routes, rule):
+    batch = query_facts.shape[0]
+    sizes = [_num_slots(f.shape[2], cu_seqlens, b) for f, b in zip((query_facts, key_facts), rule)]
+    blocks = [size // block for size, block in zip(sizes, rule)]
+
+    def table(rows: int, columns: int) -> list[Tensor]:
+        shapes = (batch, rows, columns), (batch, rows, 2), (batch * rows,)
+        return [query_facts.new_empty(shape) for shape in shapes]
+
+    slots = [query_facts.new_empty((batch, _FACTS, size)) for size in sizes]
+    return *slots, *table(*blocks), *table(*blocks[::-1])
 
 
-class _Boxes(NamedTuple):
-    """What is known of every block: [batch, blocks], or [batch, 4, blocks] for (image, t, y, x)."""
-
-    low: Tensor  # of visual tokens
-    high: Tensor
-    visual_first: Tensor  # positions of visual tokens
-    visual_last: Tensor
-    text_first: Tensor
-    text_last: Tensor
-    all_valid: Tensor
-    sample: Tensor
-    regions: Tensor | None  # float [batch, blocks, regions]: whether any visual token is of this region
-
-
-def _boxes(slots: Tensor, block: int, regions: int) -> _Boxes:
-    slots = slots.unflatten(2, (-1, block))
-    image, position = slots[:, IMAGE], slots[:, POSITION]
-    visual, text = image >= 0, image == TEXT
-
-    def least(values: Tensor, among: Tensor) -> Tensor:
-        return torch.where(among, values, _HIGH).amin(-1)
-
-    def most(values: Tensor, among: Tensor) -> Tensor:
-        return torch.where(among, values, _LOW).amax(-1)
-
-    place = slots[:, IMAGE : X + 1]
-    membership = None
-    if regions:
-        region = torch.where(visual, slots[:, REGION], regions).long()
-        membership = torch.zeros((*region.shape[:2], regions + 1), device=slots.device)
-        membership = membership.scatter(2, region, 1.0)[..., :regions]
-    return _Boxes(
-        least(place, visual[:, None]), most(place, visual[:, None]), least(position, visual), most(position, visual),
-        least(position, text), most(position, text), (image >= TEXT).all(-1), slots[:, SAMPLE].amax(-1), membership,
-    )  # fmt: skip
-
-
-def _meetings(q: _Boxes, k: _Boxes, routes: Tensor, radius, causal_window: bool, cross_image: bool):
-    """bool [batch, query blocks, key blocks], twice: whether a pair may be visible, and whether all pairs are."""
-
-    def rows(values: Tensor) -> Tensor:
-        return values[..., :, None]
-
-    def columns(values: Tensor) -> Tensor:
-        return values[..., None, :]
-
-    def earlier(keys: Tensor, queries: Tensor) -> Tensor:
-        return (columns(keys) <= rows(queries)) & (columns(keys) != _HIGH) & (rows(queries) != _LOW)
-
-    # Distances of boxes, as int64: absent tokens have bounds that int32 differences cannot hold.
-    q_low, q_high, k_low, k_high = (box.long() for box in (q.low, q.high, k.low, k.high))
-    apart = torch.maximum(columns(k_low) - rows(q_high), rows(q_low) - columns(k_high))  # [batch, 4, nq, nk]
-    spread = torch.maximum(columns(k_high) - rows(q_low), rows(q_high) - columns(k_low))
-    limits = torch.tensor([0, *radius], device=apart.device)[:, None, None]
-    near = (apart <= limits).all(1)
-    inside = (spread <= limits).all(1)
-    if causal_window:
-        near = near & earlier(k.visual_first, q.visual_last)
-        inside = inside & (columns(k.visual_last) <= rows(q.visual_first))
-    if q.regions is not None:
-        reached = q.regions @ routes.to(q.regions.dtype)
-        near = near & (reached @ k.regions.mT > 0)
-        missed = q.regions @ (1 - routes.to(q.regions.dtype))
-        inside = inside & (missed @ k.regions.mT == 0)
-    if cross_image:
-        several = (
-            (rows(q_low) != rows(q_high)) | (columns(k_low) != columns(k_high)) | (rows(q_low) != columns(k_low))
-        )[:, 0]
-        near = near | (several & earlier(k.visual_first, q.visual_last))
-
-    q_visual, k_visual = rows(q.visual_last != _LOW), columns(k.visual_last != _LOW)
-    q_text, k_text = rows(q.text_last != _LOW), columns(k.text_last != _LOW)
-    some = near & q_visual & k_visual
-    some = some | earlier(k.text_first, q.text_last) | earlier(k.text_first, q.visual_last)
-    some = some | earlier(k.visual_first, q.text_last)
-    # Everything visible: visual meets visual inside the rule, and whatever involves text is later than all its keys.
-    every = inside | ~q_visual | ~k_visual
-    every = every & (~(q_text & k_text) | (columns(k.text_last) <= rows(q.text_first)))
-    every = every & (~(q_text & k_visual) | (columns(k.visual_last) <= rows(q.text_first)))
-    every = every & (~(q_visual & k_text) | (columns(k.text_last) <= rows(q.visual_first)))
-    some = some & (rows(q.sample) == columns(k.sample))
-    return some, some & every & columns(k.all_valid)
-
-
-def _table(some: Tensor, every: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The blocks that each row of ``some`` [batch, rows, columns] visits, their counts, and the order of rows."""
-    batch, rows, columns = some.shape
-    partial = some & ~every
-    num_full, num_partial = every.sum(-1, dtype=torch.int32), partial.sum(-1, dtype=torch.int32)
-    place = torch.where(every, every.cumsum(-1), num_full[..., None] + partial.cumsum(-1)) - 1
-    place = torch.where(some, place, columns)
-    number = torch.arange(columns, dtype=torch.int32, device=some.device).expand(some.shape)
-    blocks = number.new_full((batch, rows, columns + 1), -1).scatter(2, place, number)[..., :columns].contiguous()
-    counts = torch.stack([num_full, num_full + num_partial], -1)
-    order = counts[..., 1].flatten().argsort(dim=0, descending=True, stable=True).to(torch.int32)
-    return blocks, counts, order
+# Facts int32 [batch, 8, rows], curves int64 [keys, batch, rows]: pyvtk/reference/attention_plan.py.
+backends.define(
+    "attention_plan",
+    "(Tensor query_facts, Tensor key_facts, Tensor query_curve, Tensor key_curve, Tensor? cu_seqlens, Tensor routes, "
+    "int[] rule) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_plan_fake,
+)
 
 
 def _build(
     queries: Tensor, keys: Tensor, curve, cu_seqlens: Tensor | None, routes: Tensor, num_queries: int, num_keys: int,
-    block: tuple[int, int], radius: tuple[int, int, int], causal_window: bool, cross_image: bool,
+    block: tuple[int, int], radius: tuple[int, int, int], causal_window: bool = False, cross_image: bool = False,
+    added_keys: bool | None = True,
 ) -> AttentionPlan:  # fmt: skip
-    """A plan from the facts of queries and keys [batch, 8, rows]; ``curve(facts)`` gives the keys that images sort by."""
-    query_slots = _slots(queries, curve(queries), cu_seqlens, block[0])
-    key_slots = _slots(keys, curve(keys), cu_seqlens, block[1])
-    regions = routes.shape[-1]
-    q, k = _boxes(query_slots, block[0], regions), _boxes(key_slots, block[1], regions)
-    some, every = _meetings(q, k, routes, radius, causal_window, cross_image)
+    """A plan from the facts of queries and keys; ``curve(facts)`` lists what visual tokens of one image sort by."""
+    rule = [*block, *radius, int(causal_window), int(cross_image)]
+    same = keys is queries
+    query_curve = torch.stack(curve(queries))
+    key_curve = query_curve if same else torch.stack(curve(keys))
+    if backends.pick("attention_plan", None, queries) == "compiled":
+        operator = torch.ops.pyvtk.attention_plan
+    else:
+        operator = reference.attention_plan
+    queries = queries.contiguous()
+    keys = queries if same else keys.contiguous()
+    tensors = operator(queries, keys, query_curve, key_curve, cu_seqlens, routes, rule)
     return AttentionPlan(
-        query_slots, key_slots, *_table(some, every), *_table(some.mT, every.mT), routes, num_queries, num_keys, block,
-        radius, causal_window, cross_image, cu_seqlens is not None,
+        *tensors, routes, num_queries, num_keys, block, radius, causal_window, cross_image, cu_seqlens is not None,
+        added_keys,
     )  # fmt: skip
 
 
-# Builders --------------------------------------------------------------------------------------------------------------
+# Builders -------------------------------------------------------------------------------------------------------------
 
 
 def default_block(device: torch.device) -> tuple[int, int]:
@@ -448,7 +377,7 @@ def _checked_block(op: str, block, device: torch.device) -> tuple[int, int]:
 
 
 def _triple(op: str, name: str, value, minimum: int) -> tuple[int, int, int]:
-    """An int for all three axes, or (y, x), or (t, y, x)."""
+    """An int for all three axes, or (t, y, x)."""
     values = (value,) * 3 if isinstance(value, int) else value
     if not isinstance(values, Sequence) or len(values) != 3:
         raise TypeError(f"{op}: {name} must be an int or a triple (t, y, x), got {value!r}")
@@ -500,7 +429,9 @@ def neighbor_plan(
     checks.boolean(op, "cross_image", cross_image)
     block = _checked_block(op, block, layout.device)
     queries = facts = _facts(layout, layout.valid)
+    added_keys: bool | None = True
     if isinstance(keys, Tensor):
+        added_keys = None
         checks.dtype(op, "keys", keys, (torch.bool,))
         checks.shape(op, "keys", keys, tuple(layout.image_id.shape), "shaped like the layout")
         checks.same_device(op, "keys", keys, layout.image_id, "the layout")
@@ -508,6 +439,7 @@ def neighbor_plan(
         facts = _with(facts, IMAGE, torch.where(group, facts[:, IMAGE], INVALID))
     else:
         checks.choice(op, "keys", keys, ("all", "text", "visual"))
+        added_keys = keys != "visual"
         if keys != "all":
             in_group = (facts[:, IMAGE] >= 0) == (keys == "visual")
             facts = _with(facts, IMAGE, torch.where(in_group, facts[:, IMAGE], INVALID))
@@ -518,7 +450,7 @@ def neighbor_plan(
 
     return _build(
         queries, facts, curve, layout.cu_seqlens, _no_routes(layout), layout.num_tokens, layout.num_tokens, block,
-        radius, causal_window, cross_image,
+        radius, causal_window, cross_image, added_keys,
     )  # fmt: skip
 
 
@@ -558,7 +490,7 @@ def window_plan(
 
     return _build(
         facts, facts, curve, layout.cu_seqlens, _no_routes(layout), layout.num_tokens, layout.num_tokens, block,
-        (0, 0, 0), False, False,
+        (0, 0, 0),
     )  # fmt: skip
 
 
@@ -582,7 +514,7 @@ def routed_plan(
     Source: BiFormer (arXiv 2303.08810), bi-level routing attention. Its scale is C ** -0.5, of all heads together.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, a region beyond the table (CPU; a device assertion on CUDA).
+        TypeError, ValueError: an argument that does not fit, a region beyond the table (on CUDA a device assertion).
     """
     op = "routed_plan"
     layout = _checked_layout(op, layout)
@@ -601,7 +533,7 @@ def routed_plan(
         checks.same_device(op, "region", region, layout.image_id, "the layout")
         number = (region[None] if layout.packed else region).long()
     else:
-        size = torch.tensor(_triple(op, "region", region, 1), device=layout.device)
+        size = reference.filled(_triple(op, "region", region, 1), layout.device)
         count = (layout.extent.long() + size - 1) // size  # regions per axis, [samples, 3]
         count = count[sample[0]].T[:, None] if layout.packed else count.T[..., None]
         t, y, x = (facts[:, axis].long() // length for axis, length in zip((T, Y, X), size))
@@ -613,7 +545,9 @@ def routed_plan(
     routes = routes.scatter(2, torch.where(table < 0, regions, table).long(), 1)[..., :regions].contiguous()
     if layout.packed:
         number = number + sample * regions
-        routes = torch.block_diag(*routes.unbind(0))[None].contiguous()
+        # of all samples, on the diagonal of one table
+        routes = torch.diag_embed(routes.permute(1, 2, 0)).permute(2, 0, 3, 1)
+        routes = routes.reshape(1, samples * regions, samples * regions)
     facts = _with(facts, REGION, torch.where(seen, number, 0))
 
     def curve(some: Tensor) -> list[Tensor]:
@@ -621,7 +555,7 @@ def routed_plan(
 
     return _build(
         facts, facts, curve, layout.cu_seqlens, routes, layout.num_tokens, layout.num_tokens, block,
-        (EVERYWHERE,) * 3, False, False,
+        (EVERYWHERE,) * 3,
     )  # fmt: skip
 
 
@@ -648,5 +582,5 @@ def subset_plan(
     facts = _with(facts, IMAGE, facts[:, IMAGE].clamp(max=TEXT))
     return _build(
         facts, facts, lambda some: [some[:, POSITION].long()], layout.cu_seqlens, _no_routes(layout),
-        layout.num_tokens, layout.num_tokens, block, (0, 0, 0), False, False,
+        layout.num_tokens, layout.num_tokens, block, (0, 0, 0),
     )  # fmt: skip

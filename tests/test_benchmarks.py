@@ -1,7 +1,11 @@
 """The benchmark harness: the gate, the bars, the report; and the command that finds it."""
 
+import dataclasses
+
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_mask
+from torch.nn.functional import scaled_dot_product_attention
 
 from pyvtk import bench
 from pyvtk.__main__ import main
@@ -71,9 +75,37 @@ def test_memory_bar_is_an_upper_one():
     assert not harness.judge(case, result)["memory"].met
 
 
+def sparse(**options):
+    """A case that needs a tenth of the pairs and visits a fifth of them."""
+    return doubling(dense=("peer",), pairs=lambda: harness.Pairs(10, 20, 100), **options)
+
+
+def test_bars_over_dense_peers():
+    case = sparse(bars={"dense": 4.0, "tile": 0.9})
+    times = {"pyvtk": Timing(1, 1, 1, 3), "peer": Timing(4, 4, 4, 3)}
+    result = harness.Result("score", "tiny", "fp32", times, dense=["peer"], pairs=case.pairs())
+    assert result.tile_ideal == 5 and result.over_dense == 4
+    bars = harness.judge(case, result)
+    assert bars["dense"].met and bars["tile"].reached == 0.8 and not bars["tile"].met
+    assert "tile-ideal ≥ 90 %" in harness.table([dataclasses.replace(result, bars=bars)])
+
+
+def test_optional_peer_that_cannot_run_is_absent():
+    def missing(x):
+        raise RuntimeError("no such kernel\nand a long trace")
+
+    case = sparse(peer=missing, optional=("peer",), absent={"other": "not installed"}, bars={"peer": 1.0})
+    result = harness.run_case(case, seconds=0.01)
+    assert result.error is None and set(result.times) == {"pyvtk"} and not result.bars and not result.dense
+    assert result.absent == {"other": "not installed", "peer": "no such kernel"}
+    assert "absent: other (not installed); peer (no such kernel)" in harness.table([result])
+    # one that runs and computes something else is no such case
+    assert harness.run_case(sparse(peer=lambda x: x, optional=("peer",)), seconds=0.01).error.startswith("peer: ")
+
+
 def test_json_round_trip():
     results = [
-        harness.run_case(doubling(bars={"peer": 1.0}), seconds=0.01),
+        harness.run_case(sparse(bars={"peer": 1.0}), seconds=0.01),
         harness.Result("score", "x", "y", error="z"),
     ]
     report = harness.Report(harness.machine("test"), results)
@@ -101,7 +133,7 @@ def test_limits_run_on_every_dtype():
         for limit in (harness.read_limit(lambda x: x), harness.copy_limit(lambda x: [x])):
             limit.probe(x)
             assert limit.amount(x) == x.nbytes * (2 if limit.kind == "copy" else 1)
-    limit = harness.matmul_limit(lambda x: 2.0 * harness._PROBE**3, torch.bfloat16)
+    limit = harness.matmul_limit(lambda x: 2.0 * harness._PROBE["cpu"] ** 3, torch.bfloat16)
     limit.probe(x)
     assert limit.scale(x) == 1.0
 
@@ -117,6 +149,16 @@ def test_every_case_is_named_once():
     names = [case.id for case in harness.cases()]
     assert len(names) == len(set(names))
     assert {case.family for case in harness.cases()} == set(harness.FAMILIES)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_attention_cases_are_named_once(device):
+    names = [case.id for case in harness.cases(["attention"], device=device)]
+    assert len(names) == len(set(names)) > 30
+
+
+def test_only_some_families_have_cases_for_cuda():
+    assert {case.family for case in harness.cases(device="cuda")} == {"attention"}
 
 
 def test_rounds_rotate():
@@ -142,6 +184,80 @@ def test_plots(tmp_path):
     assert path.name == "score.png" and path.stat().st_size > 10_000
 
 
+def test_break_even_chart(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = [harness.run_case(sparse(), seconds=0.01), harness.run_case(doubling(), seconds=0.01)]
+    paths = bench.load("plots").draw(harness.Report(harness.machine("test"), results), tmp_path)
+    assert [path.name for path in paths] == ["score.png", "score_break_even.png"]
+    assert paths[1].stat().st_size > 10_000
+
+
+SCENES = {
+    "image": ((1, 5, 6),),
+    "video": ((3, 4, 5),),
+    "mixed": (5, (1, 4, 5), 3, (2, 3, 4), 7),
+}
+
+
+def flex(q, k, v, block_mask, enable_gqa):
+    """What FlexAttention computes, without seconds of compilation, and with gradients on the CPU."""
+    mask = create_mask(block_mask.mask_mod, None, None, q.shape[2], k.shape[2], device="cpu")
+    # rows of padding see nothing: 0, as FlexAttention has it
+    return scaled_dot_product_attention(q, k, v, mask, enable_gqa=enable_gqa).masked_fill(~mask.any(3)[..., None], 0)
+
+
+class TestAttention:
+    """That the cases compare like with like, on small shapes."""
+
+    @pytest.fixture(autouse=True)
+    def attention(self, monkeypatch):
+        self.bench = bench.load("bench_attention")
+        monkeypatch.setattr(self.bench, "compiled", lambda function: flex)
+
+    @pytest.mark.parametrize("keep", [1.0, 0.5])
+    @pytest.mark.parametrize("radius", [0, 1, 2, 9])
+    @pytest.mark.parametrize("name", SCENES)
+    def test_counts_pairs(self, name, radius, keep):
+        scene = self.bench.Scene(SCENES[name], radius, keep=keep)
+        pairs, density = scene.pairs(), scene.plan.density()
+        assert pairs.needed == scene.mask.sum() == density.needed
+        assert pairs.visited == density.visited
+        assert pairs.dense == (density.dense if name == "mixed" else scene.tokens**2)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("name", SCENES)
+    def test_every_provider_is_right(self, name, dtype):
+        scene = self.bench.Scene(SCENES[name], 1)
+        case = self.bench.forward(name, scene, (4, 2, 32), dtype)
+        assert {"SDPA mask built", "flex", "flex tiles", "flex tiles permuted built"} < set(case.providers)
+        assert harness.verify(case, case.inputs()) is None
+
+    @pytest.mark.parametrize("name", SCENES)
+    def test_gradients_are_right(self, name):
+        scene = self.bench.Scene(SCENES[name], 1)
+        case = self.bench.training(name, scene, (4, 2, 32), torch.float32)
+        assert {"SDPA mask built", "flex", "flex tiles", "flex tiles permuted built"} < set(case.providers)
+        assert harness.verify(case, case.inputs()) is None
+
+    @pytest.mark.parametrize("name", SCENES)
+    @pytest.mark.parametrize("kind", ["planning", "dropping"])
+    def test_plans_are_right(self, name, kind):
+        scene = self.bench.Scene(SCENES[name], 1)
+        case = getattr(self.bench, kind)(name, scene, (4, 2, 32), torch.float32)
+        assert harness.verify(case, case.inputs()) is None
+
+    def test_another_radius_is_refused(self):
+        scene, other = (self.bench.Scene(SCENES["mixed"], radius) for radius in (1, 2))
+        for make in (self.bench.forward, self.bench.training):
+            right, wrong = (make("mixed", s, (2, 2, 32), torch.float32, flex="not here") for s in (scene, other))
+            for name in ("pyvtk", "SDPA mask"):
+                case = dataclasses.replace(right, providers={**right.providers, name: wrong.providers[name]})
+                assert harness.verify(case, case.inputs()).startswith(f"{name}: error")
+        case = self.bench.planning("mixed", scene, (2, 2, 32), torch.float32)
+        case.providers["pyvtk"] = self.bench.planning("mixed", other, (2, 2, 32), torch.float32).providers["pyvtk"]
+        assert harness.verify(case, case.inputs()) == "pyvtk: another rule"
+
+
 def test_command_lists_and_filters(capsys):
     assert main(["bench", "--list", "select", "--filter", "snapkv"]) == 0
     assert capsys.readouterr().out == "select: SnapKV per head [1, 4, 16384] to 2048, fp32\n"
@@ -163,6 +279,14 @@ def test_command_refuses(arguments, message, capsys):
     assert main(["bench", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_command_needs_the_device(capsys):
+    assert main(["bench", "attention", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "pyvtk bench: torch sees no CUDA device\n"
+    assert main(["bench", "attention", "--device", "cuda", "--list", "--filter", "attention: 128x128, radius 7,"]) == 0
+    assert capsys.readouterr().out.startswith("attention: 128x128, radius 7, 16/16 heads, D=128, bf16\n")
 
 
 def test_command_exits_1_on_red(monkeypatch, capsys):

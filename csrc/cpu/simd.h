@@ -14,7 +14,8 @@ inline constexpr int64_t kLanes = PYVTK_VECTOR_BYTES / 4;
 
 #define PYVTK_INLINE inline __attribute__((always_inline))
 
-PYVTK_INLINE vfloat splat(float x) { return vfloat{} + x; }
+// x - 0 is x for every x, so that only the broadcast is left of it; 0 + x is not, for -0.
+PYVTK_INLINE vfloat splat(float x) { return x - vfloat{}; }
 PYVTK_INLINE vint splat(int32_t x) { return vint{} + x; }
 
 PYVTK_INLINE vfloat as_float(vint x) { return reinterpret_cast<vfloat>(x); }

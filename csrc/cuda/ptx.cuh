@@ -26,7 +26,9 @@ __device__ __forceinline__ T* dynamic_shared() {
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    Arguments&&... arguments) {
-  kernel<<<grid, block, shared_bytes, stream> > >(std::forward<Arguments>(arguments)...);
+  // clang-format off
+  kernel<<<grid, block, shared_bytes, stream>>>(std::forward<Arguments>(arguments)...);
+  // clang-format on
   return cudaGetLastError();
 }
 

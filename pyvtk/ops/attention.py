@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -41,8 +42,9 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias
 
 
-backends.define("neighbor_attention", _SCHEMA, fake=_fake, dtypes=backends.HALF_AND_SINGLE)
-backends.define("neighbor_attention_backward", _BACKWARD_SCHEMA, fake=_backward_fake, dtypes=backends.HALF_AND_SINGLE)
+_KERNELS = {"dtypes": backends.HALF_AND_SINGLE, "triton": "attention"}
+backends.define("neighbor_attention", _SCHEMA, fake=_fake, **_KERNELS)
+backends.define("neighbor_attention_backward", _BACKWARD_SCHEMA, fake=_backward_fake, **_KERNELS)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -52,8 +54,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradient_through(name: str) -> None:
-    """Register operator ``<name>_backward`` as the gradient of ``name``."""
+def _register_gradient(name: str, backward_name: str) -> None:
+    """Let operator ``backward_name`` form the gradients of ``name``."""
 
     def backward(ctx, grad_out, grad_lse):
         q, k, v, k_bias, visual_heads, out, lse, *plan = ctx.saved_tensors
@@ -64,7 +66,7 @@ def _gradient_through(name: str) -> None:
             grad_out = grad_out.contiguous()
         if grad_lse is not None:
             grad_lse = grad_lse.contiguous()
-        *grads, bias = getattr(torch.ops.pyvtk, f"{name}_backward")(
+        *grads, bias = getattr(torch.ops.pyvtk, backward_name)(
             grad_out, grad_lse, q, k, v, k_bias, visual_heads, out, lse, plan, *ctx.options
         )
         return *grads, None if k_bias is None else bias, None, none, None, None, None, None
@@ -72,7 +74,8 @@ def _gradient_through(name: str) -> None:
     torch.library.register_autograd(f"pyvtk::{name}", backward, setup_context=_setup_context)
 
 
-_gradient_through("neighbor_attention")
+_register_gradient("neighbor_attention", "neighbor_attention_backward")
+_register_gradient("neighbor_attention_triton", "neighbor_attention_backward_triton")
 
 
 def _check(q, k, v, plan, scale, k_bias, visual_heads, visual_mass, visual_rows, return_lse) -> None:
@@ -121,6 +124,36 @@ def _check(q, k, v, plan, scale, k_bias, visual_heads, visual_mass, visual_rows,
     checks.boolean(op, "return_lse", return_lse)
 
 
+def _check_tail(plan: AttentionPlan, queries: int, keys: int, k_lengths) -> None:
+    op = "neighbor_attention"
+    if plan.packed:
+        if k_lengths is not None:
+            raise ValueError(f"{op}: k_lengths must be None for a packed plan, got {type(k_lengths).__name__}")
+        raise ValueError(
+            f"{op}: q and k must have the {plan.num_keys} tokens of the packed plan, got {queries} and {keys}"
+        )
+    if plan.num_queries != plan.num_keys:
+        raise ValueError(
+            f"{op}: q, k and k_lengths must be those that the plan's tail was made for ({plan.num_queries} queries, "
+            f"{plan.num_keys} keys, no k_lengths), got {queries} queries and {keys} keys"
+        )
+    if keys < plan.num_keys:
+        raise ValueError(f"{op}: k must have at least the plan's {plan.num_keys} tokens, got {keys}")
+    if queries > keys:
+        raise ValueError(f"{op}: q must have at most k's {keys} tokens, got {queries}")
+
+
+def _autocasts(device: str) -> bool:
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype of autocast, which leaves float64 alone."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if _autocasts(x.device.type) else x
+
+
 def neighbor_attention(
     q: Tensor,
     k: Tensor,
@@ -150,6 +183,7 @@ def neighbor_attention(
         plan: of the layout, made once for all layers.
         scale: of the logits; None: channels ** -0.5.
         k_bias: float [batch, keys] (packed: [tokens]), added to the scaled logits; e.g. log of token sizes (ToMe).
+            A key with -inf is seen by nobody.
         visual_heads: bool [heads]; heads with False give visual keys no weight (YOPO's head pruning).
         visual_mass: "keep" takes these weights away after the softmax, whose denominator stays (what YOPO's code
             does); "drop" leaves the keys out of it, so that the other weights sum to 1.
@@ -167,17 +201,11 @@ def neighbor_attention(
     Raises:
         TypeError, ValueError: an argument that does not fit. RuntimeError: the backend cannot run.
     """
-    device = q.device.type if isinstance(q, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    q, k, v = (_autocast(x) for x in (q, k, v))
     _check(q, k, v, plan, scale, k_bias, visual_heads, visual_mass, visual_rows, return_lse)
     queries, keys = (q.shape[0], k.shape[0]) if plan.packed else (q.shape[2], k.shape[2])
     if k_lengths is not None or queries != plan.num_queries or keys != plan.num_keys:
-        if plan.packed and k_lengths is None:
-            raise ValueError(
-                f"neighbor_attention: q and k must have the {plan.num_keys} tokens of the packed plan, "
-                f"got {queries} and {keys}"
-            )
+        _check_tail(plan, queries, keys, k_lengths)
         plan = plan.tail(queries, keys, k_lengths)
     if plan.packed:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -187,11 +215,11 @@ def neighbor_attention(
     options = (plan.tensors(), plan.rule(), scale, visual_mass == "keep", visual_rows == "zero")
     chosen = backends.pick("neighbor_attention", backend, q, q.dtype)
     if chosen == "reference":
-        out, lse = reference.neighbor_attention(q, k, v, k_bias, visual_heads, *options)
-        out, lse = (
-            _in_order_of(q, out.to(q.dtype)),
-            lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32),
-        )
+        device = q.device.type
+        # autocast would round inside, too
+        with torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext():
+            out, lse = reference.neighbor_attention(q, k, v, k_bias, visual_heads, *options)
+        out = _in_order_of(q, out.to(q.dtype))
     else:
         k_bias = None if k_bias is None else k_bias.float().contiguous()
         name = {"compiled": "neighbor_attention", "triton": "neighbor_attention_triton"}[chosen]
@@ -200,6 +228,40 @@ def neighbor_attention(
     if plan.packed:
         out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_lse else out
+
+
+def _weigh_backward_fake(grad, outs, weights):
+    return [_like_queries(out) for out in outs], weights.new_empty(weights.shape)
+
+
+# What merge_attention spends its time on: sum_g weights_g out_g, over weights other than 0; float32 or float64 weights
+# [groups, batch, heads, queries].
+backends.define(
+    "weigh_groups",
+    "(Tensor[] outs, Tensor weights) -> Tensor",
+    fake=lambda outs, weights: _like_queries(outs[0]),
+    dtypes=checks.FLOATS,
+)
+backends.define(
+    "weigh_groups_backward",
+    "(Tensor grad, Tensor[] outs, Tensor weights) -> (Tensor[], Tensor)",
+    fake=_weigh_backward_fake,
+    dtypes=checks.FLOATS,
+)
+
+
+def _weigh_setup(ctx, inputs, output) -> None:
+    outs, weights = inputs
+    ctx.save_for_backward(weights, *outs)
+
+
+def _weigh_backward(ctx, grad):
+    weights, *outs = ctx.saved_tensors
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    return torch.ops.pyvtk.weigh_groups_backward(grad, outs, weights)
+
+
+torch.library.register_autograd("pyvtk::weigh_groups", _weigh_backward, setup_context=_weigh_setup)
 
 
 def _in_order_of(q: Tensor, out: Tensor) -> Tensor:
@@ -214,6 +276,8 @@ def merge_attention(
     lses: Sequence[Tensor],
     coefficients: Sequence[Tensor] | None = None,
     renormalize: bool = False,
+    *,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joins the attention of one query over groups of keys: out = sum_g c_g out_g.
 
@@ -226,6 +290,7 @@ def merge_attention(
         coefficients: of every group, shaped like lses; used as they are. YOPO's pruned heads are [exp(lse_text - lse),
             0]; VAR moves weight between sinks and other visual keys.
         renormalize: divide by the sum of the coefficients (0 where that is 0).
+        backend: "compiled", "reference", or None for the first that can run.
 
     Returns:
         (out, lse): out in the dtype of outs, lse over all groups, -inf where no group saw a key. Differentiable in
@@ -235,6 +300,13 @@ def merge_attention(
         TypeError, ValueError: an argument that does not fit.
     """
     op = "merge_attention"
+    for name, values in (
+        ("outs", outs),
+        ("lses", lses),
+        ("coefficients", [] if coefficients is None else coefficients),
+    ):
+        if not isinstance(values, (list, tuple)):
+            raise TypeError(f"{op}: {name} must be a list of tensors, one per group, got {type(values).__name__}")
     outs, lses = list(outs), list(lses)
     if not outs or len(outs) != len(lses):
         raise ValueError(f"{op}: outs must be as many as lses, at least one, got {len(outs)} and {len(lses)}")
@@ -248,6 +320,8 @@ def merge_attention(
         checks.dtype(op, f"outs[{number}]", out, checks.FLOATS)
         checks.shape(op, f"outs[{number}]", out, tuple(outs[0].shape), "shaped like outs[0]")
         checks.same_device(op, f"outs[{number}]", out, outs[0], "outs[0]")
+        if out.dtype != outs[0].dtype:
+            raise TypeError(f"{op}: outs[{number}] must have the dtype of outs[0], {outs[0].dtype}, got {out.dtype}")
     packed = outs[0].dim() == 3
     shape = (outs[0].shape[1], outs[0].shape[0]) if packed else tuple(outs[0].shape[:3])
     meaning = "[heads, tokens]" if packed else "[batch, heads, queries]"
@@ -257,7 +331,12 @@ def merge_attention(
             checks.dtype(op, f"{name}[{number}]", value, checks.FLOATS)
             checks.shape(op, f"{name}[{number}]", value, shape, meaning)
             checks.same_device(op, f"{name}[{number}]", value, outs[0], "outs[0]")
+    weights, seen, lse = reference.group_weights(lses, coefficients, renormalize)
     if packed:
-        outs = [out.transpose(0, 1) for out in outs]
-    out, lse = reference.merge_attention(outs, lses, coefficients, renormalize)
-    return (out.transpose(0, 1) if packed else out), lse
+        outs, weights, seen = [out.transpose(0, 1)[None] for out in outs], weights[:, None], seen[:, None]
+    outs = [out if out.stride(-1) == 1 else out.contiguous() for out in outs]
+    if backends.pick("weigh_groups", backend, outs[0], outs[0].dtype) == "compiled":
+        out = backends.call(torch.ops.pyvtk.weigh_groups, (*outs, weights), outs, weights)
+    else:
+        out = _in_order_of(outs[0], reference.weigh_groups(outs, weights, seen))
+    return (out[0].transpose(0, 1) if packed else out), lse

@@ -45,7 +45,7 @@ def neighbor_attention(
     rule: list[int], scale: float, keep_mass: bool, zero_rows: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out_i = sum_j p_ij v_j with p_ij = exp(z_ij - lse_i), lse_i = log sum_j exp z_ij over the visible keys j, and
-    z_ij = scale q_i . k_j + k_bias_j. Queries that see nothing: out 0, lse -inf.
+    z_ij = scale q_i . k_j + k_bias_j. Nobody sees a key with bias -inf. Queries that see nothing: out 0, lse -inf.
 
     Heads that are off in ``visual_heads`` give visual keys no weight: after the softmax (keep_mass), or before it. With
     zero_rows, visual queries of these heads see nothing.
@@ -57,6 +57,8 @@ def neighbor_attention(
     group = heads // kv_heads if kv_heads else 1
     query_facts, key_facts = in_rows(query_slots, queries), in_rows(key_slots, keys)
     seen = visible(query_facts, key_facts, rule, routes)[:, None]  # [batch, 1, queries, keys]
+    if k_bias is not None:
+        seen = seen & (k_bias != float("-inf"))[:, None, None]
     weighed = None
     if visual_heads is not None:
         off = ~visual_heads[None, :, None, None]
@@ -81,15 +83,15 @@ def neighbor_attention(
     if weighed is not None:
         weights = weights.masked_fill(~weighed, 0)
     out = torch.einsum("bgmij,bgjd->bgmid", weights.reshape(batch, kv_heads, group, queries, keys), v)
-    return out.reshape(batch, heads, queries, dim).to(v.dtype if wide == torch.float64 else wide), lse
+    # also stops whatever gradient arrives at blind rows
+    return out.reshape(batch, heads, queries, dim).masked_fill(blind[..., None], 0), lse
 
 
-def merge_attention(
-    outs: list[Tensor], lses: list[Tensor], coefficients: list[Tensor] | None, renormalize: bool
-) -> tuple[Tensor, Tensor]:
-    """sum_g c_g out_g over groups with lse_g > -inf; c_g = exp(lse_g - lse) unless given. outs [..., queries, channels],
-    lses [..., queries]."""
-    wide = torch.float64 if outs[0].dtype == torch.float64 else torch.float32
+def group_weights(
+    lses: list[Tensor], coefficients: list[Tensor] | None, renormalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights of groups [groups, ..., queries], which of them saw a key, and lse over all groups [..., queries]."""
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in [*lses, *(coefficients or [])]) else torch.float32
     groups = torch.stack([lse.to(wide) for lse in lses])
     seen = groups > float("-inf")
     blind = ~seen.any(0)
@@ -103,5 +105,12 @@ def merge_attention(
     if renormalize:
         total = weights.sum(0)
         weights = (weights / total.masked_fill(total == 0, 1)).masked_fill(total == 0, 0)
-    out = sum(w[..., None] * x.to(wide).masked_fill(~s[..., None], 0) for w, s, x in zip(weights, seen, outs))
-    return out.to(outs[0].dtype), lse
+    return weights, seen, lse
+
+
+def weigh_groups(outs: list[Tensor], weights: Tensor, seen: Tensor) -> Tensor:
+    """sum_g weights_g out_g over groups that saw a key; outs [batch, heads, queries, channels], weights and seen
+    [groups, batch, heads, queries]. 16-bit outs are added in float32."""
+    wide = torch.float64 if outs[0].dtype == torch.float64 else torch.float32
+    parts = [out.to(wide).masked_fill(~s[..., None], 0) for s, out in zip(seen, outs)]
+    return sum(w.to(wide)[..., None] * part for w, part in zip(weights, parts)).to(outs[0].dtype)

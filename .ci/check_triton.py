@@ -1,0 +1,179 @@
+"""Compiles the Triton kernels for every architecture, without a GPU, and asserts what they use of it.
+
+    python .ci/check_triton.py [--quick] [--arch 90] [--dim 64 128] [--dtype bf16] [--group 1 4]
+
+The launchers of triton_kernels/attention.py run on tensors that only have shapes; what they would launch is compiled
+with triton.compile instead. A kernel may not use more shared memory than a block of its architecture has, and up to a
+head dimension of 128 a kernel of 16-bit values may not spill a register. cuobjdump, which comes with Triton, says what
+the machine code uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    raise SystemExit("check_triton: TRITON_INTERPRET is set, so nothing would be compiled")
+
+import torch
+import triton
+from pyvtk.triton_kernels import attention
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# capability -> bytes of shared memory that one block may have
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED = {architecture: kib * 1024 for architecture, kib in SHARED.items()}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.uint8: "u8"}
+# bytes that may spill: float32's three products fill all 255 registers whatever the tile, and ptxas saves a few
+SPILL = {torch.bfloat16: 0, torch.float16: 0, torch.float32: 64}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def launches(architecture: int, dtype: torch.dtype, head_dim: int, group: int, block: int, options: dict) -> list:
+    """(kernel, arguments) of a forward and a backward on an architecture."""
+    found = []
+    attention._capability = lambda tensor: divmod(architecture, 10)
+    attention._launch = lambda kernel, programs, arguments: found.append((kernel, arguments))
+    batch, heads, rows = 2, 2, 4 * max(block, 64)
+    q = torch.empty(batch, rows, heads * group, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+    k = torch.empty(batch, rows, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+    blocks = rows // block
+
+    def table(*shape):
+        return torch.empty(shape, dtype=torch.int32, device="meta")
+
+    regions = 16 if options.get("routes") else 0
+    plan = [
+        table(batch, 8, rows), table(batch, 8, rows), table(batch, blocks, blocks), table(batch, blocks, 2),
+        table(batch * blocks), table(batch, blocks, blocks), table(batch, blocks, 2), table(batch * blocks),
+        table(batch if regions else 0, regions, regions),
+    ]  # fmt: skip
+    rule = [block, block, *options.get("radius", (0, 2, 2)), 0, 0]
+    bias = torch.empty(batch, rows, device="meta") if options.get("bias") else None
+    off = torch.empty(heads * group, dtype=torch.bool, device="meta") if options.get("heads") else None
+    call = (q, k, k, bias, off)
+    out, lse = attention.neighbor_attention(*call, plan, rule, 0.125, True, False)
+    attention.neighbor_attention_backward(out, None, *call, out, lse, plan, rule, 0.125, True, False)
+    return found
+
+
+def compiled(kernel, arguments: dict, architecture: int):
+    """The kernel with these arguments, specialised as a launch would specialise it."""
+    signature, constants, hints = {}, {}, {}
+    settings = {name: arguments[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in arguments}
+    for number, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
+            signature[name], constants[(number,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], hints[(number,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                hints[(number,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, hints)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=settings)
+
+
+def resources(binary) -> tuple[int, int, int]:
+    """Registers per thread, bytes that spill to local memory, bytes of shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        said = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{what}:(\d+)", said).group(1)) for what in ("REG", "STACK", "LOCAL"))
+    return registers, max(stack, local), binary.metadata.shared
+
+
+def blocks_per_multiprocessor(architecture: int, warps: int, registers: int, shared: int) -> int:
+    threads = {80: 2048, 90: 2048, 100: 2048}.get(architecture, 1536)
+    memory = {80: 164, 90: 228, 100: 228}.get(architecture, 100) * 1024
+    register_blocks = 65536 // (warps * 32 * ((registers + 7) // 8 * 8))
+    return min(threads // (warps * 32), register_blocks, memory // (shared + 1024))
+
+
+def measured(case: tuple) -> list[tuple[str, str]]:
+    """A line of the table and what is wrong ("": nothing), for each kernel of a case."""
+    architecture, dtype, head_dim, group, _, options = case
+    lines = []
+    for kernel, arguments in launches(*case):
+        name = kernel.__name__.removeprefix("neighbor_attention_").removesuffix("_kernel").replace("kernel", "forward")
+        if name == "delta":
+            continue
+        registers, spill, shared = resources(compiled(kernel, arguments, architecture))
+        warps, stages = arguments["num_warps"], arguments["num_stages"]
+        resident = blocks_per_multiprocessor(architecture, warps, registers, shared)
+        rows = f"{arguments['TILE_Q']}x{arguments['HEADS']}"
+        line = (
+            f"{name:<12}{architecture:>5}{TYPES[dtype]:>6}{head_dim:>5}{group:>5}{rows:>8}{arguments['TILE_K']:>6}{warps:>7}"
+            f"{stages:>8}{registers:>6}{spill:>7}{shared:>9}{resident:>8}  {' '.join(options)}"
+        )  # fmt: skip
+        error = ""
+        if shared > SHARED[architecture]:
+            error = f"{shared} bytes of shared memory, a block has {SHARED[architecture]}"
+        elif head_dim <= 128 and spill > SPILL[dtype]:
+            error = f"{spill} bytes of registers spill"
+        where = f"{name} sm_{architecture} {TYPES[dtype]} D={head_dim} group {group} {options}"
+        lines.append((line, error and f"{where}: {error}"))
+    return lines
+
+
+def check(cases: list[tuple], jobs: int) -> list[str]:
+    """Compiles, prints a table, and returns what is wrong."""
+    header = "kernel arch dtype D GQA rows keys warps stages regs spill shared per_SM".split()
+    print("{:<12}{:>5}{:>6}{:>5}{:>5}{:>8}{:>6}{:>7}{:>8}{:>6}{:>7}{:>9}{:>8}".format(*header), flush=True)
+    errors = []
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for lines in pool.map(measured, cases):
+            for line, error in lines:
+                print(line, flush=True)
+                errors += [error] if error else []
+    return errors
+
+
+# some cases, for the tests: one of each tile, the options, the tightest shared memory
+QUICK = [
+    (90, torch.bfloat16, 128, 1, 64, {"heads": True, "bias": True}),
+    (86, torch.float32, 80, 1, 64, {}),
+    (100, torch.float16, 64, 4, 64, {"routes": True, "radius": (2**30,) * 3}),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED))
+    parser.add_argument("--dim", type=int, nargs="*", default=[64, 80, 128, 256])
+    parser.add_argument("--dtype", nargs="*", default=["bf16", "fp32"])
+    parser.add_argument("--group", type=int, nargs="*", default=[1])
+    parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--quick", action="store_true", help="a few kernels, for the tests")
+    given = parser.parse_args()
+    names = {name: dtype for dtype, name in TYPES.items()}
+    begin = time.perf_counter()
+    cases = QUICK if given.quick else [
+        (architecture, names[dtype], head_dim, group, given.block, {})
+        for architecture in given.arch for dtype in given.dtype for head_dim in given.dim for group in given.group
+    ]  # fmt: skip
+    errors = check(cases, given.jobs)
+    print(f"triton {triton.__version__}: {time.perf_counter() - begin:.0f} s")
+    for error in errors:
+        print(error)
+    return bool(errors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
