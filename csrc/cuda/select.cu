@@ -19,7 +19,7 @@ void guard_device(const Tensor& scores, std::initializer_list<const OptionalTens
   }
 }
 
-Result select(const Tensor& scores, const SelectArguments& arguments) {
+Result run(const Tensor& scores, const SelectArguments& arguments) {
   guard_last_contiguous(scores, "scores");
   guard_device(scores, {&arguments.num_keep_per_row, &arguments.threshold, &arguments.top_p, &arguments.keep,
                         &arguments.drop, &arguments.candidates, &arguments.segments, &arguments.cu_seqlens});
@@ -39,14 +39,14 @@ Result select_operator(const Tensor& scores, int64_t num_keep, const OptionalTen
                        const OptionalTensor& drop, const OptionalTensor& candidates, bool keep_others,
                        const OptionalTensor& segments, int64_t num_segments, const OptionalTensor& cu_seqlens,
                        int64_t capacity, bool align_right, bool by_score) {
-  return select(scores, {num_keep, num_keep_per_row, threshold, top_p, keep, drop, candidates, keep_others, segments,
-                         num_segments, cu_seqlens, capacity, align_right, by_score});
+  return run(scores, {num_keep, num_keep_per_row, threshold, top_p, keep, drop, candidates, keep_others, segments,
+                      num_segments, cu_seqlens, capacity, align_right, by_score});
 }
 
 Result select_top_operator(const Tensor& scores, int64_t num_keep) {
   SelectArguments arguments;
   arguments.num_keep = arguments.capacity = num_keep;
-  return select(scores, arguments);
+  return run(scores, arguments);
 }
 
 }  // namespace

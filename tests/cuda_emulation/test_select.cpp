@@ -1,5 +1,5 @@
-// The select kernel against a sort, token by token: random problems small enough for the sanitizers. What the fields
-// mean in every detail is the business of test_emulated_select.py.
+// The select kernel against sorting: random problems, small enough for the sanitizers. test_emulated_select.py compares
+// more of them with the reference, in a process that ThreadSanitizer does not watch.
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -73,36 +73,76 @@ struct Oracle {
     return x == y ? a < b : x > y;
   }
 
+  // What share p asks for of these, best first: how many.
+  size_t prefix(const std::vector<int64_t>& members, double p) const {
+    float largest = 0;
+    for (int64_t token : members)
+      largest = std::max(largest, std::isnan(to_float(scores[token])) ? 0.0f : to_float(scores[token]));
+    const auto weight = [&](int64_t token) -> int64_t {
+      const float score = to_float(scores[token]);
+      if (!(score > 0)) return 0;
+      if (std::isinf(largest)) return std::isinf(score);
+      int exponent = 0;
+      std::frexp(largest, &exponent);
+      return static_cast<int64_t>(std::floor(std::ldexp(static_cast<double>(score), 31 - exponent)));
+    };
+    int64_t total = 0, mass = 0;
+    for (int64_t token : members) total += weight(token);
+    const int64_t need = p < 1 ? static_cast<int64_t>(std::ceil(std::max(p, 0.0) * static_cast<double>(total))) : total;
+    size_t size = 0;
+    for (; size < members.size() && (size == 0 || mass < need); ++size) mass += weight(members[size]);
+    return size;
+  }
+
   // Tokens of a row that stay, best first.
   std::vector<int64_t> row(int64_t number) const {
     const int64_t tokens = problem.tokens;
-    std::vector<int64_t> fixed, competitors;
-    int64_t forced = 0;
-    for (int64_t token = 0; token < tokens; ++token) {
-      const auto bit = [&](const PerToken<uint8_t>& mask, bool otherwise) {
-        return mask ? mask.row(number, tokens)[token] != 0 : otherwise;
-      };
-      if (bit(problem.drop, false)) continue;
-      const bool keep = bit(problem.keep, false), candidate = bit(problem.candidates, true);
-      forced += keep;
-      if (keep || (problem.keep_others && !candidate)) {
-        fixed.push_back(token);
-      } else if (candidate) {
-        competitors.push_back(token);
-      }
-    }
+    const auto bit = [&](const PerToken<uint8_t>& mask, int64_t token, bool otherwise) {
+      return mask ? mask.row(number, tokens)[token] != 0 : otherwise;
+    };
+    const auto segment_of = [&](int64_t token) {
+      return problem.segments ? problem.segments.row(number, tokens)[token] : 0;
+    };
     const auto order = [&](int64_t a, int64_t b) { return before(a, b); };
+    std::vector<int64_t> fixed, stay;
+    for (int64_t segment = -1; segment <= problem.num_segments; ++segment) {
+      const bool exists = segment >= 0 && segment < problem.num_segments;
+      std::vector<int64_t> members, competitors;
+      int64_t forced = 0;
+      for (int64_t token = 0; token < tokens; ++token) {
+        if (segment_of(token) != segment || bit(problem.drop, token, false)) continue;
+        const bool keep = bit(problem.keep, token, false), candidate = exists && bit(problem.candidates, token, true);
+        forced += keep;
+        if (candidate) members.push_back(token);
+        if (keep || (problem.keep_others && !candidate)) {
+          fixed.push_back(token);
+        } else if (candidate) {
+          competitors.push_back(token);
+        }
+      }
+      if (!exists) continue;
+      std::sort(members.begin(), members.end(), order);
+      std::sort(competitors.begin(), competitors.end(), order);
+      if (problem.num_keep >= 0 || problem.num_keep_per_row) {
+        const int64_t count =
+            problem.num_keep_per_row ? problem.num_keep_per_row.at(number, segment) : problem.num_keep;
+        competitors.resize(std::min(competitors.size(), static_cast<size_t>(std::max<int64_t>(count - forced, 0))));
+      }
+      if (problem.threshold) {
+        std::erase_if(competitors, [&](int64_t token) {
+          return !(to_float(scores[token]) >= problem.threshold.at(number, segment));
+        });
+      }
+      if (problem.top_p) {
+        members.resize(prefix(members, problem.top_p.at(number, segment)));
+        std::erase_if(competitors,
+                      [&](int64_t token) { return std::find(members.begin(), members.end(), token) == members.end(); });
+      }
+      stay.insert(stay.end(), competitors.begin(), competitors.end());
+    }
     std::sort(fixed.begin(), fixed.end(), order);
-    std::sort(competitors.begin(), competitors.end(), order);
-    if (problem.num_keep >= 0 || problem.num_keep_per_row) {
-      const int64_t count = problem.num_keep_per_row ? problem.num_keep_per_row.at(number, 0) : problem.num_keep;
-      competitors.resize(std::min(competitors.size(), static_cast<size_t>(std::max<int64_t>(count - forced, 0))));
-    }
-    if (problem.threshold) {
-      std::erase_if(competitors,
-                    [&](int64_t token) { return !(to_float(scores[token]) >= problem.threshold.at(number, 0)); });
-    }
-    fixed.insert(fixed.end(), competitors.begin(), competitors.end());
+    std::sort(stay.begin(), stay.end(), order);
+    fixed.insert(fixed.end(), stay.begin(), stay.end());
     return fixed;
   }
 };
@@ -122,6 +162,15 @@ void one_problem() {
   if (!plain && chance(60)) problem.drop.data = drop.begin();
   if (!plain && chance(60)) problem.candidates.data = candidates.begin();
   problem.keep_others = chance(30);
+  Array<int32_t> segments(scores.size);
+  for (int32_t& segment : segments) segment = static_cast<int32_t>(any(-1, 3));
+  if (!plain && chance(40)) {
+    problem.segments.data = segments.begin();
+    problem.num_segments = 3;
+  }
+  Array<double> top_p(problem.rows);
+  for (double& p : top_p) p = static_cast<double>(any(-1, 11)) / 10;
+  if (!plain && chance(40)) problem.top_p.data = top_p.begin();
   Array<int64_t> num_keep(problem.rows);
   for (int64_t& count : num_keep) count = any(-2, problem.tokens + 2);
   Array<float> threshold(problem.rows);
