@@ -9,8 +9,9 @@
 //
 // Token 32 w + j always belongs to lane j of the warp that owns word w: ranks need no barrier between passes, sets of
 // tokens (a bit for each) only __syncwarp, and order within a row is that of warps. Counts and masses are integers, so
-// the order in which atomics happen cannot matter. Reads scores and masks once (masks per group with segments), writes
-// the indices; a row of a few thousand tokens is bound by the latency of its barriers, not by bytes.
+// the order in which atomics happen cannot matter. Reads scores and masks once (segments and keep once per segment),
+// writes the indices. Not measured on a GPU yet; for rows of a few thousand tokens the latency of some twenty barriers
+// should count, not bytes.
 #pragma once
 #include <bit>
 #include <cstdint>
@@ -283,8 +284,7 @@ __device__ Cut cut_at_mass(const SelectRow<T>& row, const Set& set, double p) {
   return find_cut(row, set, all.low, all.high, need, weight);
 }
 
-template <class T>
-__device__ Cut cut_of_threshold(const SelectProblem& problem, int64_t row, int64_t segment) {
+__device__ inline Cut cut_of_threshold(const SelectProblem& problem, int64_t row, int64_t segment) {
   if (!problem.threshold) return kKeepAll;
   const float threshold = problem.threshold.at(row, segment);
   // Nothing reaches NaN. Otherwise: above the rank just below the threshold's.
@@ -320,7 +320,7 @@ __device__ void choose_from_all(const SelectRow<T>& row, const SelectProblem& pr
     high = max(high, rank);
   }
   const Set all{};
-  Cut cut = cut_of_threshold<T>(problem, number, 0);
+  Cut cut = cut_of_threshold(problem, number, 0);
   if (has_count(problem)) {
     Summary<unsigned> summary = summary_of_block(0u, low, high);
     summary.mass = static_cast<unsigned>(row.size);
@@ -361,7 +361,7 @@ __device__ void choose_with_masks(const SelectRow<T>& row, const SelectProblem& 
   for (int64_t segment = 0; segment < num_segments; ++segment) {
     const Set candidates_here{row.candidate, nullptr, row.segments, segment};
     const Set competitors{row.candidate, row.fixed, row.segments, segment};
-    Cut cut = cut_of_threshold<T>(problem, number, segment);
+    Cut cut = cut_of_threshold(problem, number, segment);
     if (problem.top_p) {
       cut = stricter(cut, cut_at_mass(row, candidates_here, problem.top_p.at(number, segment)));
     }
