@@ -16,6 +16,7 @@
 #include <bit>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "common/select_problem.h"
 #include "common/types.h"
@@ -39,6 +40,30 @@ __device__ __forceinline__ uint32_t rank_of(float score) {
   if (bits == 0x80000000u) return kZeroRank;
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+
+// Scores of a row: of a type that the kernel is compiled for,
+template <class T>
+struct ScoresOf {
+  const T* data;
+
+  __device__ __forceinline__ float operator[](int64_t i) const { return to_float(data[i]); }
+  __device__ __forceinline__ ScoresOf from(int64_t i) const { return {data + i}; }
+};
+// or of a type that it looks up: the kernel that can do everything is large, and one of it does.
+enum class ScoreType { float32, bfloat16, float16 };
+struct AnyScores {
+  const void* data;
+  ScoreType type;
+
+  __device__ __forceinline__ float operator[](int64_t i) const {
+    if (type == ScoreType::float32) return static_cast<const float*>(data)[i];
+    const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+    return type == ScoreType::bfloat16 ? to_float(bfloat16{bits}) : to_float(float16{bits});
+  }
+  __device__ __forceinline__ AnyScores from(int64_t i) const {
+    return {static_cast<const char*>(data) + i * (type == ScoreType::float32 ? 4 : 2), type};
+  }
+};
 
 // A prefix of the ranking: ranks above the pivot, and those equal to it of tokens before `end`.
 struct Cut {
@@ -64,9 +89,9 @@ struct Set {
 };
 
 // One row while it is worked on. All threads of the block hold the same.
-template <class T>
+template <class Scores>
 struct SelectRow {
-  const T* scores;          // [size]
+  Scores scores;            // [size]
   const int32_t* segments;  // [size]; nullptr: all tokens are of segment 0
   int64_t first_token;      // what indices count from
   int size;
@@ -78,9 +103,7 @@ struct SelectRow {
   uint32_t* fixed;      // shared [words]: those of them that do not compete; nullptr: none
   uint32_t* candidate;  // shared [words]: not dropped, and of a segment that exists; nullptr: all
 
-  __device__ __forceinline__ uint32_t rank(int token) const {
-    return ranks ? ranks[token] : rank_of(to_float(scores[token]));
-  }
+  __device__ __forceinline__ uint32_t rank(int token) const { return ranks ? ranks[token] : rank_of(scores[token]); }
   // Whether this lane's token of the word is in the set, for the warp that owns the word.
   __device__ __forceinline__ bool holds(const Set& set, int word) const {
     const int token = word * 32 + static_cast<int>(threadIdx.x % 32);
@@ -149,8 +172,8 @@ struct One {
   __device__ unsigned operator()(uint32_t) const { return 1; }
 };
 
-template <class Mass, class T, class Weight>
-__device__ Summary<Mass> summarize(const SelectRow<T>& row, const Set& set, Weight weight) {
+template <class Mass, class Scores, class Weight>
+__device__ Summary<Mass> summarize(const SelectRow<Scores>& row, const Set& set, Weight weight) {
   Mass mass = 0;
   uint32_t low = std::numeric_limits<uint32_t>::max(), high = 0;
   for (int word = row.begin; word < row.end; ++word) {
@@ -164,8 +187,8 @@ __device__ Summary<Mass> summarize(const SelectRow<T>& row, const Set& set, Weig
 }
 
 // The prefix that ends with the `ties`-th token of the set whose rank is the pivot.
-template <class T>
-__device__ Cut cut_after_ties(const SelectRow<T>& row, const Set& set, uint32_t pivot, int64_t ties) {
+template <class Scores>
+__device__ Cut cut_after_ties(const SelectRow<Scores>& row, const Set& set, uint32_t pivot, int64_t ties) {
   PYVTK_SHARED(end, int);
   const auto equal = [&](int word) {
     return __ballot_sync(kAllLanes, row.holds(set, word) && row.rank(word * 32 + lane_of_warp()) == pivot);
@@ -189,8 +212,8 @@ __device__ Cut cut_after_ties(const SelectRow<T>& row, const Set& set, uint32_t 
 }
 
 // The smallest prefix of the set's ranking that weighs `need` or more; 1 <= need <= what all of it weighs.
-template <class Mass, class T, class Weight>
-__device__ Cut find_cut(const SelectRow<T>& row, const Set& set, uint32_t low, uint32_t high, Mass need,
+template <class Mass, class Scores, class Weight>
+__device__ Cut find_cut(const SelectRow<Scores>& row, const Set& set, uint32_t low, uint32_t high, Mass need,
                         Weight weight) {
   PYVTK_SHARED(histogram, Mass[1 << kMostBits]);
   PYVTK_SHARED(chosen_bin, int);
@@ -238,14 +261,14 @@ __device__ Cut find_cut(const SelectRow<T>& row, const Set& set, uint32_t low, u
 }
 
 // The best `count` of the set.
-template <class T>
-__device__ Cut cut_at_count(const SelectRow<T>& row, const Set& set, Summary<unsigned> summary, int64_t count) {
+template <class Scores>
+__device__ Cut cut_at_count(const SelectRow<Scores>& row, const Set& set, Summary<unsigned> summary, int64_t count) {
   if (count <= 0) return kKeepNone;
   if (count >= summary.mass) return kKeepAll;
   return find_cut(row, set, summary.low, summary.high, static_cast<unsigned>(count), One{});
 }
-template <class T>
-__device__ Cut cut_at_count(const SelectRow<T>& row, const Set& set, int64_t count) {
+template <class Scores>
+__device__ Cut cut_at_count(const SelectRow<Scores>& row, const Set& set, int64_t count) {
   return count <= 0 ? kKeepNone : cut_at_count(row, set, summarize<unsigned>(row, set, One{}), count);
 }
 
@@ -272,8 +295,8 @@ struct MassOf {
 };
 
 // The smallest prefix that holds the share p of the set's mass, at least one token.
-template <class T>
-__device__ Cut cut_at_mass(const SelectRow<T>& row, const Set& set, double p) {
+template <class Scores>
+__device__ Cut cut_at_mass(const SelectRow<Scores>& row, const Set& set, double p) {
   const Summary<unsigned> all = summarize<unsigned>(row, set, One{});
   if (all.high <= kZeroRank) return cut_at_count(row, set, all, 1);  // nothing has mass
   const MassOf weight(all.high);
@@ -299,8 +322,8 @@ __device__ __forceinline__ int64_t count_of_row(const SelectProblem& problem, in
 }
 
 // stay := the tokens of the set that the cut holds, and those of `others`, which may be stay itself; nullptr: none
-template <class T>
-__device__ void mark(const SelectRow<T>& row, const Set& set, Cut cut, const uint32_t* others) {
+template <class Scores>
+__device__ void mark(const SelectRow<Scores>& row, const Set& set, Cut cut, const uint32_t* others) {
   for (int word = row.begin; word < row.end; ++word) {
     const int token = word * 32 + lane_of_warp();
     const uint32_t bits = __ballot_sync(kAllLanes, row.holds(set, word) && cut.holds(row.rank(token), token));
@@ -310,11 +333,11 @@ __device__ void mark(const SelectRow<T>& row, const Set& set, Cut cut, const uin
   __syncwarp();
 }
 
-template <class T>
-__device__ void choose_from_all(const SelectRow<T>& row, const SelectProblem& problem, int64_t number) {
+template <class Scores>
+__device__ void choose_from_all(const SelectRow<Scores>& row, const SelectProblem& problem, int64_t number) {
   uint32_t low = std::numeric_limits<uint32_t>::max(), high = 0;
   for (int token = row.begin * 32 + lane_of_warp(); token < min(row.end * 32, row.size); token += 32) {
-    const uint32_t rank = rank_of(to_float(row.scores[token]));
+    const uint32_t rank = rank_of(row.scores[token]);
     if (row.ranks) row.ranks[token] = rank;
     low = min(low, rank);
     high = max(high, rank);
@@ -329,8 +352,8 @@ __device__ void choose_from_all(const SelectRow<T>& row, const SelectProblem& pr
   mark(row, all, cut, nullptr);
 }
 
-template <class T>
-__device__ void choose_with_masks(const SelectRow<T>& row, const SelectProblem& problem, int64_t number) {
+template <class Scores>
+__device__ void choose_with_masks(const SelectRow<Scores>& row, const SelectProblem& problem, int64_t number) {
   const auto mask_of_row = [&](const PerToken<uint8_t>& mask) {
     return problem.cu_seqlens ? (mask ? mask.data + row.first_token : nullptr) : mask.row(number, problem.tokens);
   };
@@ -342,7 +365,7 @@ __device__ void choose_with_masks(const SelectRow<T>& row, const SelectProblem& 
   for (int word = row.begin; word < row.end; ++word) {
     const int token = word * 32 + lane_of_warp();
     const bool exists = token < row.size;
-    if (exists && row.ranks) row.ranks[token] = rank_of(to_float(row.scores[token]));
+    if (exists && row.ranks) row.ranks[token] = rank_of(row.scores[token]);
     const bool allowed = exists && !(drop && drop[token]);
     bool eligible = exists && !(candidates && !candidates[token]);
     if (row.segments && exists) {
@@ -380,16 +403,16 @@ __device__ void choose_with_masks(const SelectRow<T>& row, const SelectProblem& 
 }
 
 // How many tokens a set of bits holds.
-template <class T>
-__device__ Prefix<int> count(const SelectRow<T>& row, const uint32_t* bits) {
+template <class Scores>
+__device__ Prefix<int> count(const SelectRow<Scores>& row, const uint32_t* bits) {
   int mine = 0;
   for (int word = row.begin; word < row.end; ++word) mine += __popc(bits[word]);
   return prefix_of_warps(mine);
 }
 
 // More stay than fit: fixed tokens go first, then the best of the others.
-template <class T>
-__device__ void clip(const SelectRow<T>& row, int64_t capacity) {
+template <class Scores>
+__device__ void clip(const SelectRow<Scores>& row, int64_t capacity) {
   const int num_fixed = row.fixed ? count(row, row.fixed).total : 0;
   const bool only_fixed = num_fixed >= capacity && row.fixed;
   const Set set{only_fixed ? row.fixed : row.stay, only_fixed ? nullptr : row.fixed, nullptr, 0};
@@ -424,24 +447,25 @@ __device__ inline void sort_by_block(unsigned long long* values, int64_t size) {
 }
 
 // kPlain: no masks, no segments, no top_p; ascending.
-template <class T, bool kPlain>
+template <class Scores, bool kPlain>
 __global__ void __launch_bounds__(32 * kMostWarps, 1) select_kernel(const SelectProblem problem,
+                                                                    const Scores scores,       // problem.scores
                                                                     int words_of_longest_row,  // of 32 tokens
                                                                     int most_ranks) {          // in shared memory
   const int64_t number = blockIdx.x;
-  SelectRow<T> row{};
-  row.scores = static_cast<const T*>(problem.scores);
+  SelectRow<Scores> row{};
   if (problem.cu_seqlens) {
     // Offsets that the host has not seen must not lead outside of the scores.
     const int64_t begin = min(max(int64_t{problem.cu_seqlens[number]}, int64_t{0}), problem.tokens);
     const int64_t end = min(max(int64_t{problem.cu_seqlens[number + 1]}, begin), problem.tokens);
     row.first_token = begin;
     row.size = static_cast<int>(end - begin);
-    row.scores += begin;
+    row.scores = scores.from(begin);
     row.segments = problem.segments ? problem.segments.data + begin : nullptr;
   } else {
     row.size = static_cast<int>(problem.tokens);
-    row.scores += number / problem.heads * problem.batch_stride + number % problem.heads * problem.head_stride;
+    row.scores =
+        scores.from(number / problem.heads * problem.batch_stride + number % problem.heads * problem.head_stride);
     row.segments = problem.segments.row(number, problem.tokens);
   }
   row.words = (row.size + 31) / 32;
@@ -511,8 +535,8 @@ inline int select_threads(int64_t tokens) {
   return 32 * kMostWarps;
 }
 
-template <class T, bool kPlain>
-cudaError_t launch_select(const SelectProblem& problem, int64_t longest_row, cudaStream_t stream) {
+template <bool kPlain, class Scores>
+cudaError_t launch_select(const SelectProblem& problem, Scores scores, int64_t longest_row, cudaStream_t stream) {
   int device = 0, shared_bytes = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
@@ -530,14 +554,14 @@ cudaError_t launch_select(const SelectProblem& problem, int64_t longest_row, cud
   }
   if (bytes_of_sets + 4 * ranks > available) ranks = 0;
   const int64_t bytes = bytes_of_sets + 4 * ranks;
-  auto* const kernel = &select_kernel<T, kPlain>;
+  auto* const kernel = &select_kernel<Scores, kPlain>;
   if (bytes + kDeclaredSharedBytes > 48 * 1024) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (status != cudaSuccess) return status;
   }
   const int64_t typical_row = problem.cu_seqlens ? ceil_div<int64_t>(problem.tokens, problem.rows) : longest_row;
   return launch(kernel, dim3(static_cast<unsigned>(problem.rows)), dim3(select_threads(typical_row)),
-                static_cast<size_t>(bytes), stream, problem, static_cast<int>(words), static_cast<int>(ranks));
+                static_cast<size_t>(bytes), stream, problem, scores, static_cast<int>(words), static_cast<int>(ranks));
 }
 
 // All rows of a problem whose scores are of type T; writes their indices, counts and overflow. Sets of tokens have to
@@ -551,8 +575,13 @@ cudaError_t select(const SelectProblem& problem, cudaStream_t stream) {
   }
   const bool plain =
       !problem.keep && !problem.drop && !problem.candidates && !problem.segments && !problem.top_p && !problem.by_score;
-  return plain ? launch_select<T, true>(problem, problem.tokens, stream)
-               : launch_select<T, false>(problem, problem.tokens, stream);
+  if (plain) {
+    return launch_select<true>(problem, ScoresOf<T>{static_cast<const T*>(problem.scores)}, problem.tokens, stream);
+  }
+  const ScoreType type = std::is_same_v<T, float>      ? ScoreType::float32
+                         : std::is_same_v<T, bfloat16> ? ScoreType::bfloat16
+                                                       : ScoreType::float16;
+  return launch_select<false>(problem, AnyScores{problem.scores, type}, problem.tokens, stream);
 }
 
 }  // namespace pyvtk::cuda
