@@ -4,6 +4,7 @@
 #   demo       demo.png: tokens of a photograph scored, selected, dropped    bench    benchmarks, as a table and plots
 #   asan       the tests of the CPU kernels under sanitizers                 cpp-test C++ tests, which need no torch
 #   cuda       the CUDA library (needs nvcc, no GPU), checked                wheel    wheel and sdist, in dist/
+#   emulate, emulate-asan, emulate-tsan    the CUDA kernels on the CPU: results, bounds, races (no nvcc, no GPU)
 #   triton     the Triton kernels, compiled for every architecture (no GPU)
 #   lint       what a change must pass                                       format   rewrites the files so that it does
 #   clean      removes what was built; the virtual environment stays
@@ -19,6 +20,7 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 PYTEST_ARGS ?=
 
 SHELL := /bin/sh
+, := ,
 BIN := $(CURDIR)/$(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # Tools of the environment come first; one thread per test process, since JOBS of them run at a time.
@@ -27,7 +29,8 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 CXX_FILES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: build test demo bench asan cpp-test cuda triton wheel lint lint-python lint-cpp lint-text format clean
+.PHONY: build test demo bench asan cpp-test cuda triton emulate emulate-asan emulate-tsan wheel lint lint-python \
+  lint-cpp lint-text format clean
 .DEFAULT_GOAL := build
 .DELETE_ON_ERROR:
 
@@ -78,7 +81,7 @@ test: $(VENV)/.built
 # A second installation, in build/asan, beside the ordinary one. The sanitizers' runtimes have to be loaded before
 # Python, and libstdc++ with them, or exceptions cannot be followed. Tests that compile code of their own are left out.
 # So is the harness of the benchmarks, which needs an installation from the checkout and no kernel of its own.
-ASAN_ENV = PYTHONPATH=$(CURDIR)/build/asan ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+ASAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so) \
   $$($${CXX:-g++} -print-file-name=libstdc++.so.6)"
 asan: $(VENV)/.built
@@ -88,8 +91,8 @@ asan: $(VENV)/.built
 	rm -rf build/asan
 	PYVTK_SANITIZE=address,undefined PYVTK_CUDA=0 \
 	  $(PIP) install -q --no-build-isolation --no-deps --target build/asan .
-	cd build && $(ASAN_ENV) $(BIN)/python -c 'from pyvtk import _C; assert _C.build_info()["sanitize"], _C.__file__'
-	$(ASAN_ENV) $(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist loadgroup -m 'not compile and not package' \
+	cd build && PYTHONPATH=$(CURDIR)/build/asan $(ASAN_ENV) $(BIN)/python -c 'from pyvtk import _C; assert _C.build_info()["sanitize"], _C.__file__'
+	PYTHONPATH=$(CURDIR)/build/asan $(ASAN_ENV) $(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist loadgroup -m 'not compile and not package' \
 	  --ignore tests/test_benchmarks.py $(PYTEST_ARGS)
 
 cpp-test: $(VENV)/.tools
@@ -102,6 +105,22 @@ cuda: $(VENV)/.built
 	rm -rf build/cuda
 	PYVTK_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0a" $(PIP) wheel -q --no-build-isolation --no-deps -w build/cuda .
 	$(BIN)/python .ci/check_cuda.py build/cuda/*.whl
+
+# The CUDA kernels, compiled by g++ and run on the CPU (tests/cuda_emulation). Python runs beside ThreadSanitizer, not
+# under it: there the C++ tests run the kernels.
+build_emulation = cmake -S . -B build/$@ -G Ninja -DPYVTK_PYTHON=OFF -DPYVTK_EMULATION=ON -DPYVTK_SANITIZE=$(1) && \
+  cmake --build build/$@ -j $(JOBS) && ctest --test-dir build/$@ -j $(JOBS) --output-on-failure
+test_emulation = $(ONE_THREAD) PYVTK_EMULATION_BUILD=$(CURDIR)/build/$@ $(BIN)/pytest -n $(JOBS) tests/cuda_emulation \
+  $(PYTEST_ARGS)
+emulate: $(VENV)/.built
+	$(build_emulation)
+	$(test_emulation)
+emulate-asan: $(VENV)/.built
+	$(call build_emulation,address$(,)undefined)
+	$(ASAN_ENV) $(test_emulation)
+emulate-tsan: $(VENV)/.built
+	$(call build_emulation,thread)
+	$(test_emulation)
 
 # Not only that they compile: shared memory within each architecture's limit, no register spilled up to 128 channels.
 triton: $(VENV)/.built

@@ -99,6 +99,20 @@ def test_kernel_header_compiles_without_torch(header):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("name", relative(path for path in (CSRC / "cuda").glob("*.cuh") if path.stem != "ptx"))
+def test_cuda_kernel_runs_in_the_emulation(name):
+    """tests/cuda_emulation/README.md: shared memory, launches and PTX by name only, so that g++ compiles it too."""
+    text = re.sub("//.*", "", (ROOT / name).read_text())
+    assert re.findall(r"<<<|__shared__|\basm\b|cuda_runtime", text) == []
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DPYVTK_CUDA_EMULATION"]
+    include = [f"-I{ROOT / 'tests' / 'cuda_emulation'}", f"-I{CSRC}", "-x", "c++", "-"]
+    program = f'#include "{name.removeprefix("csrc/")}"\n'
+    done = subprocess.run([*command, *include], input=program, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # Imports along the arrows
 
 

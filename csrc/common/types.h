@@ -1,4 +1,5 @@
-// Element types shared by all kernels. Torch-free; bit-compatible with torch's bfloat16 and float16.
+// Element types shared by all kernels. Torch-free; bit-compatible with torch's bfloat16 and float16. Device code may
+// call what is constexpr.
 #pragma once
 #include <bit>
 #include <cstdint>
@@ -14,10 +15,10 @@ struct float16 {
   uint16_t bits;
 };
 
-inline float to_float(float x) { return x; }
-inline float to_float(bfloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
+constexpr float to_float(float x) { return x; }
+constexpr float to_float(bfloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
 
-inline float to_float(float16 x) {
+constexpr float to_float(float16 x) {
   // Scaling by 2^112 moves the exponent bias of 15 to 127 and normalises subnormals on the way.
   const uint32_t magnitude = uint32_t{x.bits & 0x7fffu} << 13;
   const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;

@@ -4,7 +4,7 @@
 // ascending), so each is a Cut and the most restrictive one decides. A cut is found by histograms over the range of the
 // keys that are left, 10 bits at a time: a few rounds, usually one over the row and one or two over few keys. What
 // stays is a set of bits, from which indices are written in order. Reads the row about four times, from cache.
-#include "cpu/select_problem.h"
+#include "common/select_problem.h"
 
 namespace pyvtk::cpu::PYVTK_ISA {
 

@@ -1,8 +1,8 @@
 // Writes 1 into every element: proof that this build holds code for the current device. Torch-free.
 #pragma once
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include "cuda/ptx.cuh"
 
 namespace pyvtk::cuda {
 
@@ -16,8 +16,8 @@ inline cudaError_t probe(int32_t* out,  // [count]
                          int64_t count, cudaStream_t stream) {
   if (count == 0) return cudaSuccess;
   constexpr int kThreads = 256;
-  probe_kernel<<<static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads, 0, stream>>>(out, count);
-  return cudaGetLastError();
+  return launch(probe_kernel, static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads, 0, stream, out,
+                count);
 }
 
 }  // namespace pyvtk::cuda

@@ -1,8 +1,9 @@
-// What the select kernel works on: raw pointers and sizes. Torch-free; one definition for all instruction sets.
+// What the select kernels work on: raw pointers and sizes. Torch-free; one definition for all devices and instruction
+// sets. Device code may call what is constexpr.
 #pragma once
 #include <cstdint>
 
-namespace pyvtk::cpu {
+namespace pyvtk {
 
 // One value per token: [rows / rows_each, tokens], contiguous; a row of it serves `rows_each` rows of scores (a mask
 // [batch, tokens] serves all heads).
@@ -11,8 +12,8 @@ struct PerToken {
   const T* data = nullptr;
   int64_t rows_each = 1;
 
-  explicit operator bool() const { return data != nullptr; }
-  const T* row(int64_t row, int64_t tokens) const { return data ? data + row / rows_each * tokens : nullptr; }
+  constexpr explicit operator bool() const { return data != nullptr; }
+  constexpr const T* row(int64_t row, int64_t tokens) const { return data ? data + row / rows_each * tokens : nullptr; }
 };
 
 // One value per row, or per row and segment: [rows, 1 or num_segments], contiguous.
@@ -21,8 +22,8 @@ struct PerGroup {
   const T* data = nullptr;
   int64_t per_row = 1;
 
-  explicit operator bool() const { return data != nullptr; }
-  T at(int64_t row, int64_t segment) const { return data[row * per_row + (per_row == 1 ? 0 : segment)]; }
+  constexpr explicit operator bool() const { return data != nullptr; }
+  constexpr T at(int64_t row, int64_t segment) const { return data[row * per_row + (per_row == 1 ? 0 : segment)]; }
 };
 
 // pyvtk/reference/select.py defines what the fields mean.
@@ -58,4 +59,4 @@ struct SelectProblem {
   bool* overflow = nullptr;    // [rows]
 };
 
-}  // namespace pyvtk::cpu
+}  // namespace pyvtk

@@ -1,0 +1,63 @@
+// The kernels as a shared library with a C interface, for tests in Python.
+#include "cuda/select.cuh"
+
+using namespace pyvtk;
+
+namespace {
+
+thread_local cudaError_t last_status = cudaSuccess;
+
+}  // namespace
+
+#define EXPORT extern "C" [[gnu::visibility("default")]]
+
+// seed, blocks_alive and shared_bytes as in cuda_emulation::Options; shared_bytes 0: as on an H100
+EXPORT void emulation_configure(uint64_t seed, int blocks_alive, int64_t shared_bytes) {
+  cuda_emulation::Options& options = cuda_emulation::options();
+  options = {};
+  options.seed = seed;
+  options.blocks_alive = blocks_alive;
+  if (shared_bytes > 0) options.shared_bytes = shared_bytes;
+}
+
+EXPORT const char* emulation_error() { return cudaGetErrorString(last_status); }
+
+// dtype: 0 float32, 1 bfloat16, 2 float16. Absent pointers are null; rows_each: rows of scores that one row of a mask
+// serves; per_row: 1 or num_segments.
+EXPORT int emulated_select(int dtype, const void* scores, int64_t rows, int64_t heads, int64_t tokens,
+                           int64_t batch_stride, int64_t head_stride, const int32_t* cu_seqlens, int64_t num_keep,
+                           const int64_t* num_keep_per_row, int64_t num_keep_count, const float* threshold,
+                           int64_t threshold_count, const double* top_p, int64_t top_p_count, const uint8_t* keep,
+                           int64_t keep_rows_each, const uint8_t* drop, int64_t drop_rows_each,
+                           const uint8_t* candidates, int64_t candidates_rows_each, int keep_others,
+                           const int32_t* segments, int64_t segments_rows_each, int64_t num_segments, int64_t capacity,
+                           int align_right, int by_score, int64_t* indices, int32_t* counts, bool* overflow) {
+  SelectProblem problem;
+  problem.scores = scores;
+  problem.rows = rows;
+  problem.heads = heads;
+  problem.tokens = tokens;
+  problem.batch_stride = batch_stride;
+  problem.head_stride = head_stride;
+  problem.cu_seqlens = cu_seqlens;
+  problem.num_keep = num_keep;
+  problem.num_keep_per_row = {num_keep_per_row, num_keep_count};
+  problem.threshold = {threshold, threshold_count};
+  problem.top_p = {top_p, top_p_count};
+  problem.keep = {keep, keep_rows_each};
+  problem.drop = {drop, drop_rows_each};
+  problem.candidates = {candidates, candidates_rows_each};
+  problem.keep_others = keep_others;
+  problem.segments = {segments, segments_rows_each};
+  problem.num_segments = num_segments;
+  problem.capacity = capacity;
+  problem.align_right = align_right;
+  problem.by_score = by_score;
+  problem.indices = indices;
+  problem.counts = counts;
+  problem.overflow = overflow;
+  last_status = dtype == 0   ? cuda::select<float>(problem, nullptr)
+                : dtype == 1 ? cuda::select<bfloat16>(problem, nullptr)
+                             : cuda::select<float16>(problem, nullptr);
+  return last_status;
+}

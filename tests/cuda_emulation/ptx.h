@@ -1,0 +1,38 @@
+// pyvtk's wrappers of csrc/cuda/ptx.cuh, as the emulation runs them. Same names, same meaning.
+#pragma once
+#include "cuda_emulation.h"
+
+// A constant for every declaration (and every instance of a template): its address finds the block's memory.
+#define PYVTK_SHARED(name, ...)                                                                                        \
+  static constexpr ::cuda_emulation::SharedVariable name##_variable{#name, sizeof(__VA_ARGS__), alignof(__VA_ARGS__)}; \
+  auto& name = *static_cast<std::type_identity_t<__VA_ARGS__>*>(::cuda_emulation::shared(name##_variable))
+
+namespace pyvtk::cuda {
+
+template <class T>
+T* dynamic_shared() {
+  return static_cast<T*>(cuda_emulation::dynamic_shared());
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                   Arguments&&... arguments) {
+  return cuda_emulation::launch(kernel, grid, block, shared_bytes, std::forward<Arguments>(arguments)...);
+}
+
+template <int kBytes>
+void copy_async(void* to, const void* from, bool valid = true, CUDA_EMULATION_HERE) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  cuda_emulation::copy_async(to, from, kBytes, valid ? kBytes : 0, where);
+}
+inline void copy_async_commit() { cuda_emulation::copy_async_commit(); }
+template <int kGroupsLeft>
+void copy_async_wait() {
+  cuda_emulation::copy_async_wait(kGroupsLeft);
+}
+
+inline void named_barrier(int id, int threads, CUDA_EMULATION_HERE) {
+  cuda_emulation::barrier(id, threads, 0, "named_barrier", where);
+}
+
+}  // namespace pyvtk::cuda

@@ -1,0 +1,218 @@
+// The select kernel against sorting: random problems, small enough for the sanitizers. test_emulated_select.py compares
+// more of them with the reference, in a process that ThreadSanitizer does not watch.
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "cuda/select.cuh"
+
+using namespace pyvtk;
+
+namespace {
+
+constexpr int64_t kNowhere = -7;  // no kernel writes it
+
+#ifdef __SANITIZE_THREAD__
+constexpr int kProblems = 60;
+#else
+constexpr int kProblems = 600;
+#endif
+
+std::mt19937_64 generator(0);
+int64_t any(int64_t low, int64_t high) {
+  return low + static_cast<int64_t>(generator() % static_cast<uint64_t>(high - low + 1));
+}
+bool chance(int percent) { return any(1, 100) <= percent; }
+
+// malloc'ed, of exactly this size
+template <class T>
+struct Array {
+  int64_t size;
+  std::unique_ptr<T, decltype(&std::free)> memory;
+
+  explicit Array(int64_t size)
+      : size(size), memory(static_cast<T*>(std::malloc(static_cast<size_t>(size) * sizeof(T))), &std::free) {}
+  T* begin() const { return memory.get(); }
+  T* end() const { return begin() + size; }
+  T& operator[](int64_t i) const { return begin()[i]; }
+};
+
+template <class T>
+Array<T> scores_of(int64_t size) {
+  Array<T> scores(size);
+  const float special[] = {NAN, INFINITY, -INFINITY, 0.0f, -0.0f, 0.5f, 1.0f, 1.0f, -1.0f, 1e-42f, 3e38f};
+  const int64_t kind = any(0, 3);
+  for (T& score : scores) {
+    const float random = std::ldexp(static_cast<float>(any(-1000, 1000)), static_cast<int>(any(-12, 2)));
+    score = from_float<T>(kind == 0   ? special[any(0, 10)]
+                          : kind == 1 ? 0.25f
+                          : kind == 2 ? random / 2
+                                      : std::round(random));
+  }
+  return scores;
+}
+
+Array<uint8_t> mask_of(int64_t size, int percent) {
+  Array<uint8_t> mask(size);
+  for (uint8_t& bit : mask) bit = chance(percent);
+  return mask;
+}
+
+template <class T>
+struct Oracle {
+  const SelectProblem& problem;
+  const T* scores;
+
+  bool before(int64_t a, int64_t b) const {
+    const float x = to_float(scores[a]), y = to_float(scores[b]);
+    if (std::isnan(x) || std::isnan(y)) return std::isnan(x) == std::isnan(y) ? a < b : std::isnan(y);
+    return x == y ? a < b : x > y;
+  }
+
+  // What share p asks for of these, best first: how many.
+  size_t prefix(const std::vector<int64_t>& members, double p) const {
+    float largest = 0;
+    for (int64_t token : members)
+      largest = std::max(largest, std::isnan(to_float(scores[token])) ? 0.0f : to_float(scores[token]));
+    const auto weight = [&](int64_t token) -> int64_t {
+      const float score = to_float(scores[token]);
+      if (!(score > 0)) return 0;
+      if (std::isinf(largest)) return std::isinf(score);
+      int exponent = 0;
+      std::frexp(largest, &exponent);
+      return static_cast<int64_t>(std::floor(std::ldexp(static_cast<double>(score), 31 - exponent)));
+    };
+    int64_t total = 0, mass = 0;
+    for (int64_t token : members) total += weight(token);
+    const int64_t need = p < 1 ? static_cast<int64_t>(std::ceil(std::max(p, 0.0) * static_cast<double>(total))) : total;
+    size_t size = 0;
+    for (; size < members.size() && (size == 0 || mass < need); ++size) mass += weight(members[size]);
+    return size;
+  }
+
+  // Tokens of a row that stay, best first.
+  std::vector<int64_t> row(int64_t number) const {
+    const int64_t tokens = problem.tokens;
+    const auto bit = [&](const PerToken<uint8_t>& mask, int64_t token, bool otherwise) {
+      return mask ? mask.row(number, tokens)[token] != 0 : otherwise;
+    };
+    const auto segment_of = [&](int64_t token) {
+      return problem.segments ? problem.segments.row(number, tokens)[token] : 0;
+    };
+    const auto order = [&](int64_t a, int64_t b) { return before(a, b); };
+    std::vector<int64_t> fixed, stay;
+    for (int64_t segment = -1; segment <= problem.num_segments; ++segment) {
+      const bool exists = segment >= 0 && segment < problem.num_segments;
+      std::vector<int64_t> members, competitors;
+      int64_t forced = 0;
+      for (int64_t token = 0; token < tokens; ++token) {
+        if (segment_of(token) != segment || bit(problem.drop, token, false)) continue;
+        const bool keep = bit(problem.keep, token, false), candidate = exists && bit(problem.candidates, token, true);
+        forced += keep;
+        if (candidate) members.push_back(token);
+        if (keep || (problem.keep_others && !candidate)) {
+          fixed.push_back(token);
+        } else if (candidate) {
+          competitors.push_back(token);
+        }
+      }
+      if (!exists) continue;
+      std::sort(members.begin(), members.end(), order);
+      std::sort(competitors.begin(), competitors.end(), order);
+      if (problem.num_keep >= 0 || problem.num_keep_per_row) {
+        const int64_t count =
+            problem.num_keep_per_row ? problem.num_keep_per_row.at(number, segment) : problem.num_keep;
+        competitors.resize(std::min(competitors.size(), static_cast<size_t>(std::max<int64_t>(count - forced, 0))));
+      }
+      if (problem.threshold) {
+        std::erase_if(competitors, [&](int64_t token) {
+          return !(to_float(scores[token]) >= problem.threshold.at(number, segment));
+        });
+      }
+      if (problem.top_p) {
+        members.resize(prefix(members, problem.top_p.at(number, segment)));
+        std::erase_if(competitors,
+                      [&](int64_t token) { return std::find(members.begin(), members.end(), token) == members.end(); });
+      }
+      stay.insert(stay.end(), competitors.begin(), competitors.end());
+    }
+    std::sort(fixed.begin(), fixed.end(), order);
+    std::sort(stay.begin(), stay.end(), order);
+    fixed.insert(fixed.end(), stay.begin(), stay.end());
+    return fixed;
+  }
+};
+
+template <class T>
+void one_problem() {
+  SelectProblem problem;
+  problem.rows = any(0, 3);
+  problem.tokens = chance(80) ? any(0, 200) : any(900, 1100);
+  const Array<T> scores = scores_of<T>(problem.rows * problem.tokens);
+  problem.scores = scores.begin();
+  problem.batch_stride = problem.tokens;
+  const Array<uint8_t> keep = mask_of(scores.size, 10), drop = mask_of(scores.size, 20),
+                       candidates = mask_of(scores.size, 70);
+  const bool plain = chance(40);
+  if (!plain && chance(60)) problem.keep.data = keep.begin();
+  if (!plain && chance(60)) problem.drop.data = drop.begin();
+  if (!plain && chance(60)) problem.candidates.data = candidates.begin();
+  problem.keep_others = chance(30);
+  Array<int32_t> segments(scores.size);
+  for (int32_t& segment : segments) segment = static_cast<int32_t>(any(-1, 3));
+  if (!plain && chance(40)) {
+    problem.segments.data = segments.begin();
+    problem.num_segments = 3;
+  }
+  Array<double> top_p(problem.rows);
+  for (double& p : top_p) p = static_cast<double>(any(-1, 11)) / 10;
+  if (!plain && chance(40)) problem.top_p.data = top_p.begin();
+  Array<int64_t> num_keep(problem.rows);
+  for (int64_t& count : num_keep) count = any(-2, problem.tokens + 2);
+  Array<float> threshold(problem.rows);
+  for (float& value : threshold) value = chance(20) ? NAN : static_cast<float>(any(-2, 2));
+  if (chance(70)) problem.num_keep = chance(20) ? 0 : any(0, problem.tokens + 2);
+  if (chance(30)) problem.num_keep_per_row.data = num_keep.begin();
+  if (chance(20)) problem.threshold.data = threshold.begin();
+  problem.capacity = chance(50) ? problem.tokens : any(0, problem.tokens + 3);
+  problem.align_right = chance(30);
+  problem.by_score = !plain && chance(40);
+  Array<int64_t> indices(problem.rows * problem.capacity);
+  Array<int32_t> counts(problem.rows);
+  Array<bool> overflow(problem.rows);
+  std::fill(indices.begin(), indices.end(), kNowhere);
+  problem.indices = indices.begin();
+  problem.counts = counts.begin();
+  problem.overflow = overflow.begin();
+
+  const cudaError_t status = cuda::select<T>(problem, nullptr);
+  CHECK(status == cudaSuccess, cudaGetErrorString(status));
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    std::vector<int64_t> expected = Oracle<T>{problem, scores.begin() + row * problem.tokens}.row(row);
+    CHECK(overflow[row] == (static_cast<int64_t>(expected.size()) > problem.capacity), row);
+    expected.resize(std::min(expected.size(), static_cast<size_t>(problem.capacity)));
+    CHECK(counts[row] == static_cast<int64_t>(expected.size()), row, counts[row], expected.size());
+    if (!problem.by_score) std::sort(expected.begin(), expected.end());
+    const size_t padding = static_cast<size_t>(problem.capacity) - expected.size();
+    expected.insert(problem.align_right ? expected.begin() : expected.end(), padding, -1);
+    const int64_t* actual = indices.begin() + row * problem.capacity;
+    for (size_t i = 0; i < expected.size(); ++i) CHECK(actual[i] == expected[i], row, i, actual[i], expected[i]);
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int i = 0; i < kProblems && failures == 0; ++i) {
+    cuda_emulation::options() = {};
+    cuda_emulation::options().seed = static_cast<uint64_t>(i % 3);
+    cuda_emulation::options().blocks_alive = 1 + i % 2;
+    if (chance(40)) cuda_emulation::options().shared_bytes = 27 * 1024;  // no room for ranks
+    i % 4 == 0 ? one_problem<bfloat16>() : i % 4 == 1 ? one_problem<float16>() : one_problem<float>();
+  }
+  return report();
+}
