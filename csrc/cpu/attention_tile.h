@@ -229,6 +229,11 @@ class KeyChunk {
   uint32_t seen_[kChunk];
 };
 
+// Brings a row into the cache.
+PYVTK_INLINE void touch_row(const float* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 16) asm volatile("" : : "r"(*reinterpret_cast<const int32_t*>(row + d)));
+}
+
 // Keys and values of one head as float32.
 template <class T>
 class KeyRows {
@@ -251,6 +256,11 @@ class KeyRows {
     if constexpr (std::is_same_v<T, float>) {
       k = {k_, p_.k.row_stride};
       v = {v_, p_.v.row_stride};
+      // Tiles ask for rows in no order that the hardware could foresee; in the order of memory they come quickly.
+      for (int64_t key = 0; key < p_.keys && entries >= p_.keys; ++key) {
+        touch_row(k_ + key * p_.k.row_stride, p_.dim);
+        touch_row(v_ + key * p_.v.row_stride, p_.dim);
+      }
     } else {
       k = {wide_.get(), 2 * pitch_};
       v = {wide_.get() + pitch_, 2 * pitch_};
