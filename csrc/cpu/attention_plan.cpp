@@ -32,7 +32,7 @@ struct Table {
 
 PlanTokens tokens_of(const Tensor& facts, const Tensor& curve, const OptionalTensor& cu_seqlens, int64_t b) {
   const int64_t rows = facts.size(2);
-  PlanTokens tokens{data<int32_t>(facts) + b * kFacts * rows,
+  PlanTokens tokens{data<int32_t>(facts) + b * kSlotFields * rows,
                     data<int64_t>(curve) + b * rows,
                     rows,
                     curve.size(0),
@@ -50,7 +50,7 @@ void guard_facts(const Tensor& facts, const Tensor& curve, int64_t batch, int64_
                  const OptionalTensor& cu_seqlens) {
   guard_dtype(facts, ScalarType::Int, "facts");
   guard_dim(facts, 3, "facts");
-  guard_shape(facts, {batch, kFacts, facts.size(2)}, "facts");
+  guard_shape(facts, {batch, kSlotFields, facts.size(2)}, "facts");
   guard_contiguous(facts, "facts");
   guard_dtype(curve, ScalarType::Long, "curve");
   guard_dim(curve, 3, "curve");
@@ -58,7 +58,7 @@ void guard_facts(const Tensor& facts, const Tensor& curve, int64_t batch, int64_
   guard_contiguous(curve, "curve");
   PYVTK_GUARD(curve.size(0) > 0, "curve holds no keys to sort by");
   for (int64_t b = 0; b < batch && regions > 0; ++b) {
-    const int32_t* region = data<int32_t>(facts) + (b * kFacts + kRegion) * facts.size(2);
+    const int32_t* region = data<int32_t>(facts) + (b * kSlotFields + kSlotRegion) * facts.size(2);
     for (int64_t row = 0; row < facts.size(2); ++row) {
       PYVTK_GUARD(region[row] >= 0 && region[row] < regions, "region ", region[row], " is not one of ", regions);
     }
@@ -66,7 +66,7 @@ void guard_facts(const Tensor& facts, const Tensor& curve, int64_t batch, int64_
   if (!cu_seqlens.has_value()) return;
   const int64_t samples = cu_seqlens->size(0) - 1;
   for (int64_t row = 0; row < facts.size(2); ++row) {
-    const int32_t sample = data<int32_t>(facts)[kSample * facts.size(2) + row];
+    const int32_t sample = data<int32_t>(facts)[kSlotSample * facts.size(2) + row];
     PYVTK_GUARD(sample >= 0 && sample <= samples, "sample ", sample, " of token ", row, " is not one of ", samples);
   }
 }
@@ -96,15 +96,15 @@ Plan attention_plan(Tensor query_facts, Tensor key_facts, Tensor query_curve, Te
   };
   const int64_t num_q = slots_for(query_facts.size(2), rule.block_q), nq = num_q / rule.block_q;
   const int64_t num_k = slots_for(key_facts.size(2), rule.block_k), nk = num_k / rule.block_k;
-  Tensor query_slots = new_empty(query_facts, {batch, kFacts, num_q}, ScalarType::Int);
-  Tensor key_slots = new_empty(query_facts, {batch, kFacts, num_k}, ScalarType::Int);
+  Tensor query_slots = new_empty(query_facts, {batch, kSlotFields, num_q}, ScalarType::Int);
+  Tensor key_slots = new_empty(query_facts, {batch, kSlotFields, num_k}, ScalarType::Int);
   Table keys(query_facts, batch, nq, nk), queries(query_facts, batch, nk, nq);
   const double cost = 200.0 * static_cast<double>(num_q + num_k) + 6.0 * static_cast<double>(nq * nk);
   parallel_for(batch, cost, [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> meetings(static_cast<size_t>(nq * nk));
     for (int64_t b = begin; b < end; ++b) {
-      int32_t* q = mutable_data<int32_t>(query_slots) + b * kFacts * num_q;
-      int32_t* k = mutable_data<int32_t>(key_slots) + b * kFacts * num_k;
+      int32_t* q = mutable_data<int32_t>(query_slots) + b * kSlotFields * num_q;
+      int32_t* k = mutable_data<int32_t>(key_slots) + b * kSlotFields * num_k;
       place_tokens(tokens_of(query_facts, query_curve, cu_seqlens, b), rule.block_q, num_q, q);
       place_tokens(tokens_of(key_facts, key_curve, cu_seqlens, b), rule.block_k, num_k, k);
       const PlanBoxes q_boxes(q, num_q, rule.block_q, regions > 0), k_boxes(k, num_k, rule.block_k, regions > 0);

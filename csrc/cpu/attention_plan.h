@@ -9,11 +9,9 @@
 #include <utility>
 #include <vector>
 
-namespace pyvtk::cpu {
+#include "cpu/attention_slots.h"
 
-// Numbers of a slot.
-enum Fact : int64_t { kRow, kImage, kT, kY, kX, kPosition, kRegion, kSample, kFacts };
-inline constexpr int32_t kText = -1, kInvalid = -2;
+namespace pyvtk::cpu {
 
 inline constexpr int32_t kLow = std::numeric_limits<int32_t>::min(), kHigh = std::numeric_limits<int32_t>::max();
 
@@ -25,26 +23,26 @@ struct PlanRule {
 
 // One batch row of queries or of keys.
 struct PlanTokens {
-  const int32_t* facts;  // [kFacts, rows]
+  const int32_t* facts;  // [kSlotFields, rows]
   const int64_t* curve;  // [curves, ...], curve_stride apart; what visual tokens of one image sort by
   int64_t rows, curves, curve_stride;
   const int32_t* cu_seqlens;  // [samples + 1], or null: not packed
   int64_t samples;
 
-  int32_t fact(Fact which, int64_t row) const { return facts[which * rows + row]; }
+  int32_t fact(AttentionSlot which, int64_t row) const { return facts[which * rows + row]; }
 };
 
 // The order of the plan: by sample, image (text after all images, then what is invalid), curve or position, row.
 inline std::vector<int64_t> plan_order(const PlanTokens& tokens) {
   std::vector<std::pair<int64_t, int64_t>> kind(static_cast<size_t>(tokens.rows));  // (kind, first key) of each row
   const auto key = [&](int64_t curve, int64_t row) -> int64_t {
-    return tokens.fact(kImage, row) >= 0 ? tokens.curve[curve * tokens.curve_stride + row]
-                                         : tokens.fact(kPosition, row);
+    return tokens.fact(kSlotImage, row) >= 0 ? tokens.curve[curve * tokens.curve_stride + row]
+                                             : tokens.fact(kSlotPosition, row);
   };
   for (int64_t row = 0; row < tokens.rows; ++row) {
-    const int64_t image = tokens.fact(kImage, row);
-    const int64_t group = image >= 0 ? image : (int64_t{1} << 31) + (image == kInvalid);
-    const int64_t sample = tokens.fact(kSample, row);
+    const int64_t image = tokens.fact(kSlotImage, row);
+    const int64_t group = image >= 0 ? image : (int64_t{1} << 31) + (image == kInvalidToken);
+    const int64_t sample = tokens.fact(kSlotSample, row);
     kind[static_cast<size_t>(row)] = {group + sample * (int64_t{1} << 33), key(0, row)};
   }
   std::vector<int64_t> order(static_cast<size_t>(tokens.rows));
@@ -61,19 +59,19 @@ inline std::vector<int64_t> plan_order(const PlanTokens& tokens) {
   return order;
 }
 
-// Writes slots [kFacts, num_slots]; packed samples begin at multiples of `block`.
+// Writes slots [kSlotFields, num_slots]; packed samples begin at multiples of `block`.
 inline void place_tokens(const PlanTokens& tokens, int64_t block, int64_t num_slots, int32_t* slots) {
-  constexpr int32_t kEmpty[kFacts] = {-1, kInvalid, 0, 0, 0, 0, 0, -1};
-  for (int64_t fact = 0; fact < kFacts; ++fact) {
+  constexpr int32_t kEmpty[kSlotFields] = {-1, kInvalidToken, 0, 0, 0, 0, 0, -1};
+  for (int64_t fact = 0; fact < kSlotFields; ++fact) {
     std::fill_n(slots + fact * num_slots, num_slots, kEmpty[fact]);
   }
   int64_t slot = 0, sample = 0;
   for (const int64_t row : plan_order(tokens)) {
-    if (tokens.cu_seqlens != nullptr && tokens.fact(kSample, row) != sample) {
-      sample = tokens.fact(kSample, row);
+    if (tokens.cu_seqlens != nullptr && tokens.fact(kSlotSample, row) != sample) {
+      sample = tokens.fact(kSlotSample, row);
       slot = (slot + block - 1) / block * block;
     }
-    for (int64_t fact = 0; fact < kFacts; ++fact)
+    for (int64_t fact = 0; fact < kSlotFields; ++fact)
       slots[fact * num_slots + slot] = tokens.facts[fact * tokens.rows + row];
     ++slot;
   }
@@ -99,23 +97,23 @@ struct PlanBoxes {
     for (int64_t slot = 0; slot < num_slots; ++slot) {
       const auto b = static_cast<size_t>(slot / block);
       const auto fact = [&](int64_t which) { return slots[which * num_slots + slot]; };
-      const int32_t image = fact(kImage), position = fact(kPosition);
-      sample[b] = std::max(sample[b], fact(kSample));
-      if (image == kInvalid) {
+      const int32_t image = fact(kSlotImage), position = fact(kSlotPosition);
+      sample[b] = std::max(sample[b], fact(kSlotSample));
+      if (image == kInvalidToken) {
         all_valid[b] = 0;
-      } else if (image == kText) {
+      } else if (image == kTextToken) {
         text_first[b] = std::min(text_first[b], position);
         text_last[b] = std::max(text_last[b], position);
       } else {
         visual_first[b] = std::min(visual_first[b], position);
         visual_last[b] = std::max(visual_last[b], position);
         for (int64_t axis = 0; axis < 4; ++axis) {
-          low[axis][b] = std::min(low[axis][b], fact(kImage + axis));
-          high[axis][b] = std::max(high[axis][b], fact(kImage + axis));
+          low[axis][b] = std::min(low[axis][b], fact(kSlotImage + axis));
+          high[axis][b] = std::max(high[axis][b], fact(kSlotImage + axis));
         }
         if (with_regions) {
           auto& seen = regions[b];
-          const int32_t region = fact(kRegion);
+          const int32_t region = fact(kSlotRegion);
           if (std::find(seen.begin(), seen.end(), region) == seen.end()) seen.push_back(region);
         }
       }
@@ -142,7 +140,7 @@ inline void meet(const PlanBoxes& q, const PlanBoxes& k, int64_t i, const PlanRu
   const int32_t visual_first = q.visual_first[b], visual_last = q.visual_last[b];
   const int32_t text_first = q.text_first[b], text_last = q.text_last[b], sample = q.sample[b];
   const bool visual = visual_last != kLow, text = text_last != kLow;
-  const int32_t one = visual && q.low[0][b] == q.high[0][b] ? q.low[0][b] : kText;
+  const int32_t one = visual && q.low[0][b] == q.high[0][b] ? q.low[0][b] : kTextToken;
   std::vector<uint8_t> reached, missed;  // regions that some, that not all tokens of the block see
   if (routes != nullptr) {
     reached.assign(static_cast<size_t>(num_regions), 0), missed = reached;
@@ -174,7 +172,7 @@ inline void meet(const PlanBoxes& q, const PlanBoxes& k, int64_t i, const PlanRu
       near &= any, inside &= all;
     }
     if (rule.cross_image) {
-      const int32_t k_one = k_visual & (k.low[0][n] == k.high[0][n]) ? k.low[0][n] : kText;
+      const int32_t k_one = k_visual & (k.low[0][n] == k.high[0][n]) ? k.low[0][n] : kTextToken;
       near |= !((one == k_one) & (one >= 0)) & visual_before;
     }
     bool some = near & visual & k_visual;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/types.h"
+#include "cpu/attention_slots.h"
 
 namespace pyvtk::cpu {
 
@@ -22,21 +23,6 @@ struct AttentionRows {
     return static_cast<T*>(data) + b * batch_stride + head * head_stride;
   }
 };
-
-// What a slot says about its token; the order is that of the plan's tensors.
-enum AttentionSlot {
-  kSlotRow,
-  kSlotImage,
-  kSlotT,
-  kSlotY,
-  kSlotX,
-  kSlotPosition,
-  kSlotRegion,
-  kSlotSample,
-  kSlotFields
-};
-
-inline constexpr int32_t kInvalidToken = -2, kTextToken = -1;  // among the numbers of images
 
 struct AttentionProblem {
   AttentionRows q, k, v, out;
