@@ -539,7 +539,7 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, group: int, block_q: i
     if kernel == "forward":
         rows, keys = (64, 64) if not wide else (64, 32)
         if single:
-            rows, keys, warps = 32, 16 if wide else 32, 8 if head_dim > 64 else 4
+            rows, keys, warps = 32, 32 if head_dim <= 80 else 16, 8 if head_dim > 64 else 4
         elif not wide and (group % 2 == 0 or block_q >= 128):
             rows, keys, warps = 128, 64 if large else 32, 8  # two heads share what is loaded
     elif kernel == "query_grad":
@@ -554,6 +554,8 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, group: int, block_q: i
             stages = 4  # a fifth one costs registers that there are not
         if single:
             rows, keys = (32, 32) if head_dim <= 64 else (16, 16)
+            # what fits the registers, found by compiling
+            stages, warps = (1, warps) if capability[0] >= 10 else (2, 8)
     tile_q, tile_k = min(block_q, rows), min(block_k, keys)
     heads = min(triton.next_power_of_2(group), rows // tile_q)
     # products by warp: columns beyond the rows would be split over warps, and rows' maxima with them
