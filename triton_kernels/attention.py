@@ -540,6 +540,7 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, group: int, block_q: i
         rows, keys = (64, 64) if not wide else (64, 32)
         if single:
             rows, keys, warps = 32, 32 if head_dim <= 80 else 16, 8 if head_dim > 64 else 4
+            stages = 2 if wide and not large else stages  # 99 KiB do not hold three
         elif not wide and (group % 2 == 0 or block_q >= 128):
             rows, keys, warps = 128, 64 if large else 32, 8  # two heads share what is loaded
     elif kernel == "query_grad":

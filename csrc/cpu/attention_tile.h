@@ -28,14 +28,15 @@ PYVTK_INLINE vfloat exp2_of_negative(vfloat x) {
   p = p * r + 0x1.ebfbdcp-3f;
   p = p * r + 0x1.62e43p-1f;
   p = p * r + 1.0f;
-  const vint power = (as_int(shifted) << 23) + splat(int32_t{127 << 23});
+  // unsigned, since it overflows for the very small x that the last line turns into 0
+  const vuint power = (reinterpret_cast<vuint>(shifted) << 23) + (vuint{} + (127u << 23));
   return blend(x < splat(-126.0f), vfloat{}, p * as_float(power));
 }
 
 // log2 for normal x.
 PYVTK_INLINE vfloat log2_of(vfloat x) {
   // x = 2^n m with m in [sqrt(1/2), sqrt(2)), and log m = 2 artanh((m - 1) / (m + 1))
-  const vint shifted = as_int(x) - splat(int32_t{0x3f3504f3});
+  const vint shifted = reinterpret_cast<vint>(reinterpret_cast<vuint>(x) - (vuint{} + 0x3f3504f3u));
   const vint n = shifted >> 23;
   const vfloat m = as_float((shifted & splat(int32_t{0x7fffff})) + splat(int32_t{0x3f3504f3}));
   const vfloat s = (m - 1.0f) / (m + 1.0f), square = s * s;
