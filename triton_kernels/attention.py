@@ -539,8 +539,9 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, group: int, block_q: i
     if kernel == "forward":
         rows, keys = (64, 64) if not wide else (64, 32)
         if single:
-            rows, keys, warps = 32, 32 if head_dim <= 80 else 16, 8 if head_dim > 64 else 4
-            stages = 2 if wide and not large else stages  # 99 KiB do not hold three
+            # of 256 channels, 32 rows would need more than the 99 KiB that some devices have
+            rows = 16 if wide and not large else 32
+            keys, warps = 32 if head_dim <= 80 else 16, 8 if head_dim > 64 else 4
         elif not wide and (group % 2 == 0 or block_q >= 128):
             rows, keys, warps = 128, 64 if large else 32, 8  # two heads share what is loaded
     elif kernel == "query_grad":
