@@ -546,6 +546,8 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, group: int, block_q: i
             rows, keys, warps = 128, 64 if large else 32, 8  # two heads share what is loaded
     elif kernel == "query_grad":
         rows, keys = (64, 64 if large else 32) if not wide else (32, 32)
+        if capability[0] == 12 and not wide:
+            stages = min(stages, 4)  # a fifth one spills
         if single:
             rows, keys = 16, 16
     else:
