@@ -556,6 +556,8 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, group: int, block_q: i
             rows, keys = (16, 64) if large else (32, 32)
         if not large and not single and not wide:
             stages = 4  # a fifth one costs registers that there are not
+            if capability[0] == 12 and 64 < head_dim <= 80:
+                rows, stages = 16, 1  # more of either spills
         if single:
             rows, keys = (32, 32) if head_dim <= 64 else (16, 16)
             # what fits the registers, found by compiling
