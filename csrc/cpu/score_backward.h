@@ -200,14 +200,13 @@ class ScoreBackward {
     const int64_t window_start = walk_.window_start();
     const T* keys =
         static_cast<const T*>(p_.k) + s_.k_offset + kv_head * p_.k_head_stride + window_start * p_.k_row_stride;
-    float* grad_bias = partial(kv_head);
     for (int64_t r = 0; r < rows; ++r) {
       // Rows may reach less far than their block.
       const int64_t end = std::min(reach, walk_.visible_end(first + (rows_done + r) / p_.group()));
       std::fill(z + r * ldz + end, z + r * ldz + padded(reach), 0.0f);
-      if (g_.k_bias) {
-        for (int64_t j = 0; j < end; ++j) grad_bias[window_start + j] += z[r * ldz + j];
-      }
+    }
+    if (g_.k_bias) add_rows(z, ldz, rows, reach, partial(kv_head) + window_start);
+    for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < padded(reach); j += kLanes) store(z + r * ldz + j, load(z + r * ldz + j) * p_.scale);
     }
     const bool fresh = first == first_ && rows_done == 0;
@@ -234,6 +233,16 @@ class ScoreBackward {
       const int64_t at = p_.packed() ? (s_.row_offset + query) * p_.q_heads + head
                                      : (sample_ * p_.q_heads + head) * p_.queries + query;
       std::copy_n(grad_q_.data() + r * ldk_, p_.dim, g_.q + at * p_.dim);
+    }
+  }
+
+  // to[j] += the rows' sum of z[., j], in short chains: one long chain of additions would lose more than plain torch.
+  static void add_rows(const float* z, int64_t ldz, int64_t rows, int64_t columns, float* to) {
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      vfloat sum[4] = {};
+      for (int64_t r = 0; r < rows; ++r) sum[r & 3] += load(z + r * ldz + j);
+      const vfloat total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      for (int64_t lane = 0; lane < std::min(kLanes, columns - j); ++lane) to[j + lane] += total[lane];
     }
   }
 
@@ -275,7 +284,7 @@ inline void score_backward_finish(const ScoreProblem& p, const ScoreGradient& g,
   if (key >= s.keys) return;
   const int64_t chunks = score_backward_chunks(p), pitch = score_backward_pitch(p), ldk = padded(p.dim);
   const bool direct = score_backward_direct(p);
-  float bias = 0.0f;
+  double bias = 0.0;
   for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head) {
     const float* from = partial + (sample_number * p.kv_heads + kv_head) * chunks * pitch;
     float* to = g.k + (p.packed() ? ((s.column_offset + key) * p.kv_heads + kv_head)
@@ -288,7 +297,7 @@ inline void score_backward_finish(const ScoreProblem& p, const ScoreGradient& g,
       for (int64_t d = 0; d < p.dim; ++d) to[d] = (chunk ? to[d] : 0.0f) + x[d];
     }
   }
-  if (g.k_bias) g.k_bias[s.column_offset + key] = bias;
+  if (g.k_bias) g.k_bias[s.column_offset + key] = static_cast<float>(bias);
 }
 
 }  // namespace pyvtk::cpu::PYVTK_ISA
