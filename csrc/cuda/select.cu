@@ -10,19 +10,10 @@ namespace {
 
 using Result = std::tuple<Tensor, Tensor, Tensor>;
 
-// Masks, offsets and values per row have to be where the scores are.
-void guard_device(const Tensor& scores, std::initializer_list<const OptionalTensor*> others) {
-  for (const OptionalTensor* other : others) {
-    PYVTK_GUARD(
-        !other->has_value() || ((*other)->is_cuda() && (*other)->get_device_index() == scores.get_device_index()),
-        "all tensors must be on the device of scores");
-  }
-}
-
 Result run(const Tensor& scores, const SelectArguments& arguments) {
   guard_last_contiguous(scores, "scores");
-  guard_device(scores, {&arguments.num_keep_per_row, &arguments.threshold, &arguments.top_p, &arguments.keep,
-                        &arguments.drop, &arguments.candidates, &arguments.segments, &arguments.cu_seqlens});
+  guard_same_device(scores, {&arguments.num_keep_per_row, &arguments.threshold, &arguments.top_p, &arguments.keep,
+                             &arguments.drop, &arguments.candidates, &arguments.segments, &arguments.cu_seqlens});
   torch::stable::accelerator::DeviceGuard device(scores.get_device_index());
   SelectProblem problem;
   SelectResult result = make_select_problem(scores, shape_of(scores), arguments, problem);

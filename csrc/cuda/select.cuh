@@ -20,13 +20,12 @@
 
 #include "common/select_problem.h"
 #include "common/types.h"
+#include "cuda/block.cuh"
 #include "cuda/ptx.cuh"
 
 namespace pyvtk::cuda {
 
-inline constexpr unsigned kAllLanes = 0xffffffffu;
-inline constexpr int kMostWarps = 16;  // twice as many would leave 64 registers to a thread: too few
-inline constexpr int kMostBits = 11;   // 2048 counters are 8 KiB: many blocks of them fit a multiprocessor
+inline constexpr int kMostBits = 11;  // 2048 counters are 8 KiB: many blocks of them fit a multiprocessor
 inline constexpr uint32_t kNanRank = 0;
 inline constexpr uint32_t kZeroRank = 0x80000000u;
 inline constexpr uint32_t kInfinityRank = 0xff800000u;
@@ -111,32 +110,6 @@ struct SelectRow {
     return token < size && bits >> (token % 32) & 1 && (!set.segments || set.segments[token] == set.segment);
   }
 };
-
-__device__ __forceinline__ int warp_of_block() { return static_cast<int>(threadIdx.x / 32); }
-__device__ __forceinline__ int warps_of_block() { return static_cast<int>(blockDim.x / 32); }
-__device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadIdx.x % 32); }
-
-template <class Number>
-__device__ __forceinline__ Number sum_of_warp(Number value) {
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
-}
-
-// Sums of the warps before this one, and of all; `value` is the same in all lanes of a warp.
-template <class Number>
-struct Prefix {
-  Number before;
-  Number total;
-};
-template <class Number>
-__device__ Prefix<Number> prefix_of_warps(Number value) {
-  PYVTK_SHARED(sums, Number[kMostWarps]);
-  __syncthreads();  // of the last call, all have read
-  if (lane_of_warp() == 0) sums[warp_of_block()] = value;
-  __syncthreads();
-  const Number mine = lane_of_warp() < warps_of_block() ? sums[lane_of_warp()] : Number{0};
-  return {sum_of_warp(lane_of_warp() < warp_of_block() ? mine : Number{0}), sum_of_warp(mine)};
-}
 
 // Of a set of tokens: how much it weighs, and the range of its ranks.
 template <class Mass>

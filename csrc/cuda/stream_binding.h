@@ -3,6 +3,8 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <initializer_list>
+
 #include "binding.h"
 
 namespace pyvtk::cuda {
@@ -16,6 +18,15 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 
 inline void check(cudaError_t status, const char* op) {
   PYVTK_GUARD(status == cudaSuccess, op, ": ", cudaGetErrorString(status));
+}
+
+// Kernels read all their tensors on one device: that of `tensor`.
+inline void guard_same_device(const Tensor& tensor, std::initializer_list<const OptionalTensor*> others) {
+  for (const OptionalTensor* other : others) {
+    PYVTK_GUARD(
+        !other->has_value() || ((*other)->is_cuda() && (*other)->get_device_index() == tensor.get_device_index()),
+        "all tensors must be on one CUDA device");
+  }
 }
 
 }  // namespace pyvtk::cuda

@@ -1,9 +1,8 @@
-"""The emulated kernels as functions of tensors, through the C interface of library.cpp."""
+"""The emulated kernels for tests in Python: the library, its memory and its errors."""
 
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import re
 from pathlib import Path
@@ -55,42 +54,22 @@ class Exact:
         FREE(self.address)
 
 
-def select(
-    scores: Tensor, num_keep, num_keep_per_row, threshold, top_p, keep, drop, candidates, keep_others, segments,
-    num_segments, cu_seqlens, capacity, align_right, by_score,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The operator pyvtk::select by the CUDA kernel; arguments as in pyvtk/reference/select.py."""
-    lead = tuple(scores.shape[:-1]) if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
-    rows, tokens = math.prod(lead), scores.shape[-1]
-    heads = scores.shape[1] if scores.dim() == 3 else 1
-    outputs = [
-        Exact(torch.full((*lead, capacity), -7)),
-        Exact(torch.full(lead, -7, dtype=torch.int32)),
-        Exact(torch.zeros(lead, dtype=torch.bool)),
-    ]
-    held = []
+number = ctypes.c_int64
 
-    def pointer(value: Tensor | None, dtype: torch.dtype | None = None) -> ctypes.c_void_p:
+
+class Call:
+    """Arguments of one call; keeps the memory that they point to until it has returned."""
+
+    def __init__(self):
+        self.held: list[Exact] = []
+
+    def pointer(self, value: Tensor | None, dtype: torch.dtype | None = None) -> ctypes.c_void_p:
+        """A copy of the tensor's data, converted if asked to; None is a null pointer."""
         if value is None:
             return ctypes.c_void_p()
-        held.append(Exact(value if dtype is None else value.to(dtype)))
-        return ctypes.c_void_p(held[-1].address)
+        self.held.append(Exact(value if dtype is None else value.to(dtype)))
+        return ctypes.c_void_p(self.held[-1].address)
 
-    def per_token(value: Tensor | None, dtype: torch.dtype) -> list:
-        shared = value is not None and value.dim() < scores.dim()
-        return [pointer(value, dtype), ctypes.c_int64(heads if shared else 1)]
-
-    def per_group(value: Tensor | None, dtype: torch.dtype) -> list:
-        return [pointer(value, dtype), ctypes.c_int64(1 if value is None else value.shape[1])]
-
-    number = ctypes.c_int64
-    status = library().emulated_select(
-        DTYPES.index(scores.dtype), pointer(scores), number(rows), number(heads), number(tokens),
-        number(heads * tokens), number(tokens), pointer(cu_seqlens, torch.int32),
-        number(num_keep), *per_group(num_keep_per_row, torch.int64), *per_group(threshold, torch.float32),
-        *per_group(top_p, torch.float64), *per_token(keep, torch.bool), *per_token(drop, torch.bool),
-        *per_token(candidates, torch.bool), int(keep_others), *per_token(segments, torch.int32), number(num_segments),
-        number(capacity), int(align_right), int(by_score), *(ctypes.c_void_p(output.address) for output in outputs),
-    )  # fmt: skip
-    assert status == 0, library().emulation_error().decode()
-    return tuple(output.read() for output in outputs)
+    def __call__(self, function: str, *arguments) -> None:
+        status = getattr(library(), function)(*arguments)
+        assert status == 0, library().emulation_error().decode()

@@ -3,6 +3,7 @@
 import emulated
 import pytest
 import torch
+from emulated_select import select
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -36,7 +37,7 @@ KINDS = ["special", "ties", "equal", "softmax", "bits", "normal"]
 
 def assert_same(arguments: tuple) -> None:
     for name, actual, expected in zip(
-        ("indices", "counts", "overflow"), emulated.select(*arguments), reference.select(*arguments)
+        ("indices", "counts", "overflow"), select(*arguments), reference.select(*arguments)
     ):
         assert actual.dtype == expected.dtype and actual.shape == expected.shape
         assert torch.equal(actual, expected), f"{name}: {actual} != {expected}"
@@ -119,4 +120,4 @@ def test_a_row_whose_ranks_do_not_fit():
 def test_sets_that_do_not_fit_are_an_error():
     emulated.configure(shared_bytes=27 * 1024)
     with pytest.raises(AssertionError, match="invalid argument"):
-        emulated.select(*top(torch.zeros(1, 40000), 1))
+        select(*top(torch.zeros(1, 40000), 1))

@@ -1,26 +1,8 @@
-// The kernels as a shared library with a C interface, for tests in Python.
 #include "cuda/select.cuh"
 
+#include "library.h"
+
 using namespace pyvtk;
-
-namespace {
-
-thread_local cudaError_t last_status = cudaSuccess;
-
-}  // namespace
-
-#define EXPORT extern "C" [[gnu::visibility("default")]]
-
-// seed, blocks_alive and shared_bytes as in cuda_emulation::Options; shared_bytes 0: as on an H100
-EXPORT void emulation_configure(uint64_t seed, int blocks_alive, int64_t shared_bytes) {
-  cuda_emulation::Options& options = cuda_emulation::options();
-  options = {};
-  options.seed = seed;
-  options.blocks_alive = blocks_alive;
-  if (shared_bytes > 0) options.shared_bytes = shared_bytes;
-}
-
-EXPORT const char* emulation_error() { return cudaGetErrorString(last_status); }
 
 // dtype: 0 float32, 1 bfloat16, 2 float16. Absent pointers are null; rows_each: rows of scores that one row of a mask
 // serves; per_row: 1 or num_segments.
@@ -56,8 +38,7 @@ EXPORT int emulated_select(int dtype, const void* scores, int64_t rows, int64_t 
   problem.indices = indices;
   problem.counts = counts;
   problem.overflow = overflow;
-  last_status = dtype == 0   ? cuda::select<float>(problem, nullptr)
+  return report(dtype == 0   ? cuda::select<float>(problem, nullptr)
                 : dtype == 1 ? cuda::select<bfloat16>(problem, nullptr)
-                             : cuda::select<float16>(problem, nullptr);
-  return last_status;
+                             : cuda::select<float16>(problem, nullptr));
 }

@@ -1,0 +1,37 @@
+// Threads of a block at work together: where a thread stands, and sums over warps and blocks. Blocks are whole warps in
+// one dimension, at most kMostWarps of them.
+#pragma once
+#include "cuda/ptx.cuh"
+
+namespace pyvtk::cuda {
+
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+inline constexpr int kMostWarps = 16;  // twice as many would leave 64 registers to a thread: too few
+
+__device__ __forceinline__ int warp_of_block() { return static_cast<int>(threadIdx.x / 32); }
+__device__ __forceinline__ int warps_of_block() { return static_cast<int>(blockDim.x / 32); }
+__device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadIdx.x % 32); }
+
+template <class Number>
+__device__ __forceinline__ Number sum_of_warp(Number value) {
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
+// Sums of the warps before this one, and of all; `value` is the same in all lanes of a warp.
+template <class Number>
+struct Prefix {
+  Number before;
+  Number total;
+};
+template <class Number>
+__device__ Prefix<Number> prefix_of_warps(Number value) {
+  PYVTK_SHARED(sums, Number[kMostWarps]);
+  __syncthreads();  // of the last call, all have read
+  if (lane_of_warp() == 0) sums[warp_of_block()] = value;
+  __syncthreads();
+  const Number mine = lane_of_warp() < warps_of_block() ? sums[lane_of_warp()] : Number{0};
+  return {sum_of_warp(lane_of_warp() < warp_of_block() ? mine : Number{0}), sum_of_warp(mine)};
+}
+
+}  // namespace pyvtk::cuda
