@@ -382,7 +382,8 @@ Tensor restore(Tensor indices, Tensor counts, bool align_right, OptionalTensor u
   std::vector<Scatter> jobs(1);
   Scatter& job = jobs[0];
   job = {};
-  job.shape = shape_of(source, target, target, element);
+  const View over = base.has_value() ? view_of(*base, dim, batch_dim, selected.has_heads, element) : target;
+  job.shape = shape_of(source, target, over, element);
   job.shape.divide(packed_source ? 1 : selected.count(), num_tokens);
   if (result.numel() == 0) job.shape.items = 0;
   job.source = update.has_value() ? static_cast<const char*>(update->const_data_ptr()) : nullptr;
