@@ -193,7 +193,7 @@ COMPACT = {
     "into out": Call("compact_out", lambda: (chosen((3,), 97, 31, ragged=True), values(3, 97, 40)), into_out),
     "gradient": Call("compact_backward", lambda: (chosen((3,), 97, 31, ragged=True), values(3, 97, 65),
                                                   values(3, 31, 65)),
-                     gradient(lambda b, s, x: pyvtk.compact(s, x, backend=b)), compiles=True),
+                     gradient(lambda b, s, x: pyvtk.compact(s, x, backend=b))),
     "restore": Call("restore", lambda: (chosen((3,), 97, 31, ragged=True), values(3, 31, 65), values(3, 97, 65)),
                     lambda b, s, u, base: pyvtk.restore(s, u, base, backend=b), compiles=True),
     "restore on zeros": Call("restore", lambda: (chosen((3,), 97, 31), values(3, 31, 64, dtype=BRAIN)),
