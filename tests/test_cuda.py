@@ -342,15 +342,26 @@ SCORE = {
 }  # fmt: skip
 
 
-def neighbors(backend, q, k, v):
-    layout = TokenLayout.from_images([90], [ImageSpan(0, 5, (1, 8, 10))], device=q.device)
-    return pyvtk.neighbor_attention(q, k, v, pyvtk.neighbor_plan(layout, 2), backend=backend)
+def placed(q_heads, k_heads, dim, dtype=SINGLE):
+    """Queries, keys, values, and where the tokens stand: text around an image."""
+
+    def inputs():
+        layout = TokenLayout.from_images([90], [ImageSpan(0, 5, (1, 8, 10))])
+        shapes = ((1, count, 90, dim) for count in (q_heads, k_heads, k_heads))
+        return *(torch.randn(shape).to(dtype) for shape in shapes), layout.image_id, layout.coords
+
+    return inputs
+
+
+def neighbors(backend, q, k, v, image_id, coords):
+    plan = pyvtk.neighbor_plan(TokenLayout(image_id, coords), 2)
+    return pyvtk.neighbor_attention(q, k, v, plan, backend=backend)
 
 
 ATTENTION = {
-    "neighbours": Call("neighbor_attention", also(heads(1, 4, 2, 90, 90, 64), lambda: torch.randn(1, 2, 90, 64)),
-                       neighbors, exact=False),
-}  # fmt: skip
+    "neighbours": Call("neighbor_attention", placed(4, 2, 64), neighbors, exact=False),
+    "neighbours, bf16": Call("neighbor_attention", placed(4, 2, 80, BRAIN), neighbors, exact=False),
+}
 
 FAMILIES = {
     "select": SELECT, "compact": COMPACT, "merge": MERGE, "score_and_select": SCORE_AND_SELECT, "score": SCORE,
