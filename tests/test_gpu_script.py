@@ -116,3 +116,15 @@ def test_says_that_the_sanitizer_is_missing(gpu, tmp_path):
         (folder / tool).symlink_to(subprocess.check_output(["which", tool], text=True).strip())
     status, said, notes = gpu("sanitize-memcheck", PATH=str(folder))
     assert status == 0 and "SKIPPED: compute-sanitizer is not installed" in said and "call_kernels" not in notes
+
+
+def test_runs_under_the_sanitizer(gpu, tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING sanitizer $*"\nexit 9\n')
+    tool.chmod(0o755)
+    status, said, _ = gpu("sanitize-memcheck", "sanitize-racecheck", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert status == 1 and "failed: sanitize-racecheck (status 9)" in said
+    assert (
+        "1 sanitizer --tool memcheck --report-api-errors no" in said and "1 sanitizer --tool racecheck --target" in said
+    )
+    assert said.count("python .ci/call_kernels.py") == 2
