@@ -69,6 +69,9 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// What is computed of the word is not computed ahead of a loop, where it would take registers. No instruction.
+__device__ __forceinline__ void stay_in_loop(unsigned& word) { asm volatile("" : "+r"(word)); }
+
 // Two float16 numbers, side by side in memory, as float.
 __device__ __forceinline__ float2 widen_half2(unsigned halves) {
   float2 wide;

@@ -251,25 +251,31 @@ __device__ __forceinline__ float weight_of(const ScoreProblem& p, const FewSampl
 template <class T>
 inline constexpr int kPerSegment = 16 / static_cast<int>(sizeof(T));
 
+// Four channels of a segment, the first of them number `first`.
 template <class T>
-__device__ __forceinline__ void widen(uint4 segment, float (&wide)[kPerSegment<T>]) {
+__device__ __forceinline__ void widen(uint4 segment, int first, float (&wide)[4]) {
   const unsigned words[4] = {segment.x, segment.y, segment.z, segment.w};
-  PYVTK_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (std::is_same_v<T, float>) {
-      wide[i] = __uint_as_float(words[i]);
-    } else if constexpr (std::is_same_v<T, bfloat16>) {
-      wide[2 * i] = __uint_as_float(words[i] << 16);
-      wide[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    } else {
-      const float2 both = widen_half2(words[i]);
-      wide[2 * i] = both.x;
-      wide[2 * i + 1] = both.y;
+  if constexpr (std::is_same_v<T, float>) {
+    PYVTK_UNROLL
+    for (int i = 0; i < 4; ++i) wide[i] = __uint_as_float(words[i]);
+  } else {
+    PYVTK_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      unsigned word = words[first / 2 + i];
+      stay_in_loop(word);
+      if constexpr (std::is_same_v<T, bfloat16>) {
+        wide[2 * i] = __uint_as_float(word << 16);
+        wide[2 * i + 1] = __uint_as_float(word & 0xffff0000u);
+      } else {
+        const float2 both = widen_half2(word);
+        wide[2 * i] = both.x;
+        wide[2 * i + 1] = both.y;
+      }
     }
   }
 }
 
-// The same of a segment that is aligned to its elements only.
+// A segment that is aligned to its elements only.
 template <class T>
 __device__ __forceinline__ uint4 read_by_element(const T* from) {
   unsigned words[4];
@@ -361,22 +367,22 @@ __device__ __forceinline__ void multiply(const FewProblem& few, const KeyLanes& 
   PYVTK_UNROLL
   for (int j = 0; j < kSegments; ++j) {
     if (j * mine.lanes >= few.segments) break;
-    float wide[kKeysOfLane][kPer];
-    PYVTK_UNROLL
-    for (int i = 0; i < kKeysOfLane; ++i) widen<T>(parts[i][j], wide[i]);
     const float* at = q + (mine.segment + j * mine.lanes) * kPer;
     PYVTK_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      if (r >= rows) break;
+    for (int e = 0; e < kPer; e += 4) {
+      float wide[kKeysOfLane][4];
       PYVTK_UNROLL
-      for (int e = 0; e < kPer; e += 4) {
+      for (int i = 0; i < kKeysOfLane; ++i) widen<T>(parts[i][j], e, wide[i]);
+      PYVTK_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        if (r >= rows) break;
         const float4 four = *reinterpret_cast<const float4*>(at + r * pitch + e);
         PYVTK_UNROLL
         for (int i = 0; i < kKeysOfLane; ++i) {
-          products[r][i] += four.x * wide[i][e];
-          products[r][i] += four.y * wide[i][e + 1];
-          products[r][i] += four.z * wide[i][e + 2];
-          products[r][i] += four.w * wide[i][e + 3];
+          products[r][i] += four.x * wide[i][0];
+          products[r][i] += four.y * wide[i][1];
+          products[r][i] += four.z * wide[i][2];
+          products[r][i] += four.w * wide[i][3];
         }
       }
     }

@@ -38,6 +38,7 @@ inline void named_barrier(int id, int threads, CUDA_EMULATION_HERE) {
   cuda_emulation::barrier(id, threads, 0, "named_barrier", where);
 }
 
+inline void stay_in_loop(unsigned&) {}
 inline float2 widen_half2(unsigned halves) {
   return {to_float(float16{static_cast<uint16_t>(halves)}), to_float(float16{static_cast<uint16_t>(halves >> 16)})};
 }
