@@ -230,3 +230,104 @@ def problems(draw):
 def test_any_problem(problem, seed, blocks_alive):
     emulated.configure(seed, blocks_alive)
     assert_right(*problem)
+
+
+def inputs(batch=1, q_heads=4, kv_heads=2, queries=1, keys=300, dim=64, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, q_heads, queries, dim, generator=generator)
+    k = torch.randn(batch, kv_heads, keys, dim, generator=generator)
+    return q.to(dtype), k.to(dtype)
+
+
+# name -> shape, options, and what the launcher has to answer
+WAYS = {
+    "one row": ({"q_heads": 2}, {}, {"rows_of_block": 1, "kept": 1, "columns": False, "selected_at_once": True}),
+    "a group": ({"q_heads": 8}, {}, {"rows_of_block": 4, "kept": 1, "separate_lse": False}),
+    "a large group": ({"q_heads": 14}, {}, {"rows_of_block": 8}),
+    "no room for logits": ({"queries": 40, "dim": 8}, {}, {"kept": 0, "columns": True, "separate_lse": True}),
+    "no room, no lse": ({"queries": 40, "dim": 8}, {"logit": True}, {"columns": True, "separate_lse": False}),
+    "no room, pairs": (
+        {"queries": 40, "dim": 8, "keys": 200},
+        {"heads_first": True, "head_reduce": "max", "query_reduce": "sum"},
+        {"columns": True},
+    ),
+    "many rows and runs": (
+        {"q_heads": 16, "kv_heads": 1, "queries": 4, "keys": 1056, "dim": 256},
+        {},
+        {"separate_lse": True, "columns": False},
+    ),
+    "a long row": ({"q_heads": 2, "keys": 4200, "dim": 8}, {}, {"selected_at_once": False}),
+    "a long row with masks": (
+        {"q_heads": 2, "keys": 4200, "dim": 8},
+        {"key_start": 100, "key_stop": 4100},
+        {"selected_at_once": False},
+    ),
+    "few channels": ({"dim": 8}, {}, {"lanes_of_key": 2}),
+    "many channels": ({"dim": 256}, {}, {"lanes_of_key": 16}),
+    "many channels of 16 bits": ({"dim": 256, "dtype": torch.bfloat16}, {}, {"lanes_of_key": 8}),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_ways(name):
+    shape, options, expected = WAYS[name]
+    emulated.configure(1, 3)
+    q, k = inputs(**shape)
+    done = assert_right(q, k, plain_options(q, k, k.shape[2] // 3, **options))
+    assert {fact: getattr(done, fact) for fact in expected} == expected
+
+
+def test_some_packed_samples_keep_their_logits():
+    q, k = inputs(queries=20, dim=16, keys=200)
+    q, k = q[0].transpose(0, 1), k[0].transpose(0, 1).contiguous()
+    cu_q, cu_k = torch.tensor([0, 2, 19, 20]).int(), torch.tensor([0, 70, 150, 200]).int()
+    for query_reduce, heads_first in (("mean", False), ("max", False), ("max", True)):
+        emulated.configure(2, 2)
+        options = plain_options(
+            q, k, 30, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, query_reduce=query_reduce, heads_first=heads_first
+        )
+        done = assert_right(q, k, options)
+        assert done.columns and done.kept == 8
+
+
+def test_same_bits_whatever_the_order_of_blocks():
+    q, k = inputs(batch=2, q_heads=8, queries=3, keys=700, dim=40)
+    for options in ({}, {"head_reduce": "group_max"}, {"head_reduce": "none"}):
+        options = plain_options(q, k, 100, **options)
+        arguments = [options[name] for name in SCORING + SELECTING]
+        emulated.configure()
+        expected = score_and_select(q, k, *arguments)[:4]
+        for seed in range(1, 8):
+            emulated.configure(seed, 1 + seed % 5)
+            for ours, right in zip(score_and_select(q, k, *arguments)[:4], expected):
+                assert torch.equal(ours, right)
+
+
+@pytest.mark.parametrize("dtype", emulated.DTYPES)
+@pytest.mark.parametrize("head_reduce", HEAD_REDUCES)
+def test_lowest_keys_win_ties(head_reduce, dtype):
+    emulated.configure()
+    q, k = inputs(dtype=dtype)
+    q.zero_()
+    options = plain_options(q, k, 7, head_reduce=head_reduce)
+    indices = score_and_select(q, k, *(options[name] for name in SCORING + SELECTING))[0]
+    assert torch.equal(indices, torch.arange(7).expand_as(indices))
+
+
+def test_offsets_out_of_bounds_touch_nothing():
+    """Values of cu_seqlens are on the device: wrong ones give wrong results, but stay inside of the tensors."""
+    q, k = inputs(q_heads=2, queries=6, keys=150, dim=16)
+    q, k = q[0].transpose(0, 1).contiguous(), k[0].transpose(0, 1).contiguous()
+    for cu_q, cu_k in (([0, 9, 400], [0, 900, 100]), ([-5, 3, 6], [-90, 200, 7]), ([6, 2, 0], [150, 80, 0])):
+        emulated.configure(1, 2)
+        cu = {"cu_seqlens_q": torch.tensor(cu_q).int(), "cu_seqlens_k": torch.tensor(cu_k).int()}
+        options = plain_options(q, k, 20, k_mask=torch.ones(150, dtype=torch.bool), causal=True, **cu)
+        score_and_select(q, k, *(options[name] for name in SCORING + SELECTING))
+
+
+def test_too_many_queries_are_an_error():
+    emulated.configure()
+    q, k = inputs(queries=65, dim=8, keys=10)
+    options = plain_options(q, k, 3)
+    with pytest.raises(AssertionError, match="invalid argument"):
+        score_and_select(q, k, *(options[name] for name in SCORING + SELECTING))
