@@ -1,11 +1,14 @@
 // pyvtk's wrappers of csrc/cuda/ptx.cuh, as the emulation runs them. Same names, same meaning.
 #pragma once
+#include "common/types.h"
 #include "cuda_emulation.h"
 
 // A constant for every declaration (and every instance of a template): its address finds the block's memory.
 #define PYVTK_SHARED(name, ...)                                                                                        \
   static constexpr ::cuda_emulation::SharedVariable name##_variable{#name, sizeof(__VA_ARGS__), alignof(__VA_ARGS__)}; \
   auto& name = *static_cast<std::type_identity_t<__VA_ARGS__>*>(::cuda_emulation::shared(name##_variable))
+
+#define PYVTK_UNROLL
 
 namespace pyvtk::cuda {
 
@@ -33,6 +36,11 @@ void copy_async_wait() {
 
 inline void named_barrier(int id, int threads, CUDA_EMULATION_HERE) {
   cuda_emulation::barrier(id, threads, 0, "named_barrier", where);
+}
+
+inline void stay_in_loop(unsigned&) {}
+inline float2 widen_half2(unsigned halves) {
+  return {to_float(float16{static_cast<uint16_t>(halves)}), to_float(float16{static_cast<uint16_t>(halves >> 16)})};
 }
 
 }  // namespace pyvtk::cuda
