@@ -22,6 +22,13 @@
 #include "cuda/block.cuh"
 #include "cuda/ptx.cuh"
 
+// Most tensors have no axes to loop over: unrolled, the loop would be most of the code.
+#ifdef __CUDACC__
+#define PYVTK_NOT_UNROLLED _Pragma("unroll 1")
+#else
+#define PYVTK_NOT_UNROLLED
+#endif
+
 namespace pyvtk::cuda {
 
 inline constexpr int kMoveThreads = 256;
@@ -80,10 +87,11 @@ struct Move {
   uint32_t lines;
   Divider units;  // of a run
   Divider positions;
-  int32_t width;        // bytes of a unit
-  Number number;        // of scatter
-  int32_t merged;       // of scatter: all rows share one target
-  uint32_t tiles;       // of a row
+  int32_t width;   // bytes of a unit
+  Number number;   // of scatter
+  int32_t merged;  // of scatter: all rows share one target
+  uint32_t tiles_of_row;
+  Divider tiles;        // the same, if not 0
   uint32_t row_blocks;  // tiles of all rows; what follows are blocks of the tail
   alignas(16) unsigned char pad[16];
 };
@@ -99,38 +107,61 @@ struct Moves {
 struct SelectedOnDevice {
   const int64_t* indices;  // [rows, capacity]
   const int32_t* counts;   // [rows]
-  int64_t rows;
-  int64_t heads;  // rows are batch * heads
-  int64_t capacity;
-  int64_t tokens;
-  int64_t total;
+  int32_t rows;            // batch * heads
+  int32_t capacity;
+  int32_t tokens;
+  int32_t total;
+  Divider heads;
   bool align_right;
 };
 
+// false: too large.
+inline bool describe(int64_t rows, int64_t heads, int64_t capacity, int64_t tokens, int64_t total, bool align_right,
+                     const int64_t* indices, const int32_t* counts, SelectedOnDevice& selected) {
+  for (int64_t size : {rows, heads, capacity, tokens, total}) {
+    if (size > kMostCounted) return false;
+  }
+  selected = {indices,
+              counts,
+              static_cast<int32_t>(rows),
+              static_cast<int32_t>(capacity),
+              static_cast<int32_t>(tokens),
+              static_cast<int32_t>(total),
+              divider_of(heads > 0 ? heads : 1),
+              align_right};
+  return true;
+}
+
 // Slots of a row that hold a token.
 struct Slots {
-  int64_t begin, end;
+  int32_t begin, end;
 };
-__device__ __forceinline__ Slots slots_of(const SelectedOnDevice& selected, int64_t row) {
-  const int64_t kept = min(max(int64_t{__ldg(selected.counts + row)}, int64_t{0}), selected.capacity);
+__device__ __forceinline__ Slots slots_of(const SelectedOnDevice& selected, int32_t row) {
+  const int32_t kept = min(max(__ldg(selected.counts + row), 0), selected.capacity);
   return selected.align_right ? Slots{selected.capacity - kept, selected.capacity} : Slots{0, kept};
 }
 
-// The token of a slot; -1 for padding and for what is no token.
-__device__ __forceinline__ int64_t token_of(const SelectedOnDevice& selected, int64_t row, Slots slots, int64_t slot) {
-  if (slot < slots.begin || slot >= slots.end) return -1;
-  const int64_t token = __ldg(selected.indices + row * selected.capacity + slot);
-  return token >= 0 && token < selected.tokens ? token : -1;
+// What stands in a slot; -1 in padding. Not yet a token: index_or_none.
+__device__ __forceinline__ int64_t index_in(const SelectedOnDevice& selected, int32_t row, Slots slots, int32_t slot) {
+  const bool valid = slot >= slots.begin && slot < slots.end;
+  return valid ? __ldg(selected.indices + int64_t{row} * selected.capacity + slot) : -1;
+}
+__device__ __forceinline__ int32_t index_or_none(const SelectedOnDevice& selected, int64_t index) {
+  return index >= 0 && index < selected.tokens ? static_cast<int32_t>(index) : -1;
+}
+__device__ __forceinline__ int32_t token_of(const SelectedOnDevice& selected, int32_t row, Slots slots, int32_t slot) {
+  return index_or_none(selected, index_in(selected, row, slots, slot));
 }
 
-// Where a row begins on the packed axis: what is kept of the rows before it. All lanes of a warp together.
-__device__ __forceinline__ int64_t packed_begin(const SelectedOnDevice& selected, int64_t row) {
+// Where a row begins on the packed axis: what is kept of the rows before it; at most `total`. All lanes of a warp
+// together.
+__device__ __forceinline__ int32_t packed_begin(const SelectedOnDevice& selected, int32_t row) {
   int64_t kept = 0;
-  for (int64_t r = lane_of_warp(); r < row; r += 32) {
+  for (int32_t r = lane_of_warp(); r < row; r += 32) {
     const Slots slots = slots_of(selected, r);
     kept += slots.end - slots.begin;
   }
-  return sum_of_warp(kept);
+  return static_cast<int32_t>(min(sum_of_warp(kept), int64_t{selected.total}));
 }
 
 // A place in the tile of a row.
@@ -159,16 +190,19 @@ __device__ __forceinline__ void add(Strides& sum, const Strides& strides, int64_
   sum.target += at * strides.target;
   sum.base += at * strides.base;
 }
-// Of a row, and of a spot without its position.
-__device__ __forceinline__ Strides row_offset(const Move& move, const SelectedOnDevice& selected, int64_t row) {
+// Of a row.
+__device__ __forceinline__ Strides row_offset(const Move& move, const SelectedOnDevice& selected, int32_t row) {
   Strides offset{};
-  add(offset, move.batch, row / selected.heads);
-  add(offset, move.head, row % selected.heads);
+  const Split at = split(selected.heads, static_cast<uint32_t>(row));
+  add(offset, move.batch, at.quotient);
+  add(offset, move.head, at.rest);
   return offset;
 }
-__device__ __forceinline__ Strides line_offset(const Move& move, Spot spot) {
-  const int64_t unit = int64_t{spot.unit} * move.width;
+// Of a spot, all but its position.
+__device__ __forceinline__ Strides line_offset(const Move& move, Spot spot, uint32_t width) {
+  const int64_t unit = static_cast<int64_t>(uint64_t{spot.unit} * width);
   Strides offset{unit, unit, unit};
+  PYVTK_NOT_UNROLLED
   for (int axis = move.axes - 1; axis >= 0; --axis) {
     const Split at = split(move.outer[axis].size, spot.line);
     add(offset, move.outer[axis].strides, at.rest);
@@ -217,20 +251,19 @@ struct Inverse {
   int32_t* first;     // [rows, tokens]: the first slot of a token, -1 if there is none; without `next` the last one
   int32_t* next;      // [rows, capacity]: the next slot of the same token, -1 after the last; nullptr: not wanted
   int32_t* repeated;  // [rows]: whether `next` was written, since a token stands twice in the row
-  int64_t* shift;     // [rows]: position = slot + shift, on the packed axis; nullptr: positions are slots
+  int32_t* shift;     // [rows]: position = slot + shift, on the packed axis; nullptr: positions are slots
 };
 
-// How many int64 the tables take, and the tables in that memory.
-inline int64_t inverse_words(const SelectedOnDevice& selected, bool chains) {
-  const int64_t numbers = selected.rows * (selected.tokens + (chains ? selected.capacity : 0) + 1);
-  return selected.rows + ceil_div<int64_t>(numbers, 2);
+// How many int32 the tables take, and the tables in that memory.
+inline int64_t inverse_size(const SelectedOnDevice& selected, bool chains) {
+  return int64_t{selected.rows} * (int64_t{selected.tokens} + (chains ? selected.capacity : 0) + 2);
 }
-inline Inverse inverse_in(int64_t* memory, const SelectedOnDevice& selected, bool chains) {
+inline Inverse inverse_in(int32_t* memory, const SelectedOnDevice& selected, bool chains) {
   Inverse inverse{};
-  inverse.shift = selected.total >= 0 ? memory : nullptr;
-  inverse.first = reinterpret_cast<int32_t*>(memory + selected.rows);
-  inverse.repeated = inverse.first + selected.rows * selected.tokens;
-  inverse.next = chains ? inverse.repeated + selected.rows : nullptr;
+  inverse.repeated = memory;
+  inverse.shift = selected.total >= 0 ? memory + selected.rows : nullptr;
+  inverse.first = memory + 2 * int64_t{selected.rows};
+  inverse.next = chains ? inverse.first + int64_t{selected.rows} * selected.tokens : nullptr;
   return inverse;
 }
 
@@ -240,50 +273,47 @@ inline constexpr int kInverseThreads = 32 * kMostWarps;
 // whatever order, needs no more. In a row with some, one warp links the slots of each token, from the last to the
 // first, 32 at a time.
 __global__ void __launch_bounds__(kInverseThreads) inverse_kernel(SelectedOnDevice selected, Inverse inverse) {
-  const int64_t row = blockIdx.x;
+  const auto row = static_cast<int32_t>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x);
-  int32_t* const first = inverse.first + row * selected.tokens;
-  for (int64_t token = thread; token < selected.tokens; token += kInverseThreads) first[token] = -1;
+  int32_t* const first = inverse.first + int64_t{row} * selected.tokens;
+  for (int32_t token = thread; token < selected.tokens; token += kInverseThreads) first[token] = -1;
   Slots slots = slots_of(selected, row);
   if (inverse.shift) {
-    const int64_t begin = packed_begin(selected, row);
+    const int32_t begin = packed_begin(selected, row);
     if (thread == 0) inverse.shift[row] = begin - slots.begin;
-    slots.end = min(slots.end, slots.begin + max(selected.total - begin, int64_t{0}));
+    slots.end = min(slots.end, slots.begin + (selected.total - begin));
   }
   __syncthreads();
   int repeated = 0;
-  for (int64_t slot = slots.begin + thread; slot < slots.end; slot += kInverseThreads) {
-    const int64_t token = token_of(selected, row, slots, slot);
-    if (token >= 0 && atomicMax(first + token, static_cast<int32_t>(slot)) >= 0) repeated = 1;
+  for (int32_t slot = slots.begin + thread; slot < slots.end; slot += kInverseThreads) {
+    const int32_t token = token_of(selected, row, slots, slot);
+    if (token >= 0 && atomicMax(first + token, slot) >= 0) repeated = 1;
   }
   repeated = __syncthreads_or(repeated);
   if (thread == 0) inverse.repeated[row] = repeated;
   if (!repeated || !inverse.next) return;
 
-  for (int64_t token = thread; token < selected.tokens; token += kInverseThreads) first[token] = -1;
+  for (int32_t token = thread; token < selected.tokens; token += kInverseThreads) first[token] = -1;
   __syncthreads();
   if (warp_of_block() > 0) return;
   const int lane = lane_of_warp();
-  for (int64_t group = slots.begin + (slots.end - 1 - slots.begin) / 32 * 32; group >= slots.begin; group -= 32) {
-    const int64_t slot = group + lane;
-    const int token = static_cast<int>(token_of(selected, row, slots, slot));
+  for (int32_t group = slots.begin + (slots.end - 1 - slots.begin) / 32 * 32; group >= slots.begin; group -= 32) {
+    const int32_t slot = group + lane;
+    const int32_t token = token_of(selected, row, slots, slot);
     const unsigned same = __match_any_sync(kAllLanes, token);
     const unsigned before = (1u << lane) - 1, after = same & ~before & ~(1u << lane);
     if (token >= 0) {
-      inverse.next[row * selected.capacity + slot] =
-          after ? static_cast<int32_t>(group) + __ffs(static_cast<int>(after)) - 1 : first[token];
+      inverse.next[int64_t{row} * selected.capacity + slot] =
+          after ? group + __ffs(static_cast<int>(after)) - 1 : first[token];
     }
     __syncwarp();
-    if (token >= 0 && !(same & before)) first[token] = static_cast<int32_t>(slot);
+    if (token >= 0 && !(same & before)) first[token] = slot;
     __syncwarp();
   }
 }
 
 inline cudaError_t invert(const SelectedOnDevice& selected, const Inverse& inverse, cudaStream_t stream) {
   if (selected.rows == 0) return cudaSuccess;
-  if (selected.rows > kMostCounted || selected.tokens > kMostCounted || selected.capacity > kMostCounted) {
-    return cudaErrorInvalidValue;
-  }
   return launch(inverse_kernel, dim3(static_cast<unsigned>(selected.rows)), dim3(kInverseThreads), 0, stream, selected,
                 inverse);
 }
@@ -291,50 +321,54 @@ inline cudaError_t invert(const SelectedOnDevice& selected, const Inverse& inver
 // compact -----------------------------------------------------------------------------------------------------------
 
 // Whether this slot is the one whose update replaced the token (restore): the last of them.
-__device__ __forceinline__ bool wins(const SelectedOnDevice& selected, const Inverse& inverse, bool merged, int64_t row,
-                                     int64_t slot, int64_t token) {
-  if (__ldg(inverse.first + row * selected.tokens + token) != slot) return false;
+__device__ __forceinline__ bool wins(const SelectedOnDevice& selected, const Inverse& inverse, bool merged, int32_t row,
+                                     int32_t slot, int32_t token) {
+  if (__ldg(inverse.first + int64_t{row} * selected.tokens + token) != slot) return false;
   if (merged) {
-    for (int64_t later = row + 1; later < selected.rows; ++later) {
-      if (__ldg(inverse.first + later * selected.tokens + token) >= 0) return false;
+    for (int32_t later = row + 1; later < selected.rows; ++later) {
+      if (__ldg(inverse.first + int64_t{later} * selected.tokens + token) >= 0) return false;
     }
   }
   return true;
 }
 
-// target[row, slot] = source[row, token of the slot], or the pad. Positions are slots. kWinners: only slots that
-// replaced a token, for the gradient of restore.
-template <class Unit, bool kWinners>
+// winners: only slots that replaced a token, for the gradient of restore
+enum class Gather { padded, packed, winners };
+
+// target[row, slot] = source[row, token of the slot], or the pad. Positions are slots.
+template <class Unit, Gather kKind>
 __device__ __forceinline__ void gather_tile(const Move& move, const SelectedOnDevice& selected, const Inverse& inverse,
-                                            int64_t row, uint32_t tile) {
+                                            int32_t row, uint32_t tile) {
   const Slots slots = slots_of(selected, row);
-  const bool packed = selected.total >= 0;
-  const int64_t shift = packed ? packed_begin(selected, row) - slots.begin : 0;
+  constexpr bool kPacked = kKind == Gather::packed;
+  const int32_t shift = kPacked ? packed_begin(selected, row) - slots.begin : 0;
   const Spot start = spot_at(move, uint64_t{tile} * kTile);
   const Strides here = row_offset(move, selected, row);
-  const char* const source = move.source + here.source;
-  char* const target = move.target + here.target;
+  Spot spots[kMoveItems];
+  int64_t indices[kMoveItems];
+  for (int k = 0; k < kMoveItems; ++k) {
+    spots[k] = spot_after(move, start, threadIdx.x + static_cast<uint32_t>(k) * kMoveThreads);
+    const auto slot = static_cast<int32_t>(spots[k].position);
+    const bool written = spots[k].line < move.lines &&
+                         (!kPacked || (slot >= slots.begin && slot < slots.end && slot + shift < selected.total));
+    if (!written) spots[k].line = move.lines;
+    indices[k] = written ? index_in(selected, row, slots, slot) : -1;
+  }
   const Unit* const pad = reinterpret_cast<const Unit*>(move.pad);
   constexpr uint32_t kPads = 16 / sizeof(Unit);
-  const char* from[kMoveItems];
   char* to[kMoveItems];
   Unit values[kMoveItems];
   for (int k = 0; k < kMoveItems; ++k) {
-    const Spot spot = spot_after(move, start, threadIdx.x + static_cast<uint32_t>(k) * kMoveThreads);
-    const int64_t slot = spot.position;
-    from[k] = nullptr;
+    const Spot spot = spots[k];
     to[k] = nullptr;
-    values[k] = pad[spot.unit % kPads];
     if (spot.line >= move.lines) continue;
-    if (packed && (slot < slots.begin || slot >= slots.end || slot + shift >= selected.total)) continue;
-    int64_t token = token_of(selected, row, slots, slot);
-    if (kWinners && token >= 0 && !wins(selected, inverse, move.merged, row, slot, token)) token = -1;
-    const Strides offset = line_offset(move, spot);
-    to[k] = target + offset.target + (slot + shift) * move.token.target;
-    if (token >= 0) from[k] = source + offset.source + token * move.token.source;
-  }
-  for (int k = 0; k < kMoveItems; ++k) {
-    if (from[k]) values[k] = __ldg(reinterpret_cast<const Unit*>(from[k]));
+    const auto slot = static_cast<int32_t>(spot.position);
+    int32_t token = index_or_none(selected, indices[k]);
+    if (kKind == Gather::winners && token >= 0 && !wins(selected, inverse, move.merged, row, slot, token)) token = -1;
+    const Strides offset = line_offset(move, spot, sizeof(Unit));
+    to[k] = move.target + here.target + offset.target + int64_t{slot + shift} * move.token.target;
+    const char* const from = move.source + here.source + offset.source + int64_t{token} * move.token.source;
+    values[k] = token >= 0 ? __ldg(reinterpret_cast<const Unit*>(from)) : pad[spot.unit % kPads];
   }
   for (int k = 0; k < kMoveItems; ++k) {
     if (to[k]) *reinterpret_cast<Unit*>(to[k]) = values[k];
@@ -345,29 +379,31 @@ __device__ __forceinline__ void gather_tile(const Move& move, const SelectedOnDe
 template <class Unit>
 __device__ __forceinline__ void pad_tail(const Move& move, const SelectedOnDevice& selected, uint32_t block,
                                          uint32_t blocks) {
-  const int64_t begin = min(packed_begin(selected, selected.rows), selected.total);
-  const uint64_t length = static_cast<uint64_t>(selected.total - begin);
-  const uint64_t count = length * move.lines * move.units.divisor;
+  const int32_t begin = packed_begin(selected, selected.rows);
+  const uint32_t length = static_cast<uint32_t>(selected.total - begin);
+  const uint64_t count = uint64_t{length} * move.lines * move.units.divisor;
   const Unit* const pad = reinterpret_cast<const Unit*>(move.pad);
   constexpr uint32_t kPads = 16 / sizeof(Unit);
   for (uint64_t i = uint64_t{block} * kMoveThreads + threadIdx.x; i < count; i += uint64_t{blocks} * kMoveThreads) {
     const uint64_t run = i / move.units.divisor;
     const Spot spot{static_cast<uint32_t>(run / length), static_cast<uint32_t>(run % length),
                     static_cast<uint32_t>(i % move.units.divisor)};
-    char* const target = move.target + line_offset(move, spot).target + (begin + spot.position) * move.token.target;
+    const Strides offset = line_offset(move, spot, sizeof(Unit));
+    char* const target = move.target + offset.target + (int64_t{begin} + spot.position) * move.token.target;
     *reinterpret_cast<Unit*>(target) = pad[spot.unit % kPads];
   }
 }
 
-template <int kMost, bool kWinners>
+template <int kMost, Gather kKind>
 __global__ void __launch_bounds__(kMoveThreads)
     gather_kernel(const __grid_constant__ Moves<kMost> moves, const SelectedOnDevice selected, const Inverse inverse) {
   const Work work = work_of_block(moves);
   const Move& move = moves.moves[work.move];
   with_unit(move.width, [&](auto unit) {
     using Unit = decltype(unit);
-    if (work.block < move.row_blocks) {
-      gather_tile<Unit, kWinners>(move, selected, inverse, work.block / move.tiles, work.block % move.tiles);
+    if (kKind != Gather::packed || work.block < move.row_blocks) {
+      const Split at = split(move.tiles, work.block);
+      gather_tile<Unit, kKind>(move, selected, inverse, static_cast<int32_t>(at.quotient), at.rest);
     } else {
       const uint32_t next = work.move + 1 < moves.count ? moves.first_block[work.move + 1] : gridDim.x;
       pad_tail<Unit>(move, selected, work.block - move.row_blocks,
@@ -393,22 +429,23 @@ __device__ __forceinline__ double number_at(const void* numbers, bool are_double
 
 // The slot that lands on a token: the only one, or the one that replaces; or that there are several to be added.
 struct Landed {
-  int64_t row;
+  int32_t row;
   int32_t slot;  // -1: none
   bool several;
 };
-__device__ __forceinline__ Landed landed_on(const SelectedOnDevice& selected, const Landing& landing, int64_t first_row,
-                                            int64_t last_row, int64_t token) {
+// Over all rows.
+__device__ __forceinline__ Landed landed_on(const SelectedOnDevice& selected, const Landing& landing, int32_t token) {
   const Inverse& inverse = landing.inverse;
   Landed landed{0, -1, false};
-  for (int64_t row = first_row; row < last_row; ++row) {
-    const int32_t slot = __ldg(inverse.first + row * selected.tokens + token);
+  PYVTK_NOT_UNROLLED
+  for (int32_t row = 0; row < selected.rows; ++row) {
+    const int32_t slot = __ldg(inverse.first + int64_t{row} * selected.tokens + token);
     if (slot < 0) continue;
     const bool again = landed.slot >= 0;
     landed.row = row;
     landed.slot = slot;
     if (inverse.next && (again || landing.gates ||
-                         (inverse.repeated[row] && inverse.next[row * selected.capacity + slot] >= 0))) {
+                         (inverse.repeated[row] && inverse.next[int64_t{row} * selected.capacity + slot] >= 0))) {
       landed.several = true;
       break;
     }
@@ -482,20 +519,20 @@ __device__ __forceinline__ void add_pack(Wide<T> (&sum)[kCount], Wide<T> weight,
 // offsets are those of the line and the unit.
 template <class T, int kCount>
 __device__ __forceinline__ void sum_landed(const Move& move, const SelectedOnDevice& selected, const Landing& landing,
-                                           int64_t first_row, int64_t last_row, int64_t token, char* target,
+                                           int32_t first_row, int32_t last_row, int32_t token, char* target,
                                            const char* base, int64_t source_offset) {
   const Inverse& inverse = landing.inverse;
   Wide<T> sum[kCount] = {};
   if (base) add_pack<T, kCount>(sum, Wide<T>{1}, base);
-  for (int64_t row = first_row; row < last_row; ++row) {
-    int32_t slot = __ldg(inverse.first + row * selected.tokens + token);
+  for (int32_t row = first_row; row < last_row; ++row) {
+    int32_t slot = __ldg(inverse.first + int64_t{row} * selected.tokens + token);
     if (slot < 0) continue;
     const char* const source = move.source + source_offset + row_offset(move, selected, row).source;
-    const int64_t shift = inverse.shift ? inverse.shift[row] : 0;
+    const int32_t shift = inverse.shift ? inverse.shift[row] : 0;
     do {
-      const int64_t at = row * selected.capacity + slot;
+      const int64_t at = int64_t{row} * selected.capacity + slot;
       const double weight = landing.gates ? number_at(landing.gates, landing.gates_double, at) : 1.0;
-      add_pack<T, kCount>(sum, static_cast<Wide<T>>(weight), source + (slot + shift) * move.token.source);
+      add_pack<T, kCount>(sum, static_cast<Wide<T>>(weight), source + int64_t{slot + shift} * move.token.source);
       slot = inverse.repeated[row] ? inverse.next[at] : -1;
     } while (slot >= 0);
   }
@@ -507,7 +544,7 @@ __device__ __forceinline__ void sum_landed(const Move& move, const SelectedOnDev
 // The same for a unit of any width.
 template <class T>
 __device__ __forceinline__ void sum_unit(const Move& move, const SelectedOnDevice& selected, const Landing& landing,
-                                         int64_t first_row, int64_t last_row, int64_t token, char* target,
+                                         int32_t first_row, int32_t last_row, int32_t token, char* target,
                                          const char* base, int64_t source_offset) {
   if (move.width == 16) {
     constexpr int kCount = 16 / sizeof(T);
@@ -521,40 +558,51 @@ __device__ __forceinline__ void sum_unit(const Move& move, const SelectedOnDevic
   }
 }
 
-// target[token] = what lands there, for the tokens of a tile. Positions are tokens. A bit for each item of this thread
-// where rows have to be added: sums come later, so that moves do not wait for them.
+// target[token] = what lands there, for the tokens of a tile. Positions are tokens; `row` is -1 where all rows share
+// one target. A bit for each item of this thread where rows have to be added: sums come later, so that moves do not
+// wait for them.
 template <class Unit>
 __device__ __forceinline__ unsigned scatter_tile(const Move& move, const SelectedOnDevice& selected,
-                                                 const Landing& landing, const Strides& here, Spot start,
-                                                 int64_t first_row, int64_t last_row) {
-  const char* from[kMoveItems];
+                                                 const Landing& landing, const Strides& here, Spot start, int32_t row) {
+  const Inverse& inverse = landing.inverse;
+  const bool chained = row >= 0 && inverse.next && (landing.gates || inverse.repeated[row]);
+  Spot spots[kMoveItems];
+  int32_t slots[kMoveItems];
+  for (int k = 0; k < kMoveItems; ++k) {
+    spots[k] = spot_after(move, start, threadIdx.x + static_cast<uint32_t>(k) * kMoveThreads);
+    const bool exists = row >= 0 && spots[k].line < move.lines;
+    slots[k] = exists ? __ldg(inverse.first + int64_t{row} * selected.tokens + spots[k].position) : -1;
+  }
   char* to[kMoveItems];
   Unit values[kMoveItems];
   unsigned several = 0;
   for (int k = 0; k < kMoveItems; ++k) {
-    const Spot spot = spot_after(move, start, threadIdx.x + static_cast<uint32_t>(k) * kMoveThreads);
-    from[k] = nullptr;
+    const Spot spot = spots[k];
     to[k] = nullptr;
     values[k] = Unit{};
     if (spot.line >= move.lines) continue;
-    const int64_t token = spot.position;
-    const Strides offset = line_offset(move, spot);
-    const Landed landed = landed_on(selected, landing, first_row, last_row, token);
+    const auto token = static_cast<int32_t>(spot.position);
+    Landed landed{row, slots[k], false};
+    if (row < 0) {
+      landed = landed_on(selected, landing, token);
+    } else if (chained && landed.slot >= 0) {
+      landed.several = landing.gates || inverse.next[int64_t{row} * selected.capacity + landed.slot] >= 0;
+    }
     if (landed.several) {
       several |= 1u << k;
       continue;
     }
-    to[k] = move.target + here.target + offset.target + token * move.token.target;
+    const Strides offset = line_offset(move, spot, sizeof(Unit));
+    to[k] = move.target + here.target + offset.target + int64_t{token} * move.token.target;
+    const char* from = nullptr;
     if (landed.slot < 0) {
-      if (move.base) from[k] = move.base + here.base + offset.base + token * move.token.base;
+      if (move.base) from = move.base + here.base + offset.base + int64_t{token} * move.token.base;
     } else if (move.source) {
-      const int64_t shift = landing.inverse.shift ? landing.inverse.shift[landed.row] : 0;
-      from[k] = move.source + row_offset(move, selected, landed.row).source + offset.source +
-                (landed.slot + shift) * move.token.source;
+      const int32_t shift = inverse.shift ? inverse.shift[landed.row] : 0;
+      from = move.source + row_offset(move, selected, landed.row).source + offset.source +
+             int64_t{landed.slot + shift} * move.token.source;
     }
-  }
-  for (int k = 0; k < kMoveItems; ++k) {
-    if (from[k]) values[k] = __ldg(reinterpret_cast<const Unit*>(from[k]));
+    if (from) values[k] = __ldg(reinterpret_cast<const Unit*>(from));
   }
   for (int k = 0; k < kMoveItems; ++k) {
     if (to[k]) *reinterpret_cast<Unit*>(to[k]) = values[k];
@@ -567,21 +615,23 @@ __global__ void __launch_bounds__(kMoveThreads)
     scatter_kernel(const __grid_constant__ Moves<kMost> moves, const SelectedOnDevice selected, const Landing landing) {
   const Work work = work_of_block(moves);
   const Move& move = moves.moves[work.move];
-  const int64_t row = work.block / move.tiles;
-  const Spot start = spot_at(move, uint64_t{work.block % move.tiles} * kTile);
-  const int64_t first_row = move.merged ? 0 : row, last_row = move.merged ? selected.rows : row + 1;
+  const Split at = split(move.tiles, work.block);
+  const int32_t row = move.merged ? -1 : static_cast<int32_t>(at.quotient);
+  const int32_t first_row = max(row, 0), last_row = move.merged ? selected.rows : row + 1;
+  const Spot start = spot_at(move, uint64_t{at.rest} * kTile);
   const Strides here = move.merged ? Strides{} : row_offset(move, selected, row);
   unsigned several = 0;
-  with_unit(move.width, [&](auto unit) {
-    several = scatter_tile<decltype(unit)>(move, selected, landing, here, start, first_row, last_row);
-  });
+  with_unit(move.width,
+            [&](auto unit) { several = scatter_tile<decltype(unit)>(move, selected, landing, here, start, row); });
+  PYVTK_NOT_UNROLLED
   for (; several; several &= several - 1) {
     const auto k = static_cast<uint32_t>(__ffs(static_cast<int>(several)) - 1);
     const Spot spot = spot_after(move, start, threadIdx.x + k * kMoveThreads);
-    const int64_t token = spot.position;
-    const Strides offset = line_offset(move, spot);
-    char* const target = move.target + here.target + offset.target + token * move.token.target;
-    const char* const base = move.base ? move.base + here.base + offset.base + token * move.token.base : nullptr;
+    const auto token = static_cast<int32_t>(spot.position);
+    const Strides offset = line_offset(move, spot, static_cast<uint32_t>(move.width));
+    char* const target = move.target + here.target + offset.target + int64_t{token} * move.token.target;
+    const char* const base =
+        move.base ? move.base + here.base + offset.base + int64_t{token} * move.token.base : nullptr;
     const auto sum = [&](auto number) {
       sum_unit<decltype(number)>(move, selected, landing, first_row, last_row, token, target, base, offset.source);
     };
@@ -611,17 +661,18 @@ __global__ void __launch_bounds__(kMoveThreads)
     recall_kernel(const __grid_constant__ Move move, const SelectedOnDevice selected, const void* gates,
                   bool gates_double, void* grad_gates) {
   const int64_t item = int64_t{blockIdx.x} * (kMoveThreads / 32) + warp_of_block();
-  if (item >= selected.rows * selected.capacity) return;
-  const int64_t row = item / selected.capacity, slot = item % selected.capacity;
-  const int64_t token = token_of(selected, row, slots_of(selected, row), slot);
+  if (item >= int64_t{selected.rows} * selected.capacity) return;
+  const auto row = static_cast<int32_t>(item / selected.capacity),
+             slot = static_cast<int32_t>(item % selected.capacity);
+  const int32_t token = token_of(selected, row, slots_of(selected, row), slot);
   const Wide<T> gate = static_cast<Wide<T>>(token >= 0 ? number_at(gates, gates_double, item) : 0.0);
   const Strides here = row_offset(move, selected, row);
   Wide<T> products[kCount] = {};
   for (uint32_t line = 0; line < move.lines; ++line) {
-    const Strides offset = line_offset(move, {line, 0, 0});
-    const char* const source = move.source + here.source + offset.source + max(token, int64_t{0}) * move.token.source;
-    const char* const base = move.base + here.base + offset.base + slot * move.token.base;
-    char* const target = move.target + here.target + offset.target + slot * move.token.target;
+    const Strides offset = line_offset(move, {line, 0, 0}, 0);
+    const char* const source = move.source + here.source + offset.source + int64_t{max(token, 0)} * move.token.source;
+    const char* const base = move.base + here.base + offset.base + int64_t{slot} * move.token.base;
+    char* const target = move.target + here.target + offset.target + int64_t{slot} * move.token.target;
     for (int64_t at = int64_t{lane_of_warp()} * move.width; at < int64_t{move.units.divisor} * move.width;
          at += 32 * move.width) {
       Pack<T, kCount> out{};
@@ -673,25 +724,30 @@ static_assert(sizeof(KvCaches) + 128 <= 4096, "what old drivers take as paramete
 //   in the count; its load belongs to the same chunk, which the barrier has ended, or to an earlier one.
 // A selection that does not ascend gives wrong rows, yet only reads tokens and writes slots of this slice.
 template <class Unit>
-__device__ __forceinline__ void compact_slice(const KvCache& cache, const SelectedOnDevice& selected, int64_t row,
+__device__ __forceinline__ void compact_slice(const KvCache& cache, const SelectedOnDevice& selected, int32_t row,
                                               char* data, uint32_t first_unit) {
   const Slots slots = slots_of(selected, row);
-  uint32_t slot = 0, unit = threadIdx.x;
-  for (uint32_t chunk_slot = 0, chunk_unit = 0; chunk_slot < selected.capacity;) {
+  const auto capacity = static_cast<uint32_t>(selected.capacity);
+  for (uint32_t chunk_slot = 0, chunk_unit = 0; chunk_slot < capacity;) {
+    Split at[kMoveItems];
+    int64_t indices[kMoveItems];
+    for (int k = 0; k < kMoveItems; ++k) {
+      at[k] = split(cache.units, chunk_unit + threadIdx.x + static_cast<uint32_t>(k) * kMoveThreads);
+      at[k].quotient += chunk_slot;
+      at[k].rest += first_unit;
+      const bool exists = at[k].quotient < capacity && at[k].rest < cache.run;
+      indices[k] = exists ? index_in(selected, row, slots, static_cast<int32_t>(at[k].quotient)) : -1;
+    }
     Unit values[kMoveItems];
     char* to[kMoveItems];
     for (int k = 0; k < kMoveItems; ++k) {
-      const Split at = split(cache.units, chunk_unit + threadIdx.x + static_cast<uint32_t>(k) * kMoveThreads);
-      slot = chunk_slot + at.quotient;
-      unit = first_unit + at.rest;
+      const int32_t token = index_or_none(selected, indices[k]), slot = static_cast<int32_t>(at[k].quotient);
       to[k] = nullptr;
       values[k] = Unit{};
-      if (slot >= selected.capacity || unit >= cache.run) continue;
-      const int64_t token = token_of(selected, row, slots, slot);
-      if (token == int64_t{slot}) continue;
-      char* const column = data + int64_t{unit} * cache.width;
-      to[k] = column + slot * cache.token;
-      if (token >= 0) values[k] = *reinterpret_cast<const Unit*>(column + token * cache.token);
+      if (at[k].quotient >= capacity || at[k].rest >= cache.run || token == slot) continue;
+      char* const column = data + static_cast<int64_t>(uint64_t{at[k].rest} * sizeof(Unit));
+      to[k] = column + int64_t{slot} * cache.token;
+      if (token >= 0) values[k] = *reinterpret_cast<const Unit*>(column + int64_t{token} * cache.token);
     }
     __syncthreads();
     for (int k = 0; k < kMoveItems; ++k) {
@@ -713,10 +769,11 @@ __global__ void __launch_bounds__(kMoveThreads)
   const KvCache& cache = caches.caches[low];
   const uint32_t block = blockIdx.x - caches.first_block[low];
   const uint32_t slice = block % cache.slices, pair = block / cache.slices;
-  const int64_t batch = pair / cache.heads, head = pair % cache.heads;
-  char* const data = cache.data + batch * cache.batch + head * cache.head;
+  const uint32_t batch = pair / cache.heads, head = pair % cache.heads;
+  char* const data = cache.data + int64_t{batch} * cache.batch + int64_t{head} * cache.head;
   with_unit(cache.width, [&](auto unit) {
-    compact_slice<decltype(unit)>(cache, selected, per_head ? int64_t{pair} : batch, data, slice * cache.units.divisor);
+    compact_slice<decltype(unit)>(cache, selected, static_cast<int32_t>(per_head ? pair : batch), data,
+                                  slice * cache.units.divisor);
   });
 }
 
@@ -759,8 +816,9 @@ inline bool describe(const MoveShape& shape, int64_t positions, const void* sour
   move.positions = divider_of(positions > 0 ? positions : 1);
   const double tiles = static_cast<double>(shape.lines) * static_cast<double>(positions) * static_cast<double>(units);
   if (tiles / kTile >= static_cast<double>(kMostCounted)) return false;
-  move.tiles = static_cast<uint32_t>(ceil_div<uint64_t>(
+  move.tiles_of_row = static_cast<uint32_t>(ceil_div<uint64_t>(
       static_cast<uint64_t>(shape.lines) * static_cast<uint64_t>(positions) * static_cast<uint64_t>(units), kTile));
+  move.tiles = divider_of(move.tiles_of_row > 0 ? move.tiles_of_row : 1);
   return true;
 }
 
@@ -798,7 +856,9 @@ cudaError_t in_launches(const Move* moves, int64_t count, BlocksOf&& blocks_of, 
   return cudaSuccess;
 }
 
-inline uint64_t row_blocks(const Move& move, int64_t rows) { return uint64_t{move.tiles} * static_cast<uint64_t>(rows); }
+inline uint64_t row_blocks(const Move& move, int64_t rows) {
+  return uint64_t{move.tiles_of_row} * static_cast<uint64_t>(rows);
+}
 
 }  // namespace detail
 
@@ -811,7 +871,7 @@ inline cudaError_t gather(Move* moves, int64_t count, const SelectedOnDevice& se
     return std::min<uint64_t>(ceil_div<uint64_t>(lines, kTile) * move.units.divisor, kTailBlocks);
   };
   for (int64_t i = 0; i < count; ++i) {
-    if (selected.total > kMostCounted || detail::row_blocks(moves[i], selected.rows) > uint64_t{kMostCounted}) {
+    if (detail::row_blocks(moves[i], selected.rows) > uint64_t{kMostCounted}) {
       return cudaErrorInvalidValue;
     }
     moves[i].row_blocks = static_cast<uint32_t>(detail::row_blocks(moves[i], selected.rows));
@@ -819,8 +879,8 @@ inline cudaError_t gather(Move* moves, int64_t count, const SelectedOnDevice& se
   return detail::in_launches(
       moves, count, [&](const Move& move) { return move.row_blocks + tail_blocks(move); },
       [&]<int kMost>(const Moves<kMost>& batch, unsigned blocks) {
-        return launch(gather_kernel<kMost, false>, dim3(blocks), dim3(kMoveThreads), 0, stream, batch, selected,
-                      Inverse{});
+        return launch(packed ? gather_kernel<kMost, Gather::packed> : gather_kernel<kMost, Gather::padded>,
+                      dim3(blocks), dim3(kMoveThreads), 0, stream, batch, selected, Inverse{});
       });
 }
 
@@ -833,8 +893,8 @@ inline cudaError_t gather_winners(Move move, const SelectedOnDevice& selected, c
       &move, 1, [](const Move& one) { return uint64_t{one.row_blocks}; },
       [&]<int kMost>(const Moves<kMost>& batch, unsigned blocks) {
         if constexpr (kMost == kFewMoves) {
-          return launch(gather_kernel<kMost, true>, dim3(blocks), dim3(kMoveThreads), 0, stream, batch, selected,
-                        inverse);
+          return launch(gather_kernel<kMost, Gather::winners>, dim3(blocks), dim3(kMoveThreads), 0, stream, batch,
+                        selected, inverse);
         } else {
           return cudaErrorInvalidValue;
         }
@@ -855,7 +915,7 @@ inline cudaError_t scatter(const Move* moves, int64_t count, const SelectedOnDev
 template <class T>
 cudaError_t recall(Move move, const SelectedOnDevice& selected, const void* gates, bool gates_double, void* grad_gates,
                    cudaStream_t stream) {
-  const int64_t items = selected.rows * selected.capacity;
+  const int64_t items = int64_t{selected.rows} * selected.capacity;
   if (items == 0) return cudaSuccess;
   const int64_t blocks = ceil_div<int64_t>(items, kMoveThreads / 32);
   if (blocks > kMostCounted) return cudaErrorInvalidValue;
@@ -866,7 +926,7 @@ cudaError_t recall(Move move, const SelectedOnDevice& selected, const void* gate
   }
   const int64_t numbers = int64_t{move.units.divisor} * move.width / static_cast<int64_t>(sizeof(T));
   if (numbers > kMostCounted || move.width < static_cast<int>(sizeof(T))) return cudaErrorInvalidValue;
-  if (move.tiles > 0) move.units = divider_of(numbers);
+  if (move.tiles_of_row > 0) move.units = divider_of(numbers);
   move.width = sizeof(T);
   return launch(recall_kernel<T, 1>, grid, threads, 0, stream, move, selected, gates, gates_double, grad_gates);
 }
@@ -876,7 +936,7 @@ cudaError_t recall(Move move, const SelectedOnDevice& selected, const void* gate
 inline cudaError_t compact_kv(const KvCache* caches, int64_t count, const SelectedOnDevice& selected, int64_t batch,
                               bool per_head, cudaStream_t stream) {
   if (batch == 0 || selected.capacity == 0) return cudaSuccess;
-  if (selected.capacity > selected.tokens || selected.capacity > kMostCounted) return cudaErrorInvalidValue;
+  if (selected.capacity > selected.tokens) return cudaErrorInvalidValue;
   int device = 0, multiprocessors = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
