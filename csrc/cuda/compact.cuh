@@ -12,14 +12,13 @@
 // outside of the token axis is padding; no address is formed from it.
 #pragma once
 #include <algorithm>
-#include <bit>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 
 #include "common/compact_shape.h"
 #include "common/types.h"
 #include "cuda/block.cuh"
+#include "cuda/numbers.cuh"
 #include "cuda/ptx.cuh"
 
 // Most tensors have no axes to loop over: unrolled, the loop would be most of the code.
@@ -422,11 +421,6 @@ struct Landing {
   bool gates_double;  // gates are float64, else float32
 };
 
-__device__ __forceinline__ double number_at(const void* numbers, bool are_double, int64_t i) {
-  return are_double ? static_cast<const double*>(numbers)[i]
-                    : static_cast<double>(static_cast<const float*>(numbers)[i]);
-}
-
 // The slot that lands on a token: the only one, or the one that replaces; or that there are several to be added.
 struct Landed {
   int32_t row;
@@ -453,68 +447,6 @@ __device__ __forceinline__ Landed landed_on(const SelectedOnDevice& selected, co
   return landed;
 }
 
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-__device__ __forceinline__ double to_wide(double x) { return x; }
-template <class T>
-__device__ __forceinline__ float to_wide(T x) {
-  return to_float(x);
-}
-// Round to nearest even, as from_float does; that one is not for devices.
-template <class T>
-__device__ __forceinline__ T from_wide(Wide<T> x) {
-  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
-    return x;
-  } else if constexpr (std::is_same_v<T, bfloat16>) {
-    const uint32_t bits = std::bit_cast<uint32_t>(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
-    return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
-  } else {
-    const uint32_t bits = std::bit_cast<uint32_t>(x);
-    const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
-    if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and above
-    if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 rounds at the right bit (2^-24)
-      const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
-      return {static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u))};
-    }
-    const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
-    return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
-  }
-}
-
-// kCount numbers that are read and written at once.
-template <class T, int kCount>
-struct alignas(sizeof(T) * kCount) Pack {
-  T numbers[kCount];
-};
-template <class T, int kCount>
-__device__ __forceinline__ Pack<T, kCount> load_pack(const char* from) {
-  if constexpr (sizeof(T) * kCount == 16) {
-    return std::bit_cast<Pack<T, kCount>>(__ldg(reinterpret_cast<const uint4*>(from)));
-  } else {
-    return *reinterpret_cast<const Pack<T, kCount>*>(from);
-  }
-}
-template <class T, int kCount>
-__device__ __forceinline__ void store_pack(char* to, const Pack<T, kCount>& pack) {
-  if constexpr (sizeof(T) * kCount == 16) {
-    *reinterpret_cast<uint4*>(to) = std::bit_cast<uint4>(pack);
-  } else {
-    *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
-  }
-}
-
-__device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
-
-template <class T, int kCount>
-__device__ __forceinline__ void add_pack(Wide<T> (&sum)[kCount], Wide<T> weight, const char* from) {
-  const Pack<T, kCount> pack = load_pack<T, kCount>(from);
-  for (int i = 0; i < kCount; ++i) sum[i] = fused(weight, to_wide(pack.numbers[i]), sum[i]);
-}
-
 // target = base + sum of gate * source over all slots of the token: rows in order, slots in order, rounded once. The
 // offsets are those of the line and the unit.
 template <class T, int kCount>
@@ -523,7 +455,7 @@ __device__ __forceinline__ void sum_landed(const Move& move, const SelectedOnDev
                                            const char* base, int64_t source_offset) {
   const Inverse& inverse = landing.inverse;
   Wide<T> sum[kCount] = {};
-  if (base) add_pack<T, kCount>(sum, Wide<T>{1}, base);
+  if (base) add_pack<T, kCount>(sum, Wide<T>{1}, load_pack<T, kCount>(base));
   for (int32_t row = first_row; row < last_row; ++row) {
     int32_t slot = __ldg(inverse.first + int64_t{row} * selected.tokens + token);
     if (slot < 0) continue;
@@ -532,7 +464,8 @@ __device__ __forceinline__ void sum_landed(const Move& move, const SelectedOnDev
     do {
       const int64_t at = int64_t{row} * selected.capacity + slot;
       const double weight = landing.gates ? number_at(landing.gates, landing.gates_double, at) : 1.0;
-      add_pack<T, kCount>(sum, static_cast<Wide<T>>(weight), source + int64_t{slot + shift} * move.token.source);
+      add_pack<T, kCount>(sum, static_cast<Wide<T>>(weight),
+                          load_pack<T, kCount>(source + int64_t{slot + shift} * move.token.source));
       slot = inverse.repeated[row] ? inverse.next[at] : -1;
     } while (slot >= 0);
   }
@@ -778,12 +711,6 @@ __global__ void __launch_bounds__(kMoveThreads)
 }
 
 // Launchers -----------------------------------------------------------------------------------------------------------
-
-// The widest access, in bytes, that these numbers and addresses are multiples of.
-inline int32_t width_of(uint64_t all) {
-  all |= 16;
-  return static_cast<int32_t>(all & -all);
-}
 
 // Describes a tensor; `positions` are slots (of a target of gather) or tokens (of scatter). false: too many axes or too
 // large.
