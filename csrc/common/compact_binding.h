@@ -22,68 +22,17 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   return {sizes.begin(), sizes.end()};
 }
 
-// A tensor taken apart: strides (in bytes) of the axes that a selection names, and the axes that are left.
-struct View {
-  int64_t batch = 0, head = 0, token = 0;
-  int64_t tokens = 0;
-  std::vector<int64_t> sizes, strides;
-};
-
-// `batch_dim` < 0: the tensor has no batch axis. An axis of size 1 repeats, through stride 0.
 inline View view_of(const Tensor& tensor, int64_t dim, int64_t batch_dim, bool heads, int64_t element) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  const auto rank = static_cast<int64_t>(sizes.size());
-  PYVTK_GUARD(0 <= dim && dim < rank && batch_dim < rank && dim != batch_dim, "dim ", dim, " and batch_dim ", batch_dim,
-              " do not fit a tensor of ", rank, " dimensions");
   View view;
-  for (int64_t d = 0; d < rank; ++d) {
-    const int64_t size = sizes[static_cast<size_t>(d)];
-    const int64_t stride = strides[static_cast<size_t>(d)] * element;
-    if (d == dim) {
-      view.token = stride;
-      view.tokens = size;
-    } else if (d == batch_dim) {
-      view.batch = size == 1 ? 0 : stride;
-    } else if (heads && d == batch_dim + 1) {
-      view.head = stride;
-    } else {
-      view.sizes.push_back(size);
-      view.strides.push_back(stride);
-    }
-  }
+  PYVTK_GUARD(
+      take_apart(tensor.sizes().data(), tensor.strides().data(), tensor.dim(), dim, batch_dim, heads, element, view),
+      "dim ", dim, " and batch_dim ", batch_dim, " do not fit a tensor of ", tensor.dim(), " dimensions");
   return view;
 }
 
-// What the views of source, target and base (which may be the source once more) have in common.
 inline MoveShape shape_of(const View& source, const View& target, const View& base, int64_t element) {
-  PYVTK_GUARD(source.sizes == target.sizes && source.sizes == base.sizes, "tensors differ in an axis that only moves");
   MoveShape shape;
-  shape.batch = {0, source.batch, target.batch, base.batch};
-  shape.head = {0, source.head, target.head, base.head};
-  shape.token = {0, source.token, target.token, base.token};
-  shape.element = shape.run = element;
-  shape.lines = 1;
-  bool together = true;
-  for (size_t axis = source.sizes.size(); axis-- > 0;) {
-    const Axis here{source.sizes[axis], source.strides[axis], target.strides[axis], base.strides[axis]};
-    if (here.size == 1) continue;
-    together = together && here.source == shape.run && here.target == shape.run && here.base == shape.run;
-    if (together) {
-      shape.run *= here.size;
-      continue;
-    }
-    shape.lines *= here.size;
-    if (!shape.outer.empty()) {
-      Axis& inner = shape.outer.front();
-      const auto follows = [&](int64_t outer, int64_t stride) { return outer == inner.size * stride; };
-      if (follows(here.source, inner.source) && follows(here.target, inner.target) && follows(here.base, inner.base)) {
-        inner.size *= here.size;
-        continue;
-      }
-    }
-    shape.outer.insert(shape.outer.begin(), here);
-  }
+  PYVTK_GUARD(put_together(source, target, base, element, shape), "tensors differ in an axis that only moves");
   return shape;
 }
 

@@ -613,7 +613,7 @@ __global__ void __launch_bounds__(kMoveThreads)
         const Pack<T, kCount> grad = load_pack<T, kCount>(source + at);
         const Pack<T, kCount> update = load_pack<T, kCount>(base + at);
         for (int i = 0; i < kCount; ++i) {
-          out.numbers[i] = from_wide<T>(gate * to_wide(grad.numbers[i]));
+          out.numbers[i] = from_wide<T>(fused(gate, to_wide(grad.numbers[i]), Wide<T>{0}));
           products[i] = fused(to_wide(grad.numbers[i]), to_wide(update.numbers[i]), products[i]);
         }
       }

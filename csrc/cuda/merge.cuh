@@ -197,7 +197,8 @@ __global__ void __launch_bounds__(kMergeThreads)
     Pack<T, kCount> out{};
     if (alive) {
       const Pack<T, kCount> given = load_pack<T, kCount>(grad + unit * kBytes);
-      for (int i = 0; i < kCount; ++i) out.numbers[i] = from_wide<T>(factor * to_wide(given.numbers[i]));
+      for (int i = 0; i < kCount; ++i)
+        out.numbers[i] = from_wide<T>(fused(factor, to_wide(given.numbers[i]), Wide<T>{0}));
       if (gradient.grad_weights) {
         const Pack<T, kCount> row = load_pack<T, kCount>(x + unit * kBytes);
         for (int i = 0; i < kCount; ++i) {
