@@ -69,7 +69,7 @@ struct Problem {
         }
       }
     }
-    CHECK(describe(rows, 1, capacity, tokens, total, right, indices.begin(), counts.begin(), selected));
+    CHECK(describe(rows, 1, capacity, tokens, total, right, indices.begin(), counts.begin(), selected), __func__);
   }
 
   // -1: padding
@@ -92,7 +92,7 @@ Move move_of(const Problem& p, int64_t positions, const float* source, int64_t s
                   row,
                   4};
   Move move;
-  CHECK(describe(shape, positions, source, target, base, move));
+  CHECK(describe(shape, positions, source, target, base, move), __func__);
   move.number = Number::float32;
   return move;
 }
@@ -114,7 +114,7 @@ void one_compact() {
   Move move = move_of(p, p.capacity, x.begin(), p.tokens, out.begin(), packed ? 0 : p.capacity);
   const float pad = -3;
   for (int i = 0; i < 4; ++i) std::memcpy(move.pad + 4 * i, &pad, 4);
-  CHECK(gather(&move, 1, p.selected, nullptr) == cudaSuccess);
+  CHECK(gather(&move, 1, p.selected, nullptr) == cudaSuccess, __func__);
   std::vector<float> expected(static_cast<size_t>(out.size), pad);
   int64_t at = 0;
   for (int64_t row = 0; row < p.rows; ++row) {
@@ -143,8 +143,9 @@ void one_scatter() {
   move.merged = merged;
   const Array<int32_t> memory(inverse_size(p.selected, !replaces));
   const Inverse inverse = inverse_in(memory.begin(), p.selected, !replaces);
-  CHECK(invert(p.selected, inverse, nullptr) == cudaSuccess);
-  CHECK(scatter(&move, 1, p.selected, {inverse, gated ? gates.begin() : nullptr, false}, nullptr) == cudaSuccess);
+  CHECK(invert(p.selected, inverse, nullptr) == cudaSuccess, __func__);
+  CHECK(scatter(&move, 1, p.selected, {inverse, gated ? gates.begin() : nullptr, false}, nullptr) == cudaSuccess,
+        __func__);
   std::vector<float> expected(static_cast<size_t>(out.size), 0.0f);
   if (gated) std::copy(base.begin(), base.end(), expected.begin());
   for (int64_t row = 0; row < p.rows; ++row) {
@@ -168,9 +169,10 @@ void one_scatter() {
   if (merged) recalled.batch.source = 0;
   expected.assign(static_cast<size_t>(back.size), 0.0f);
   if (gated) {
-    CHECK(recall<float>(recalled, p.selected, gates.begin(), false, grad_gates.begin(), nullptr) == cudaSuccess);
+    CHECK(recall<float>(recalled, p.selected, gates.begin(), false, grad_gates.begin(), nullptr) == cudaSuccess,
+          __func__);
   } else {
-    CHECK(gather_winners(recalled, p.selected, inverse, nullptr) == cudaSuccess);
+    CHECK(gather_winners(recalled, p.selected, inverse, nullptr) == cudaSuccess, __func__);
   }
   for (int64_t row = 0; row < p.rows; ++row) {
     for (int64_t slot = 0; slot < p.capacity; ++slot) {
@@ -212,7 +214,7 @@ void one_kv() {
   one.token = 4 * channels;
   one.heads = static_cast<uint32_t>(heads);
   one.run = static_cast<uint32_t>(4 * channels);
-  CHECK(compact_kv(&one, 1, p.selected, p.rows, false, nullptr) == cudaSuccess);
+  CHECK(compact_kv(&one, 1, p.selected, p.rows, false, nullptr) == cudaSuccess, __func__);
   check_equal(cache, expected, "compact_kv_");
 }
 
@@ -237,7 +239,7 @@ void one_merge() {
                              global ? counters.begin() : nullptr};
   const Array<float> out(batch * groups * channels);
   const Array<double> totals(batch * groups);
-  CHECK(merge<float>(problem, out.begin(), totals.begin(), nullptr) == cudaSuccess);
+  CHECK(merge<float>(problem, out.begin(), totals.begin(), nullptr) == cudaSuccess, __func__);
   std::vector<float> expected(static_cast<size_t>(out.size), 0.0f);
   std::vector<double> sums(static_cast<size_t>(totals.size), 0.0);
   for (int64_t token = 0; token < batch * tokens; ++token) {
@@ -256,7 +258,7 @@ void one_merge() {
   for (float& weight : weights) weight = 2;
   MergeProblem mean = problem;
   mean.mean = true;
-  CHECK(merge<float>(mean, out.begin(), totals.begin(), nullptr) == cudaSuccess);
+  CHECK(merge<float>(mean, out.begin(), totals.begin(), nullptr) == cudaSuccess, __func__);
   const Array<float> grad = numbers(batch * groups * channels), grad_x(batch * tokens * channels),
                      grad_weights(batch * tokens);
   const Array<double> products(batch * tokens);
@@ -265,7 +267,7 @@ void one_merge() {
                                reinterpret_cast<char*>(grad_x.begin()),
                                grad_weights.begin(),
                                products.begin()};
-  CHECK(merge_backward<float>(mean, gradient, nullptr) == cudaSuccess);
+  CHECK(merge_backward<float>(mean, gradient, nullptr) == cudaSuccess, __func__);
   for (int64_t token = 0; token < batch * tokens; ++token) {
     const int64_t group = assignment[token], at = token / tokens * groups + group;
     const bool exists = group >= 0 && group < groups;
