@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ELEMENTS = 4096  # of a program's block
+_ELEMENTS = 2048  # of a program's block
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------

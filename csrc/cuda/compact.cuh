@@ -101,6 +101,7 @@ struct Moves {
   uint32_t first_block[kMost];
   Move moves[kMost];
 };
+static_assert(sizeof(Moves<kFewMoves>) + 256 <= 4096 && sizeof(Moves<kManyMoves>) + 256 <= 32764);
 
 // The selection. `total` >= 0: rows follow each other on an axis of that length.
 struct SelectedOnDevice {

@@ -16,7 +16,7 @@ using namespace pyvtk::cuda;
 namespace {
 
 #ifdef __SANITIZE_THREAD__
-constexpr int kProblems = 8;
+constexpr int kProblems = 4;
 #else
 constexpr int kProblems = 80;
 #endif
@@ -101,6 +101,17 @@ void check_equal(const Array<float>& actual, const std::vector<float>& expected,
   CHECK(static_cast<size_t>(actual.size) == expected.size(), what);
   for (int64_t i = 0; i < actual.size; ++i) {
     CHECK(actual[i] == expected[static_cast<size_t>(i)], what, i, actual[i], expected[static_cast<size_t>(i)]);
+  }
+}
+
+void dividers() {
+  for (int i = 0; i < 20000; ++i) {
+    const int64_t divisor = chance(50) ? any(1, 3000) : any(1, kMostCounted);
+    int64_t number = chance(50) ? any(0, (int64_t{1} << 31) - 1) : divisor * any(1, ((int64_t{1} << 31) - 1) / divisor);
+    number = std::min(number + any(-1, 1), (int64_t{1} << 31) - 1);
+    const Split at = split(divider_of(divisor), static_cast<uint32_t>(std::max<int64_t>(number, 0)));
+    CHECK(at.quotient == std::max<int64_t>(number, 0) / divisor, number, divisor, at.quotient);
+    CHECK(at.rest == std::max<int64_t>(number, 0) % divisor, number, divisor, at.rest);
   }
 }
 
@@ -285,6 +296,7 @@ void one_merge() {
 }  // namespace
 
 int main() {
+  dividers();
   for (int i = 0; i < kProblems && failures == 0; ++i) {
     cuda_emulation::options() = {};
     cuda_emulation::options().seed = static_cast<uint64_t>(i % 4);
