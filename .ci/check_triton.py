@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for every architecture, without a GPU, and asserts what they use of it.
 
-    python .ci/check_triton.py [--quick] [--arch 90] [--dim 64 128] [--dtype bf16] [--group 1 4]
+    python .ci/check_triton.py [--quick | --compact] [--arch 90] [--dim 64 128] [--dtype bf16] [--group 1 4]
 
 The launchers of triton_kernels/attention.py run on tensors that only have shapes; what they would launch is compiled
 with triton.compile instead. A kernel may not use more shared memory than a block of its architecture has, and up to a
@@ -26,7 +26,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import torch
 import triton
-from pyvtk.triton_kernels import attention
+from pyvtk.triton_kernels import attention, compact
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -34,6 +34,7 @@ from triton.compiler import ASTSource
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SHARED = {architecture: kib * 1024 for architecture, kib in SHARED.items()}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.uint8: "u8"}
+TYPES |= {torch.int16: "i16", torch.int64: "i64"}
 # bytes that may spill: float32's three products fill all 255 registers whatever the tile, and ptxas saves a few
 SPILL = {torch.bfloat16: 0, torch.float16: 0, torch.float32: 64}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -131,6 +132,52 @@ def measured(case: tuple) -> list[tuple[str, str]]:
     return lines
 
 
+# compact: every kernel at the sizes where its blocks differ most
+COMPACT = [(dtype, channels) for dtype in (torch.bfloat16, torch.float32) for channels in (1, 128, 4096)]
+
+
+def compact_launches(dtype: torch.dtype, channels: int) -> list:
+    """(kernel, arguments) of compact, padded and packed, of its gradient and of compact_kv_."""
+    found = []
+    compact._launch = lambda kernel, programs, arguments: found.append((kernel, arguments))
+    indices = torch.empty(2, 720, dtype=torch.int64, device="meta")
+    counts = torch.empty(2, dtype=torch.int32, device="meta")
+    x = torch.empty(2, 2880, channels, dtype=dtype, device="meta")
+    for total in (None, 1400):
+        rest = ([1], [0])
+        outs = compact.compact(indices, counts, False, [x], *rest, [0.0], total)
+        compact.compact_backward(indices, counts, False, outs, *rest, [2], 2880, total)
+    compact.compact_kv_(indices, counts, [torch.empty(2, 8, 2880, channels, dtype=dtype, device="meta")])
+    return found
+
+
+def measured_compact(case: tuple) -> list[tuple[str, str]]:
+    """As measured(), for an architecture, a dtype and a number of channels. Nothing may spill."""
+    architecture, dtype, channels = case
+    lines = []
+    for kernel, arguments in compact_launches(dtype, channels):
+        name, block = kernel.__name__.removesuffix("_kernel"), f"{arguments['BLOCK_P']}x{arguments['BLOCK_C']}"
+        registers, spill, shared = resources(compiled(kernel, arguments, architecture))
+        resident = blocks_per_multiprocessor(architecture, arguments["num_warps"], registers, shared)
+        line = f"{name:<12}{architecture:>5}{TYPES[dtype]:>6}{channels:>6}{block:>10}"
+        line += f"{registers:>6}{spill:>7}{shared:>9}{resident:>8}"
+        error = f"{name} sm_{architecture} {TYPES[dtype]} {channels} channels: {spill} bytes spill" if spill else ""
+        lines.append((line, error))
+    return lines
+
+
+def check_compact(architectures: list[int], jobs: int) -> list[str]:
+    """As check(), for the kernels of triton_kernels/compact.py."""
+    print("kernel       arch dtype    C     block  regs  spill   shared  per_SM", flush=True)
+    errors = []
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for lines in pool.map(measured_compact, [(a, *case) for a in architectures for case in COMPACT]):
+            for line, error in lines:
+                print(line, flush=True)
+                errors += [error] if error else []
+    return errors
+
+
 def check(cases: list[tuple], jobs: int) -> list[str]:
     """Compiles, prints a table, and returns what is wrong."""
     header = "kernel arch dtype D GQA rows keys warps stages regs spill shared per_SM".split()
@@ -161,6 +208,7 @@ def main() -> int:
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--quick", action="store_true", help="a few kernels, for the tests")
+    parser.add_argument("--compact", action="store_true", help="only the kernels of compact")
     given = parser.parse_args()
     names = {name: dtype for dtype, name in TYPES.items()}
     begin = time.perf_counter()
@@ -168,7 +216,9 @@ def main() -> int:
         (architecture, names[dtype], head_dim, group, given.block, {})
         for architecture in given.arch for dtype in given.dtype for head_dim in given.dim for group in given.group
     ]  # fmt: skip
-    errors = check(cases, given.jobs)
+    errors = [] if given.compact else check(cases, given.jobs)
+    if not given.quick:
+        errors += check_compact(given.arch, given.jobs)
     print(f"triton {triton.__version__}: {time.perf_counter() - begin:.0f} s")
     for error in errors:
         print(error)
