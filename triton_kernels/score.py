@@ -494,10 +494,10 @@ def attention_scores_pairs_kernel(
         who = tl.zeros([KEYS, ROWS], tl.int32)
         for member in tl.range(0, kv_heads * GROUP):
             head = out_head * kv_heads * GROUP + member
-            value, live = _pair_values(
+            value = _pair_values(
                 q, k, bounds, k_bias, head_weights, entry, head, number, key, here, visible, first_q, first_k, queries,
                 keys, q_heads, q_batch, q_head, q_row, k_batch, k_head, k_row, weights_batch, scale,
-                GROUP, LOGIT, D, D1, D2, PRECISION,
+                GROUP, LOGIT, False, D, D1, D2, PRECISION,
             )  # fmt: skip
             if HEADS == _MAX_HEADS:
                 value = _ordered(value)
@@ -530,10 +530,13 @@ def attention_scores_pairs_kernel(
 def _pair_values(
     q, k, bounds, k_bias, head_weights, entry, head, number, key, here, visible, first_q, first_k, queries, keys,
     q_heads, q_batch, q_head, q_row, k_batch, k_head, k_row, weights_batch, scale,
-    GROUP: tl.constexpr, LOGIT: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, LOGIT: tl.constexpr, NATURAL: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head's values [keys, rows], its weight included, and the rows that live. Keys and rows are given by number."""
+    """One head's values [keys, rows], its weight included. Keys and rows are given by number.
+
+    NATURAL: ``scale`` and bounds are not in base 2.
+    """
     live = here
     if not LOGIT:
         bound = tl.load(bounds + (entry * q_heads + head) * queries + first_q + number, mask=here, other=float("inf"))
@@ -545,14 +548,15 @@ def _pair_values(
     value = _products(k1, k2, q1, q2, D2, PRECISION) * scale
     if k_bias is not None:
         bias = tl.load(k_bias + entry * keys + first_k + key, mask=visible, other=0.0)
-        if not LOGIT:
+        if not LOGIT and not NATURAL:
             bias *= _LOG2_E
         value += bias[:, None]
     if not LOGIT:
-        value = tl.where(live[None, :], tl.exp2(value - bound[None, :]), 0.0)
+        value -= bound[None, :]
+        value = tl.where(live[None, :], tl.exp2(value * _LOG2_E if NATURAL else value), 0.0)
     if head_weights is not None:
         value *= tl.load(head_weights + entry * weights_batch + head)
-    return value, live
+    return value
 
 
 @triton.jit

@@ -1,10 +1,11 @@
 """Triton kernels of attention_scores' gradient; the forward's page, score.py, explains the walks.
 
 query_grad   some queries of one head walk the keys twice: first for the sum of p * c, c the gradient of a value, which
-             is what the denominator takes back, then for the gradient of the queries
+             is what the denominator takes back, and for the sum of p: it is 1 up to the rounding of lse, which every
+             p would carry; then for the gradient of the queries
 key_grad     some keys of one key/value head walk the queries that may see them, for all heads of the group
 
-Gradients of logits are dz = p * (weight * c + shift), with shift = grad_lse - weight * sum(p * c), or 0 where lse was
+Gradients of logits are dz = p * (weight * c + shift), p divided by their sum, with shift = grad_lse - weight * sum(p * c), or 0 where lse was
 given and takes -weight * sum(p * c) itself. Logits that are scored themselves get dz = weight * c + p * grad_lse.
 
 Where heads were reduced by a maximum for every pair, c goes to the head that won the pair. No map of winners is kept:
@@ -38,10 +39,10 @@ def _winning_heads(
     who = tl.zeros([key.shape[0], number.shape[0]], tl.int32)
     for member in tl.range(0, pair_heads):
         head = first_head + member
-        value, _ = _pair_values(
+        value = _pair_values(
             q, k, bounds, k_bias, head_weights, entry, head, number, key, here, visible, first_q, first_k, queries,
             keys, q_heads, q_batch, q_head, q_row, k_batch, k_head, k_row, weights_batch, scale,
-            GROUP, LOGIT, D, D1, D2, PRECISION,
+            GROUP, LOGIT, True, D, D1, D2, PRECISION,
         )  # fmt: skip
         value = _ordered(value)
         who = tl.where(value > largest, head, who)
@@ -53,7 +54,7 @@ def _winning_heads(
 def attention_scores_query_grad_kernel(
     q, k, bounds, q_mask, k_mask, q_positions, k_positions, k_bias, head_weights,
     linear, grad_max, max_query, grad_lse,  # [B, Hq, columns], the next two or None, [B, Hq, M] or None
-    grad_q, dots, shifts, unit,  # [B, Hq, M, D] by strides, [B, Hq, M] twice, a number or None
+    grad_q, dots, shifts, factors, unit,  # [B, Hq, M, D] by strides, [B, Hq, M] thrice, a number or None
     table, cu_q, cu_k, extents, extent_first,
     q_batch, q_head, q_row, k_batch, k_head, k_row, grad_batch, grad_head, grad_row, weights_batch, batch, queries,
     keys, heads, start, window, score_start, columns, total, scale, pair_heads,
@@ -107,13 +108,16 @@ def attention_scores_query_grad_kernel(
     score_place = (entry * heads + head) * columns + first_k - score_start
     column = tl.arange(0, KEYS)
 
+    NORMALISED: tl.constexpr = not LSE_GIVEN and (not LOGIT or grad_lse is not None)
     dot = tl.zeros([ROWS], tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    factor = tl.full([ROWS], 1.0, tl.float32)
     shift = from_lse
     sums1 = tl.zeros([ROWS, D1], tl.float32)
     sums2 = tl.zeros([ROWS, D2 if D2 else 16], tl.float32)
     for WALK in tl.static_range(2):
         # dots of logits are for the gradient of the weights only
-        if WALK or not LOGIT or head_weights is not None:
+        if WALK or not LOGIT or head_weights is not None or NORMALISED:
             for step in tl.range(0, end):
                 key = start + step * KEYS + column
                 here = key < start + window
@@ -133,44 +137,49 @@ def attention_scores_query_grad_kernel(
                     who = _winning_heads(
                         q, k, bounds, k_bias, head_weights, entry, head // pair_heads * pair_heads, pair_heads, row, key,
                         valid, here, first_q, first_k, queries, keys, heads, q_batch, q_head, q_row, k_batch, k_head,
-                        k_row, weights_batch, scale if LOGIT else scale * _LOG2_E, GROUP, LOGIT, D, D1, D2, PRECISION,
+                        k_row, weights_batch, scale, GROUP, LOGIT, D, D1, D2, PRECISION,
                     )  # fmt: skip
                     c = tl.where(tl.trans(who) == head, c, 0.0)
                 if grad_max is not None:
                     won = tl.load(max_query + score_place + key, mask=scored, other=-1)[None, :] == row[:, None]
                     c += tl.where(won, tl.load(grad_max + score_place + key, mask=scored, other=0.0)[None, :], 0.0)
-                if LOGIT:
-                    value = logits
-                else:
-                    value = tl.exp2(logits * _LOG2_E - bound[:, None])
+                if not LOGIT or grad_lse is not None:
+                    p = tl.exp2((logits - bound[:, None]) * _LOG2_E)
                 if WALK == 0:
-                    dot += tl.sum(tl.where(seen, value * c, 0.0), 1)
+                    dot += tl.sum(tl.where(seen, (logits if LOGIT else p) * c, 0.0), 1)
+                    if NORMALISED:
+                        mass += tl.sum(tl.where(seen, p, 0.0), 1)
                 else:
                     if LOGIT:
                         grad = c * weight
                         if grad_lse is not None:
-                            grad += tl.exp2(logits * _LOG2_E - bound[:, None]) * from_lse[:, None]
+                            grad += p * shift[:, None]
                     else:
-                        grad = value * (c * weight + shift[:, None])
+                        grad = p * (c * (weight * factor)[:, None] + shift[:, None])
                     grad = tl.where(seen, grad, 0.0).to(k1.dtype)
                     sums1 = _dot(grad, k1, sums1, PRECISION)
                     if D2:
                         sums2 = _dot(grad, k2, sums2, PRECISION)
-        if WALK == 0 and not LOGIT:
-            shift = tl.zeros([ROWS], tl.float32) if LSE_GIVEN else from_lse - weight * dot
-    factor = scale
+        if WALK == 0 and NORMALISED:
+            factor = tl.where(mass == 0, 0.0, 1 / mass)
+            if not LOGIT:
+                dot *= factor
+                shift -= weight * dot
+            shift *= factor
+    whole = scale
     if unit is not None:
-        factor = scale / tl.load(unit)
+        whole = scale / tl.load(unit)
     to = grad_q + entry * grad_batch + head.to(tl.int64) * grad_head + first_q.to(tl.int64) * grad_row
-    _store(to, row.to(tl.int64) * grad_row, exists, sums1 * factor, sums2 * factor, D, D1, D2)
+    _store(to, row.to(tl.int64) * grad_row, exists, sums1 * whole, sums2 * whole, D, D1, D2)
     tl.store(dots + place, dot, mask=exists)
     tl.store(shifts + place, shift, mask=exists)
+    tl.store(factors + place, factor, mask=exists)
 
 
 @triton.jit
 def attention_scores_key_grad_kernel(
     q, k, bounds, q_mask, k_mask, q_positions, k_positions, k_bias, head_weights,
-    linear, grad_max, max_query, shifts,
+    linear, grad_max, max_query, shifts, factors,
     grad_k, grad_bias, unit,  # [B, Hkv, N, D] by strides, [B, Hkv, N] or None, a number or None
     table, cu_q, cu_k, extents, extent_first,
     q_batch, q_head, q_row, k_batch, k_head, k_row, grad_batch, grad_head, grad_row, weights_batch, batch, queries,
@@ -251,7 +260,7 @@ def attention_scores_key_grad_kernel(
                 who = _winning_heads(
                     q, k, bounds, k_bias, head_weights, entry, head // pair_heads * pair_heads, pair_heads, row, key,
                     valid, visible, first_q, first_k, queries, keys, q_heads, q_batch, q_head, q_row, k_batch, k_head,
-                    k_row, weights_batch, scale if LOGIT else scale * _LOG2_E, GROUP, LOGIT, D, D1, D2, PRECISION,
+                    k_row, weights_batch, scale, GROUP, LOGIT, D, D1, D2, PRECISION,
                 )  # fmt: skip
                 c = tl.where(who == head, c, 0.0)
             if grad_max is not None:
@@ -259,11 +268,12 @@ def attention_scores_key_grad_kernel(
             grad = c * weight
             if not LOGIT or GRAD_LSE:
                 shift = tl.load(shifts + place, mask=live, other=0.0)
-                p = tl.exp2(logits * _LOG2_E - bound[None, :])
+                p = tl.exp2((logits - bound[None, :]) * _LOG2_E)
                 if LOGIT:
                     grad += p * shift[None, :]
                 else:
-                    grad = p * (grad + shift[None, :])
+                    factor = tl.load(factors + place, mask=live, other=0.0)
+                    grad = p * (grad * factor[None, :] + shift[None, :])
             grad = tl.where(seen, grad, 0.0)
             if k_bias is not None:
                 bias_sum += tl.sum(grad, 1)
@@ -310,7 +320,7 @@ def attention_scores_backward(
     if walk.packed:
         to_q, to_k = grad_q.transpose(0, 1)[None], grad_k.transpose(0, 1)[None]
     rows = (walk.batch, walk.q_heads, walk.queries)
-    dots, shifts = walk.new(*rows), walk.new(*rows)
+    dots, shifts, factors = (walk.new(*rows) for _ in range(3))
     if lse_given:
         grad_lse = None
     unit = None
@@ -322,10 +332,11 @@ def attention_scores_backward(
             )
         bounds = None
         if lse.numel() or not logit:
-            _, bounds, _ = walk.bounds(lse, start, window, scale)
+            bounds = torch.where(lse == float("-inf"), float("inf"), lse)
         shared = {
             **walk.common(), "bounds": bounds, "head_weights": head_weights, "linear": grad_linear,
-            "grad_max": grad_max, "max_query": max_query, "shifts": shifts, "unit": unit,
+            "grad_max": grad_max, "max_query": max_query, "shifts": shifts, "factors": factors,
+            "unit": unit,
             "weights_batch": walk.q_heads if head_weights is not None and head_weights.dim() == 2 else 0,
             "start": start, "window": window, "score_start": walk.start, "columns": walk.columns, "scale": scale,
             "pair_heads": pair_max_heads * walk.group, "LOGIT": logit, "PAIRS": pair_max_heads > 0,
