@@ -308,14 +308,13 @@ def attention_scores_kernel(
     table, cu_q, cu_k, extents, extent_first,
     q_batch, q_head, q_row, k_batch, k_head, k_row, weights_batch, batch, queries, keys, heads, start, columns, total,
     runs, scale,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, LOGIT: tl.constexpr, PER_HEAD: tl.constexpr, WIDE: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, LOGIT: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Column sums, and maxima with the queries that won them, over a run of queries.
 
-    ``scale`` is in base 2, for logits natural. Without PER_HEAD the heads of a group are added up. WIDE: sums of single
-    logits are kept in registers until the end.
+    ``scale`` is in base 2, for logits natural. Without PER_HEAD the heads of a group are added up. A tile's columns are
+    summed at once: most of a column lies in one thread, and single sums would take as many registers as the logits.
     """
     program = tl.program_id(0)
     run, kv_head = program % runs, program // runs % heads
@@ -346,11 +345,11 @@ def attention_scores_kernel(
 
     extra = count - rows
     base = _extent_base(extent_first, sample, tl.cdiv(queries, ROWS))
-    key_low = tl.min(tl.where(visible, key_at, _LAST))
     first, full, end = _queries_of(
-        key_low, tl.max(tl.where(visible, key_at, _FIRST)), start + tile * KEYS,
+        tl.min(tl.where(visible, key_at, _LAST)), tl.max(tl.where(visible, key_at, _FIRST)), start + tile * KEYS,
         start + tl.minimum(tile * KEYS + KEYS, window) - 1, rows, extra, extents, base, total, CAUSAL, POSITIONS, ROWS,
     )  # fmt: skip
+    key_at = tl.maximum(key_at, _FIRST + 1) if CAUSAL else tl.full([KEYS], _FIRST + 1, tl.int32)
     length = tl.cdiv(end - first, runs)
     run_begin = tl.minimum(first + run * length, end)
     run_end = tl.minimum(run_begin + length, end)
@@ -362,7 +361,6 @@ def attention_scores_kernel(
     offset = row.to(tl.int64) * q_row
     hop = (tl.zeros([], tl.int64) + q_row) * ROWS
     row_place = entry * queries + first_q
-    wide = tl.zeros([KEYS, ROWS if WIDE else 1], tl.float32)
     sum = tl.zeros([KEYS], tl.float32)
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
@@ -401,38 +399,31 @@ def attention_scores_kernel(
                     value += bias[:, None]
                 if not LOGIT:
                     value = tl.exp2(value - bound[None, :])
-                    if not FULL:
-                        value = tl.where(live[None, :], value, 0.0)
                 if head_weights is not None:
                     value *= weight
                 if not FULL:
-                    seen = here[None, :]
-                    if CAUSAL:
-                        row_at = _positions(q_positions, row_place, number, here, extra)
-                        seen = seen & (key_at[:, None] <= row_at[None, :])
+                    # one comparison says all: a query that does not exist stands before every key
+                    row_at = _positions(q_positions, row_place, number, here, extra) if CAUSAL else number
+                    row_at = tl.where(here, tl.maximum(row_at, _FIRST + 1), _FIRST)
                     if MAXIMA:
+                        if not LOGIT:
+                            value = tl.where(live[None, :], value, 0.0)  # a dead query's zeros compete
+                        seen = key_at[:, None] <= row_at[None, :]
                         found, who = tl.max(tl.where(seen, _ordered(value), _FIRST), 1, return_indices=True)
                         winner = tl.where(found > top, step * ROWS + who, winner)
                         top = tl.maximum(top, found)
-                    value = tl.where(seen, value, 0.0)
+                    row_at = tl.where(live, row_at, _FIRST)
+                    value = tl.where(key_at[:, None] <= row_at[None, :], value, 0.0)
                 if sums is not None:
-                    if WIDE:
-                        wide += value
-                    else:
-                        sum += tl.sum(value, 1)
+                    sum += tl.sum(value, 1)
         if PER_HEAD:
             if sums is not None:
-                if WIDE:
-                    sum = tl.sum(wide, 1)
-                    wide = tl.zeros([KEYS, ROWS], tl.float32)
                 tl.store(sums + to + member * columns, tl.where(visible, sum, 0.0), mask=exists)
                 sum = tl.zeros([KEYS], tl.float32)
             if MAXIMA:
                 tl.store(tops + to + member * columns, top, mask=exists)
                 tl.store(winners + to + member * columns, winner, mask=exists)
     if not PER_HEAD:
-        if WIDE:
-            sum = tl.sum(wide, 1)
         tl.store(sums + to, tl.where(visible, sum, 0.0), mask=exists)
 
 
@@ -677,25 +668,22 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, tokens: int, capabilit
     """
     single, wide = dtype == torch.float32, head_dim > 128
     large = capability[0] in (9, 10)
-    rows, keys, warps, stages = 64, 128, 4, 3
-    if kernel == "lse":
-        rows, keys, warps = (128, 64, 8) if not wide else (64, 64, 4)
+    # devices with 99 KiB of shared memory hold two programs where a stage less is copied ahead
+    little = capability in ((8, 6), (8, 9)) or capability[0] == 12
     if single:
         rows, keys, warps, stages = (32, 32, 4, 2) if not wide else (16, 32, 4, 2)
-    elif kernel in ("pairs", "query_grad", "key_grad"):
-        rows, keys, warps, stages = 32, 64, 4, 2
-        if wide:
-            rows, keys, warps = 32, 32, 8
-    elif wide and kernel == "scores":
-        rows, keys, warps, stages = 32, 64, 4, 2
+    elif kernel == "lse":
+        rows, keys, warps, stages = (128, 64, 8, 2 if little else 3) if not wide else (64, 64, 4, 2)
+    elif kernel == "scores":
+        # one warp sums 32 keys: each query that it reads from shared memory serves two products
+        rows, keys, warps, stages = (64, 128, 4, 2 if little else 3) if not wide else (32, 64, 4, 2)
+    else:
+        rows, keys, warps, stages = (32, 64, 4, 2) if not wide else (32, 32, 8, 2)
     rows = min(rows, max(16, triton.next_power_of_2(max(tokens, 1))))
     first, second = parts(head_dim, 256 if large and not single else 64)
     if single and second:
         second = first
-    settings = {"ROWS": rows, "KEYS": keys, "D1": first, "D2": second, "num_warps": warps, "num_stages": stages}
-    if kernel == "scores":
-        settings["WIDE"] = False
-    return settings
+    return {"ROWS": rows, "KEYS": keys, "D1": first, "D2": second, "num_warps": warps, "num_stages": stages}
 
 
 def precision(capability: tuple[int, int]) -> str:
@@ -804,7 +792,7 @@ class Walk:
 def _runs(programs: int, steps: int) -> int:
     """Into how many runs a walk of ``steps`` tiles is cut, so that there are enough programs."""
     runs = 1
-    while programs * runs < _ENOUGH and runs * 8 <= steps:
+    while programs * runs < _ENOUGH and runs * 4 <= steps:
         runs *= 2
     return runs
 
