@@ -1,4 +1,4 @@
-"""Triton's kernels of attention_scores against the reference in float64; how they run: tests/test_attention_triton.py."""
+"""Triton's kernels of attention_scores against the reference; how they run: tests/test_attention_triton.py."""
 
 from __future__ import annotations
 
@@ -105,7 +105,6 @@ SHAPES = [
 @kernels
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape):
-    batch, q_heads, kv_heads, queries, keys, dim, dtype = shape
     q, k = inputs(*shape)
     options = {"causal": True, "query_reduce": ("mean", "visible_mean"), "head_reduce": "group"}
     check_outputs(q, k, options)

@@ -21,10 +21,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from pyvtk.triton_kernels import attention
 from pyvtk.triton_kernels.attention import LOG2_E, SMALLEST, _load, _products, parts
+from torch import Tensor
 
 _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 _LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -113,7 +112,7 @@ def _queries_of(key_low, key_high, first_key, last_key, rows, extra, extents, ba
 @triton.jit
 def _keys_of(low, high, first_row, last_row, start, window, extra, extents, base, total,
              CAUSAL: tl.constexpr, POSITIONS: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
-    """Tiles of keys (counted from key ``start``) that some of the queries may see: before ``full``, all see all; the end."""
+    """Tiles of keys, from key ``start`` on, that some queries may see: before ``full`` all see all; the end."""
     end = tl.cdiv(window, KEYS)
     full = window // KEYS
     if CAUSAL:
@@ -458,7 +457,7 @@ def attention_scores_pairs_kernel(
     key_at = _positions(k_positions, key_place, key, exists, 0)
     extra = count - rows
     base = _extent_base(extent_first, sample, tl.cdiv(queries, ROWS))
-    first, full, end = _queries_of(
+    first, _, end = _queries_of(
         tl.min(tl.where(visible, key_at, _LAST)), tl.max(tl.where(visible, key_at, _FIRST)), start + tile * KEYS,
         start + tl.minimum(tile * KEYS + KEYS, window) - 1, rows, extra, extents, base, total, CAUSAL, POSITIONS, ROWS,
     )  # fmt: skip
@@ -655,30 +654,41 @@ def attention_scores_finish_kernel(
 _ENOUGH = 256
 
 
-def tiles(kernel: str, head_dim: int, dtype: torch.dtype, tokens: int, capability: tuple[int, int]) -> dict[str, int]:
-    """Tile of a program, found by compiling (.ci/check_triton.py).
+def tiles(kernel: str, head_dim: int, dtype: torch.dtype, tokens: int, lean: bool, capability: tuple[int, int]) -> dict:
+    """Tile of a program, found by compiling (.ci/check_triton.py): as large as registers allow without spilling.
 
     Args:
         kernel: "lse", "scores", "pairs", "query_grad" or "key_grad".
-        tokens: along the queries of the tile; fewer need no tall tile.
+        tokens: queries; few of them need no tall tile.
+        lean: nothing but a causal mask; maxima, masks, positions take registers.
         capability: of the device.
 
     Returns:
         ROWS queries and KEYS keys make a tile; D1 and D2 are the parts of the head dimension.
     """
     single, wide = dtype == torch.float32, head_dim > 128
+    # devices whose products read shared memory by themselves; the others keep what stays in registers
     large = capability[0] in (9, 10)
     # devices with 99 KiB of shared memory hold two programs where a stage less is copied ahead
-    little = capability in ((8, 6), (8, 9)) or capability[0] == 12
+    stages = 2 if capability in ((8, 6), (8, 9)) or capability[0] == 12 else 3
+    warps = 4
     if single:
-        rows, keys, warps, stages = (32, 32, 4, 2) if not wide else (16, 32, 4, 2)
+        rows, keys, stages = (32, 32, 2) if not wide else (16, 32, 2)
     elif kernel == "lse":
-        rows, keys, warps, stages = (128, 64, 8, 2 if little else 3) if not wide else (64, 64, 4, 2)
+        rows, keys, warps = (128, 64 if lean else 32, 8) if not wide else (64, 64, 4)
     elif kernel == "scores":
-        # one warp sums 32 keys: each query that it reads from shared memory serves two products
-        rows, keys, warps, stages = (64, 128, 4, 2 if little else 3) if not wide else (32, 64, 4, 2)
+        # a warp owns 32 keys: each query that it reads from shared memory serves two products
+        tall = lean and (large or (capability == (8, 0) and head_dim in (64, 128)))
+        rows, keys = (64 if tall else 32, 128) if not wide else (32, 64)
+    elif kernel == "query_grad":
+        rows, keys = (64, 32 if lean else 16) if not wide else (32, 32)
+        stages = 2
     else:
-        rows, keys, warps, stages = (32, 64, 4, 2) if not wide else (32, 32, 8, 2)
+        rows, keys = (32 if lean else 16, 64) if not wide else (32, 32)
+        stages = 2
+    if wide and not single:
+        stages = 2
+        warps = 4 if kernel in ("lse", "scores") else 8
     rows = min(rows, max(16, triton.next_power_of_2(max(tokens, 1))))
     first, second = parts(head_dim, 256 if large and not single else 64)
     if single and second:
@@ -715,9 +725,11 @@ class Walk:
         make = self.q.new_zeros if self.packed else self.q.new_empty
         return make(shape, dtype=dtype)
 
-    def tiles(self, kernel: str) -> dict:
+    def tiles(self, kernel: str, maxima: bool = False) -> dict:
+        options = (self.q_positions, self.k_positions, self.q_mask, self.k_mask)
+        lean = not maxima and all(x is None for x in options)
         return {
-            **tiles(kernel, self.head_dim, self.q.dtype, self.queries, self.capability),
+            **tiles(kernel, self.head_dim, self.q.dtype, self.queries, lean, self.capability),
             "D": self.head_dim, "GROUP": self.group, "PRECISION": precision(self.capability),
         }  # fmt: skip
 
@@ -825,7 +837,7 @@ def attention_scores(
             lse, bounds, dead = walk.bounds(lse_given, *window, scale)
         if logit:
             bounds = dead = None
-        tile = walk.tiles("pairs" if pairs else "scores")
+        tile = walk.tiles("pairs" if pairs else "scores", maxima)
         table, _, total = walk.table(False, walk.columns, tile["KEYS"])
         owners = out_heads if pairs else walk.kv_heads
         runs = _runs(total * owners, triton.cdiv(walk.queries, tile["ROWS"]))

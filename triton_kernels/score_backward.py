@@ -5,8 +5,9 @@ query_grad   some queries of one head walk the keys twice: first for the sum of 
              p would carry; then for the gradient of the queries
 key_grad     some keys of one key/value head walk the queries that may see them, for all heads of the group
 
-Gradients of logits are dz = p * (weight * c + shift), p divided by their sum, with shift = grad_lse - weight * sum(p * c), or 0 where lse was
-given and takes -weight * sum(p * c) itself. Logits that are scored themselves get dz = weight * c + p * grad_lse.
+Gradients of logits are dz = p * (weight * c + shift), p divided by their sum, with shift = grad_lse - weight *
+sum(p * c), or 0 where lse was given and takes -weight * sum(p * c) itself. Logits that are scored themselves get
+dz = weight * c + p * grad_lse.
 
 Where heads were reduced by a maximum for every pair, c goes to the head that won the pair. No map of winners is kept:
 each tile of each head forms the values of all heads of the maximum again.
@@ -17,14 +18,23 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from pyvtk.triton_kernels import attention
-from pyvtk.triton_kernels.attention import LOG2_E, _dot, _load, _products, _store
+from pyvtk.triton_kernels.attention import _dot, _load, _products, _store
 from pyvtk.triton_kernels.score import (
-    _FIRST, _LAST, _LOG2_E, Walk, _extent_base, _keys_of, _ordered, _pair_values, _place, _positions, _queries_of,
+    _FIRST,
+    _LAST,
+    _LOG2_E,
+    Walk,
+    _extent_base,
+    _keys_of,
+    _ordered,
+    _pair_values,
+    _place,
+    _positions,
+    _queries_of,
     _sample,
 )  # fmt: skip
+from torch import Tensor
 
 
 @triton.jit
@@ -135,9 +145,9 @@ def attention_scores_query_grad_kernel(
                 c = tl.load(linear + score_place + key, mask=scored, other=0.0)[None, :] + tl.zeros_like(logits)
                 if PAIRS:
                     who = _winning_heads(
-                        q, k, bounds, k_bias, head_weights, entry, head // pair_heads * pair_heads, pair_heads, row, key,
-                        valid, here, first_q, first_k, queries, keys, heads, q_batch, q_head, q_row, k_batch, k_head,
-                        k_row, weights_batch, scale, GROUP, LOGIT, D, D1, D2, PRECISION,
+                        q, k, bounds, k_bias, head_weights, entry, head // pair_heads * pair_heads, pair_heads, row,
+                        key, valid, here, first_q, first_k, queries, keys, heads, q_batch, q_head, q_row, k_batch,
+                        k_head, k_row, weights_batch, scale, GROUP, LOGIT, D, D1, D2, PRECISION,
                     )  # fmt: skip
                     c = tl.where(tl.trans(who) == head, c, 0.0)
                 if grad_max is not None:
@@ -341,7 +351,7 @@ def attention_scores_backward(
             "start": start, "window": window, "score_start": walk.start, "columns": walk.columns, "scale": scale,
             "pair_heads": pair_max_heads * walk.group, "LOGIT": logit, "PAIRS": pair_max_heads > 0,
         }  # fmt: skip
-        tile = walk.tiles("query_grad")
+        tile = walk.tiles("query_grad", grad_max is not None)
         table, _, total = walk.table(True, walk.queries, tile["ROWS"])
         arguments = {
             **shared, "grad_lse": grad_lse, "grad_q": to_q, "dots": dots, "table": table, "heads": walk.q_heads,
@@ -349,7 +359,7 @@ def attention_scores_backward(
             "LSE_GIVEN": lse_given, **tile,
         }  # fmt: skip
         attention._launch(attention_scores_query_grad_kernel, total * walk.q_heads, arguments)
-        tile = walk.tiles("key_grad")
+        tile = walk.tiles("key_grad", grad_max is not None)
         table, _, total = walk.table(False, window, tile["KEYS"])
         arguments = {
             **shared, "grad_k": to_k, "grad_bias": bias_parts, "table": table, "heads": walk.kv_heads,
