@@ -10,7 +10,7 @@ import pytest
 import torch
 from fresh import ROOT, run
 from support import assert_within_budget
-from test_score import ALL, extras, gradients, in_double, inputs
+from test_score import ALL, extras, in_double, inputs
 
 import pyvtk
 from pyvtk import backends
@@ -21,7 +21,6 @@ WHY_NOT = backends.why_not("attention_scores", "triton", DEVICE)
 kernels = pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT} (test_in_the_interpreter does that)")
 pytest.importorskip("triton", reason="triton is not installed")
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
-DTYPES = (SINGLE, BRAIN, HALF)
 
 
 @pytest.mark.skipif(WHY_NOT is None, reason="the tests below run in this process")
@@ -31,7 +30,7 @@ def test_in_the_interpreter(tmp_path):
     env = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     said = run("-c", command, str(ROOT / "tests" / "test_score_triton.py"), *arguments, cwd=tmp_path, env=env)
     passed = int(re.search(r"(\d+) passed", said).group(1))
-    assert passed >= len(ALL) and "failed" not in said, said
+    assert passed >= len(COMBINATIONS) and "failed" not in said, said
 
 
 # Against the reference -----------------------------------------------------------------------------------------------
@@ -41,61 +40,79 @@ def on_device(x):
     return x.to(DEVICE) if isinstance(x, torch.Tensor) else x
 
 
-def check_outputs(q, k, options) -> None:
-    """Scores and lse within the budget."""
-    q, k, options = on_device(q), on_device(k), {name: on_device(x) for name, x in options.items()}
-    actual = pyvtk.attention_scores(q, k, backend="triton", return_lse=True, **options)
-    plain = pyvtk.attention_scores(q, k, backend="reference", return_lse=True, **options)
-    oracle = pyvtk.attention_scores(q.double(), k.double(), backend="reference", return_lse=True, **in_double(options))
-    for ours, exact, usual in zip(actual, oracle, plain):
-        assert_within_budget(ours, exact, usual)
+def results(q, k, options: dict, backend: str) -> dict:
+    """Scores, lse, and gradients of a random linear function of both to every differentiable input."""
+    options = dict(options)
+    leaves = {"q": q.detach().clone().requires_grad_(), "k": k.detach().clone().requires_grad_()}
+    for name in ("k_bias", "lse", "head_weights"):
+        if options.get(name) is not None:
+            leaves[name] = options[name] = options[name].detach().clone().requires_grad_()
+    out = pyvtk.attention_scores(leaves["q"], leaves["k"], backend=backend, return_lse=True, **options)
+    generator = torch.Generator().manual_seed(7)
+    loss = 0
+    for x in out:
+        weight = torch.randn(x.shape, generator=generator).to(x)
+        loss = loss + (x.masked_fill(x.isinf(), 0) * weight).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    found = {f"gradient of {n}": torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), grads)}
+    return {"scores": out[0], "lse": out[1], **found}
 
 
-def check_gradients(q, k, options) -> None:
-    """Gradients to all differentiable inputs within the budget."""
-    q, k, options = on_device(q), on_device(k), {name: on_device(x) for name, x in options.items()}
-    actual = gradients(q, k, options, "triton")
-    plain = gradients(q, k, options, "reference")
-    oracle = gradients(q.double(), k.double(), in_double(options), "reference")
-    for name, grad in actual.items():
-        assert grad.dtype == (q.dtype if name in ("q", "k") else SINGLE)
-        assert_within_budget(grad, oracle[name], plain[name])
+def check(q, k, options: dict, draws: int = 1) -> None:
+    """Outputs and gradients within the budget; of float32, for the worst of several draws.
+
+    The largest error of a few numbers in one draw is mere luck; 16-bit inputs drown it in their own rounding.
+    """
+    options = {name: on_device(x) for name, x in options.items()}
+    drawn = []
+    for draw in range(draws):
+        some_q, some_k = (on_device(x if draw == 0 else torch.randn_like(x)) for x in (q, k))
+        actual = results(some_q, some_k, options, "triton")
+        plain = results(some_q, some_k, options, "reference")
+        oracle = results(some_q.double(), some_k.double(), in_double(options), "reference")
+        drawn.append((actual, oracle, plain))
+    for name in drawn[0][0]:
+        assert_within_budget(*(torch.stack([draw[i][name] for draw in drawn]) for i in range(3)))
 
 
-def combination(number: int, batch: int, queries: int, keys: int) -> dict:
-    query_reduce, head_reduce, order, quantity = ALL[number]
-    return {
-        "query_reduce": query_reduce, "head_reduce": head_reduce, "reduce_order": order, "quantity": quantity,
-        **extras(number // 2, batch, 4, queries, keys, quantity),
-    }  # fmt: skip
+# An odd step: each reduction, order and quantity comes with each mixture of the other options.
+COMBINATIONS = range(0, len(ALL), 3)
 
 
 @kernels
-@pytest.mark.parametrize("number", range(len(ALL)))
+@pytest.mark.parametrize("number", COMBINATIONS)
 def test_all_options(number):
-    q, k = inputs(batch=2, queries=7, keys=13, dtype=DTYPES[number % 3], seed=number)
-    check_outputs(q, k, combination(number, 2, 7, 13))
+    query_reduce, head_reduce, order, quantity = ALL[number]
+    q, k = inputs(batch=1, queries=7, keys=13, dtype=(HALF, BRAIN)[number % 2], seed=number)
+    options = {
+        "query_reduce": query_reduce, "head_reduce": head_reduce, "reduce_order": order, "quantity": quantity,
+        **extras(number // 2, 1, 4, 7, 13, quantity),
+    }  # fmt: skip
+    check(q, k, options)
 
 
-# Every third: each reduction, order and quantity comes with each mixture of the other options.
 @kernels
-@pytest.mark.parametrize("number", range(0, len(ALL), 3))
-def test_gradients_of_all_options(number):
-    q, k = inputs(batch=4, queries=9, keys=21, dtype=DTYPES[number // 3 % 3], seed=number)
-    check_gradients(q, k, combination(number, 4, 9, 21))
+@pytest.mark.parametrize("number", (0, 27, 72, 106))
+def test_float32(number):
+    query_reduce, head_reduce, order, quantity = ALL[number]
+    q, k = inputs(batch=2, queries=9, keys=37, seed=number)
+    options = {
+        "query_reduce": query_reduce, "head_reduce": head_reduce, "reduce_order": order, "quantity": quantity,
+        **extras(number // 2, 2, 4, 9, 37, quantity),
+    }  # fmt: skip
+    check(q, k, options, draws=3)
 
 
 # batch, query heads, key heads, queries, keys, channels, dtype: beyond one tile, and the smallest
 SHAPES = [
     (1, 1, 1, 1, 1, 8, SINGLE),
     (1, 7, 1, 17, 33, 8, HALF),
-    (2, 2, 2, 17, 200, 24, SINGLE),
-    (1, 3, 1, 130, 33, 40, SINGLE),
-    (1, 2, 1, 130, 200, 64, SINGLE),
+    (1, 2, 2, 17, 200, 24, HALF),
+    (1, 3, 1, 130, 33, 40, HALF),
     (1, 2, 1, 130, 200, 80, BRAIN),
     (1, 1, 1, 130, 200, 128, HALF),
-    (1, 2, 2, 17, 33, 200, SINGLE),
-    (1, 2, 1, 130, 33, 256, SINGLE),
+    (1, 1, 1, 17, 33, 200, HALF),
+    (1, 1, 1, 130, 33, 256, HALF),
     (0, 2, 1, 17, 33, 16, SINGLE),
     (2, 2, 1, 0, 33, 16, SINGLE),
     (2, 2, 1, 17, 0, 16, SINGLE),
@@ -106,33 +123,29 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape):
     q, k = inputs(*shape)
-    options = {"causal": True, "query_reduce": ("mean", "visible_mean"), "head_reduce": "group"}
-    check_outputs(q, k, options)
-    check_gradients(q, k, options)
+    check(q, k, {"causal": True, "query_reduce": ("mean", "visible_mean"), "head_reduce": "group"})
 
 
 @kernels
 @pytest.mark.parametrize("order", ("random", "ascending", "keys only"))
 def test_positions_over_many_tiles(order):
     """Tiles that no query sees are skipped, and those that all see need no mask: whichever these are."""
-    q, k = inputs(2, 2, 1, 70, 100, 16)
-    at_query, at_key = torch.randint(-5, 40, (2, 70)), torch.randint(0, 60, (2, 100))
+    q, k = inputs(1, 1, 1, 70, 150, 16, HALF)
+    at_query, at_key = torch.randint(-5, 40, (1, 70)), torch.randint(0, 60, (1, 150))
     if order == "ascending":
         at_query, at_key = at_query.sort(1).values, at_key.sort(1).values
     options = {"causal": True, "k_positions": at_key, "query_reduce": ("sum", "visible_mean")}
     if order != "keys only":
         options["q_positions"] = at_query
-    check_outputs(q, k, options)
-    check_outputs(q, k, {**options, "query_reduce": "max"})
-    check_gradients(q, k, options)
+    check(q, k, options)
 
 
 @kernels
-def test_maxima_over_many_tiles():
-    q, k = inputs(1, 4, 2, 130, 70, 16)
-    options = {"query_reduce": ("max", "sum"), "causal": True, "head_weights": torch.tensor([0.5, -1.0, 2.0, -0.1])}
-    for head_reduce, order in ((None, "queries_first"), ("group_max", "heads_first"), ("sum", "heads_first")):
-        check_outputs(q, k, {**options, "head_reduce": head_reduce, "reduce_order": order})
+@pytest.mark.parametrize(("head_reduce", "order"), ((None, "queries_first"), ("group_max", "heads_first")))
+def test_maxima_over_many_tiles(head_reduce, order):
+    q, k = inputs(1, 2, 1, 130, 70, 16, HALF)
+    options = {"query_reduce": ("max", "sum"), "causal": True, "head_weights": torch.tensor([0.5, -1.0])}
+    check(q, k, {**options, "head_reduce": head_reduce, "reduce_order": order})
 
 
 @kernels
@@ -141,17 +154,17 @@ def test_packed_equals_samples(head_reduce):
     lengths_q, lengths_k = (3, 0, 40, 1), (9, 4, 50, 0)
     cu_q = torch.tensor((0, *itertools.accumulate(lengths_q)), device=DEVICE)
     cu_k = torch.tensor((0, *itertools.accumulate(lengths_k)), device=DEVICE)
-    q, k = torch.randn(sum(lengths_q), 4, 24, device=DEVICE), torch.randn(sum(lengths_k), 2, 24, device=DEVICE)
+    q, k = torch.randn(sum(lengths_q), 2, 24, device=DEVICE), torch.randn(sum(lengths_k), 1, 24, device=DEVICE)
+    q, k = q.half(), k.half()
     mask = torch.rand(sum(lengths_k), device=DEVICE) > 0.2
     options = {
         "causal": True, "query_reduce": ("mean", "max", "visible_mean"), "head_reduce": head_reduce, "k_mask": mask,
-        "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "head_weights": torch.rand(4, device=DEVICE) + 0.1,
+        "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "head_weights": torch.rand(2, device=DEVICE) + 0.1,
     }  # fmt: skip
     if head_reduce == "mean":
         options["q_positions"] = torch.randint(0, 60, q.shape[:1], device=DEVICE)
         options["k_bias"] = torch.randn(k.shape[0], device=DEVICE)
-    check_outputs(q, k, options)
-    check_gradients(q, k, options)
+    check(q, k, options)
 
 
 @kernels

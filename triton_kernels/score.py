@@ -674,12 +674,13 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, tokens: int, lean: boo
     warps = 4
     if single:
         rows, keys, stages = (32, 32, 2) if not wide else (16, 32, 2)
-    elif kernel == "lse":
-        rows, keys, warps = (128, 64 if lean else 32, 8) if not wide else (64, 64, 4)
-    elif kernel == "scores":
-        # a warp owns 32 keys: each query that it reads from shared memory serves two products
-        tall = lean and (large or (capability == (8, 0) and head_dim in (64, 128)))
-        rows, keys = (64 if tall else 32, 128) if not wide else (32, 64)
+    elif kernel in ("lse", "scores"):
+        # a warp owns 32 of the tokens that stay: each of those it reads from shared memory serves two products
+        tall = lean and (large or (kernel == "scores" and capability == (8, 0) and head_dim in (64, 128)))
+        stay, pass_by = (128, 64 if tall else 32) if not wide else (64, 32)
+        rows, keys = (stay, pass_by) if kernel == "lse" else (pass_by, stay)
+        if kernel == "lse" and large and not wide:
+            warps = 8
     elif kernel == "query_grad":
         rows, keys = (64, 32 if lean else 16) if not wide else (32, 32)
         stages = 2
