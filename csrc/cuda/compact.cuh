@@ -739,7 +739,7 @@ inline bool describe(const MoveShape& shape, int64_t positions, const void* sour
   move.width = width_of(all);
   const int64_t units = shape.run / move.width;
   if (shape.lines > kMostCounted || positions > kMostCounted || units > kMostCounted) return false;
-  move.lines = static_cast<uint32_t>(shape.lines);
+  move.lines = units > 0 ? static_cast<uint32_t>(shape.lines) : 0;
   move.units = divider_of(units > 0 ? units : 1);
   move.positions = divider_of(positions > 0 ? positions : 1);
   const double tiles = static_cast<double>(shape.lines) * static_cast<double>(positions) * static_cast<double>(units);
