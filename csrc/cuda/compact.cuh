@@ -30,6 +30,8 @@
 
 namespace pyvtk::cuda {
 
+// Launch bounds name 3 blocks for each multiprocessor, so 80 registers: left alone, ptxas prefers a fifth block and
+// spills for it (sm_86, 100, 120).
 inline constexpr int kMoveThreads = 256;
 inline constexpr int kMoveItems = 4;  // 64 bytes in flight for each thread: a few blocks hide the latency of memory
 inline constexpr uint32_t kTile = kMoveThreads * kMoveItems;
@@ -395,7 +397,7 @@ __device__ __forceinline__ void pad_tail(const Move& move, const SelectedOnDevic
 }
 
 template <int kMost, Gather kKind>
-__global__ void __launch_bounds__(kMoveThreads)
+__global__ void __launch_bounds__(kMoveThreads, 3)
     gather_kernel(const __grid_constant__ Moves<kMost> moves, const SelectedOnDevice selected, const Inverse inverse) {
   const Work work = work_of_block(moves);
   const Move& move = moves.moves[work.move];
@@ -545,7 +547,7 @@ __device__ __forceinline__ unsigned scatter_tile(const Move& move, const Selecte
 }
 
 template <int kMost>
-__global__ void __launch_bounds__(kMoveThreads)
+__global__ void __launch_bounds__(kMoveThreads, 3)
     scatter_kernel(const __grid_constant__ Moves<kMost> moves, const SelectedOnDevice selected, const Landing landing) {
   const Work work = work_of_block(moves);
   const Move& move = moves.moves[work.move];
@@ -591,7 +593,7 @@ __global__ void __launch_bounds__(kMoveThreads)
 // The gradient of restore with gates: target[row, slot] = gate * source[token], and the gate's own gradient, the dot
 // product of source[token] and base[row, slot] over all lines. A warp has a slot.
 template <class T, int kCount>
-__global__ void __launch_bounds__(kMoveThreads)
+__global__ void __launch_bounds__(kMoveThreads, 3)
     recall_kernel(const __grid_constant__ Move move, const SelectedOnDevice selected, const void* gates,
                   bool gates_double, void* grad_gates) {
   const int64_t item = int64_t{blockIdx.x} * (kMoveThreads / 32) + warp_of_block();
@@ -693,7 +695,7 @@ __device__ __forceinline__ void compact_slice(const KvCache& cache, const Select
   }
 }
 
-__global__ void __launch_bounds__(kMoveThreads)
+__global__ void __launch_bounds__(kMoveThreads, 3)
     compact_kv_kernel(const __grid_constant__ KvCaches caches, const SelectedOnDevice selected, bool per_head) {
   int32_t low = 0, high = caches.count;
   while (high - low > 1) {
@@ -739,7 +741,7 @@ inline bool describe(const MoveShape& shape, int64_t positions, const void* sour
   move.width = width_of(all);
   const int64_t units = shape.run / move.width;
   if (shape.lines > kMostCounted || positions > kMostCounted || units > kMostCounted) return false;
-  move.lines = static_cast<uint32_t>(shape.lines);
+  move.lines = units > 0 ? static_cast<uint32_t>(shape.lines) : 0;
   move.units = divider_of(units > 0 ? units : 1);
   move.positions = divider_of(positions > 0 ? positions : 1);
   const double tiles = static_cast<double>(shape.lines) * static_cast<double>(positions) * static_cast<double>(units);

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kSortThreads) members_kernel(const MergeProble
 
 // out = sum of weight * x over the members, divided by the sum of weights for a mean; and those sums.
 template <class T, int kCount>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 3)
     merge_kernel(const MergeProblem problem, char* out, double* totals, int32_t units) {
   const int64_t item = int64_t{blockIdx.x} * kMergeThreads + threadIdx.x;
   const int64_t threads_of_group = max(units, 1);
@@ -178,7 +178,7 @@ __device__ __forceinline__ void put_number(void* numbers, bool are_double, int64
 
 // dx, and g . x: a warp has a token.
 template <class T, int kCount>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 3)
     merge_backward_kernel(const MergeProblem problem, const MergeGradient gradient, int32_t units) {
   const int64_t item = int64_t{blockIdx.x} * (kMergeThreads / 32) + warp_of_block();
   if (item >= problem.batch * problem.tokens) return;
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kMergeThreads)
 }
 
 // dw of a mean: a thread has a group. What stays as the kernel before wrote it: tokens of no group or of no weight.
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 3)
     merge_weights_kernel(const MergeProblem problem, const MergeGradient gradient) {
   const int64_t item = int64_t{blockIdx.x} * kMergeThreads + threadIdx.x;
   if (item >= problem.batch * problem.groups) return;

@@ -141,3 +141,12 @@ def test_gradient_of_restore_that_adds(case, seed):
     norms = float(grad.abs().double().max() * update.abs().double().max()) if grad.numel() and update.numel() else 0.0
     sizes = max(update.numel() // max(indices.numel(), 1), 1)
     torch.testing.assert_close(actual_gate, expected_gate, rtol=0, atol=rounding * sizes * (norms + largest))
+
+
+def test_no_channels():
+    emulated.configure()
+    indices, counts = torch.tensor([[0, 2]]), torch.tensor([2], dtype=torch.int32)
+    grad, update, gate = torch.zeros(1, 3, 0), torch.zeros(1, 2, 0), torch.ones(1, 2)
+    actual, grad_gate = kernels.restore_backward(indices, counts, False, grad, update, gate, 1, False)
+    assert actual.shape == (1, 2, 0) and torch.equal(grad_gate, torch.zeros(1, 2))
+    assert kernels.restore(indices, counts, False, update, None, gate, 1, 3, False).shape == (1, 3, 0)
