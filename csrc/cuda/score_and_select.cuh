@@ -367,14 +367,14 @@ namespace detail {
 
 template <class T, int kRows>
 cudaError_t launch_rows(const ScoreAndSelectPlan& plan, unsigned blocks, cudaStream_t stream) {
-  const size_t bytes = sizeof(float) * kRows * static_cast<size_t>(pitch_of<T>(plan.few));
+  const size_t bytes = sizeof(float) * kRows * kPitch;
   return launch(&score_rows_kernel<T, kRows>, dim3(blocks), dim3(kFewThreads), bytes, stream, plan.few);
 }
 
 template <class T>
 cudaError_t launch_columns(const ScoreAndSelectPlan& plan, unsigned blocks, cudaStream_t stream) {
   const FewProblem& few = plan.few;
-  int64_t floats = kRowsOfColumns * pitch_of<T>(few);
+  int64_t floats = kRowsOfColumns * kPitch;
   if (few.pairwise) floats += int64_t{few.queries} * plan.column_runs.keys;
   const auto kernel = &score_columns_kernel<T>;
   const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));

@@ -32,7 +32,8 @@ inline constexpr int kSegments = 4;         // of a key, read by one lane
 inline constexpr int kKeysOfLane = 2;       // under way at the same time
 inline constexpr int kMostLanesOfKey = 16;  // 256 channels of float32
 inline constexpr int kRowsOfColumns = 16;   // rows that score_columns_kernel has in shared memory
-inline constexpr int kColumnsAtOnce = 4;    // and multiplies at a time
+inline constexpr int kColumnsAtOnce = 3;    // and multiplies at a time
+inline constexpr int kPitch = 256;          // floats of a row of q in shared memory; known, it takes no registers
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 inline constexpr int64_t kSeesNothing = std::numeric_limits<int64_t>::min();
 
@@ -332,20 +333,16 @@ __device__ __forceinline__ void read_keys(const FewProblem& few, const KeyLanes&
   }
 }
 
-// q's rows in shared memory: zeros behind the last channel, so that what is multiplied with zeros is no NaN.
-template <class T>
-__device__ __forceinline__ int pitch_of(const FewProblem& few) {
-  return kSegments * few.lanes_of_key * kPerSegment<T>;
-}
-
-// Rows [first, first + rows) of a key head, widened. A barrier has to follow.
+// Rows [first, first + rows) of a key head, widened, kPitch floats apart; zeros behind the last channel, so that what
+// is multiplied with zeros is no NaN. A barrier has to follow.
 template <class T>
 __device__ __forceinline__ void stage_rows(const FewProblem& few, const FewSample& s, int64_t kv_head, int first,
                                            int rows, float* q) {
   const ScoreProblem& p = few.score;
-  const int pitch = pitch_of<T>(few);
-  for (int i = static_cast<int>(threadIdx.x); i < rows * pitch; i += kFewThreads) {
-    const int row = first + i / pitch, channel = i % pitch;
+  const int channels = kSegments * few.lanes_of_key * kPerSegment<T>;
+  for (int i = static_cast<int>(threadIdx.x); i < rows * kPitch; i += kFewThreads) {
+    const int row = first + i / kPitch, channel = i % kPitch;
+    if (channel >= channels) continue;
     const int64_t head = kv_head * few.group + row / s.queries, query = row % s.queries;
     const T* from = static_cast<const T*>(p.q) + s.q_offset + head * p.q_head_stride + query * p.q_row_stride;
     q[i] = channel < p.dim ? to_float(from[channel]) : 0.0f;
@@ -358,7 +355,6 @@ __device__ __forceinline__ void multiply(const FewProblem& few, const KeyLanes& 
                                          const uint4 (&parts)[kKeysOfLane][kSegments], const float* q, int rows,
                                          float (&products)[kRows][kKeysOfLane]) {
   constexpr int kPer = kPerSegment<T>;
-  const int pitch = pitch_of<T>(few);
   PYVTK_UNROLL
   for (int r = 0; r < kRows; ++r) {
     PYVTK_UNROLL
@@ -376,7 +372,7 @@ __device__ __forceinline__ void multiply(const FewProblem& few, const KeyLanes& 
       PYVTK_UNROLL
       for (int r = 0; r < kRows; ++r) {
         if (r >= rows) break;
-        const float4 four = *reinterpret_cast<const float4*>(at + r * pitch + e);
+        const float4 four = *reinterpret_cast<const float4*>(at + r * kPitch + e);
         PYVTK_UNROLL
         for (int i = 0; i < kKeysOfLane; ++i) {
           products[r][i] += four.x * wide[i][0];
@@ -463,18 +459,22 @@ __global__ void __launch_bounds__(kFewThreads, 2) score_rows_kernel(const FewPro
       const float bias = there && p.k_bias ? p.k_bias[s.column + key] : 0.0f;
       float products[kRows][kKeysOfLane];
       multiply<T>(few, mine, parts, q, rows, products);
-      read_keys(few, mine, k, base + step, end, parts);  // under way while this round is finished
+      // Under way while this round is finished, if there are registers for both.
+      if constexpr (kRows < 8) read_keys(few, mine, k, base + step, end, parts);
       add_lanes_of_key(mine, rows, products);
       const bool keeps_key = keeps && has_key && key >= s.key_start && key < s.key_stop;
       PYVTK_UNROLL
       for (int r = 0; r < kRows; ++r) {
         if (r >= rows) break;
-        const bool seen = there && position <= reaches[r];
+        unsigned row = static_cast<unsigned>(r);
+        stay_in_loop(row);
+        const bool seen = there && position <= reaches[row];
         // Scaled afterwards: products of 16-bit numbers are exact.
         const float z = own(mine, products[r]) * p.scale + bias;
-        if (keeps_key) few.logits[planes[r] + key - s.key_start] = seen ? z : -kInfinity;
+        if (keeps_key) few.logits[planes[row] + key - s.key_start] = seen ? z : -kInfinity;
         if (needs_lse && seen) statistics[r].add(z);
       }
+      if constexpr (kRows >= 8) read_keys(few, mine, k, base + step, end, parts);
     }
     if (!needs_lse) continue;
 
@@ -531,9 +531,9 @@ __global__ void __launch_bounds__(kFewThreads, 2) score_columns_kernel(const Few
   const bool there = has_key && exists(p, s, key);
   const int position = there ? position_of(p, s, key) : 0;
   const float bias = there && p.k_bias ? p.k_bias[s.column + key] : 0.0f;
-  float* const q = dynamic_shared<float>();  // [kRowsOfColumns, pitch]
+  float* const q = dynamic_shared<float>();  // [kRowsOfColumns, kPitch]
   // [queries, keys of the block]: pairs, reduced over heads; each column belongs to one thread
-  float* const panel = q + kRowsOfColumns * pitch_of<T>(few) + (base - begin) + mine.own_key();
+  float* const panel = q + kRowsOfColumns * kPitch + (base - begin) + mine.own_key();
   const int rows = few.group * s.queries;
   const int64_t kv_heads = few.pairwise ? p.kv_heads / few.units : 1;
   const auto column = [&](int64_t head_or_unit) {
@@ -563,7 +563,7 @@ __global__ void __launch_bounds__(kFewThreads, 2) score_columns_kernel(const Few
       for (int done = 0; done < some; done += kColumnsAtOnce) {
         const int now = min(some - done, kColumnsAtOnce);
         float products[kColumnsAtOnce][kKeysOfLane];
-        multiply<T>(few, mine, parts, q + done * pitch_of<T>(few), now, products);
+        multiply<T>(few, mine, parts, q + done * kPitch, now, products);
         add_lanes_of_key(mine, now, products);
         if (!has_key) continue;
         PYVTK_UNROLL

@@ -41,22 +41,28 @@ def plain_options(q, k, num_keep, **others) -> dict:
     return options
 
 
-def reference_scores(q, k, options: dict) -> torch.Tensor:
+def reference_scores(q, k, options: dict, of: int = 0) -> torch.Tensor:
     arguments = {name: options[name] for name in SCORING}
     arguments["query_reduce"] = (arguments["query_reduce"],)
-    return scoring.attention_scores(q, k, **arguments)[0]
+    return scoring.attention_scores(q, k, **arguments)[of]
 
 
 def assert_scores(actual: torch.Tensor, q, k, options: dict) -> None:
-    """Within the budget of plain torch, whose error is that of its unluckiest order of channels.
+    """Within the budget of plain torch at its unluckiest: channels in other orders, logits and lse one rounding off.
 
-    One order alone may be right by luck, where there are few numbers.
+    Where there are few numbers, one evaluation alone may be right by luck.
     """
     exact = {name: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for name, v in options.items()}
     oracle = reference_scores(q.double(), k.double(), exact)
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(q.shape[-1], generator=generator) for _ in range(6)]
     plain = [reference_scores(q[..., order], k[..., order], options) for order in orders]
+    one = torch.finfo(torch.float32).eps
+    plain += [reference_scores(q, k, options | {"scale": options["scale"] * (1 + sign * one)}) for sign in (-1, 1)]
+    if not options["logit"]:
+        lse = reference_scores(q, k, options, of=1)
+        lse = lse[0] if options["cu_seqlens_k"] is not None else lse
+        plain += [reference_scores(q, k, options | {"lse": lse * (1 + sign * one)}) for sign in (-1, 1)]
     assert_within_budget(actual, oracle, max(plain, key=lambda scores: max_error(scores, oracle)))
 
 
