@@ -92,13 +92,13 @@ def test_all_options(number):
 
 
 @kernels
-@pytest.mark.parametrize("number", (0, 27, 72, 106))
+@pytest.mark.parametrize("number", (1, 72))
 def test_float32(number):
     query_reduce, head_reduce, order, quantity = ALL[number]
-    q, k = inputs(batch=2, queries=9, keys=37, seed=number)
+    q, k = inputs(batch=1, queries=9, keys=37, seed=number)
     options = {
         "query_reduce": query_reduce, "head_reduce": head_reduce, "reduce_order": order, "quantity": quantity,
-        **extras(number // 2, 2, 4, 9, 37, quantity),
+        **extras(number // 2, 1, 4, 9, 37, quantity),
     }  # fmt: skip
     check(q, k, options, draws=3)
 
@@ -108,14 +108,14 @@ SHAPES = [
     (1, 1, 1, 1, 1, 8, SINGLE),
     (1, 7, 1, 17, 33, 8, HALF),
     (1, 2, 2, 17, 200, 24, HALF),
-    (1, 3, 1, 130, 33, 40, HALF),
-    (1, 2, 1, 130, 200, 80, BRAIN),
-    (1, 1, 1, 130, 200, 128, HALF),
+    (1, 3, 1, 17, 33, 40, HALF),
+    (1, 1, 1, 130, 200, 80, BRAIN),
+    (1, 1, 1, 130, 1, 128, HALF),
     (1, 1, 1, 17, 33, 200, HALF),
-    (1, 1, 1, 130, 33, 256, HALF),
+    (1, 1, 1, 17, 33, 256, HALF),
     (0, 2, 1, 17, 33, 16, SINGLE),
-    (2, 2, 1, 0, 33, 16, SINGLE),
-    (2, 2, 1, 17, 0, 16, SINGLE),
+    (1, 2, 1, 0, 33, 16, SINGLE),
+    (1, 2, 1, 17, 0, 16, SINGLE),
 ]
 
 
@@ -149,7 +149,7 @@ def test_maxima_over_many_tiles(head_reduce, order):
 
 
 @kernels
-@pytest.mark.parametrize("head_reduce", ("mean", "group", None))
+@pytest.mark.parametrize("head_reduce", ("mean", None))
 def test_packed_equals_samples(head_reduce):
     lengths_q, lengths_k = (3, 0, 40, 1), (9, 4, 50, 0)
     cu_q = torch.tensor((0, *itertools.accumulate(lengths_q)), device=DEVICE)
@@ -182,14 +182,14 @@ def test_bad_cu_seqlens_never_leave_the_tensors():
 @kernels
 @pytest.mark.parametrize("quantity", ("probability", "logit"))
 def test_masked_tokens_may_hold_anything(quantity):
-    q, k = (x.to(DEVICE) for x in inputs(queries=40))
+    q, k = (x.to(DEVICE) for x in inputs(2, 2, 1, 40))
     q_mask, k_mask = torch.rand(2, 40, device=DEVICE) > 0.3, torch.rand(2, 37, device=DEVICE) > 0.3
     bias = torch.randn(2, 37, device=DEVICE)
     options = {"q_mask": q_mask, "k_mask": k_mask, "k_bias": bias, "backend": "triton", "return_lse": True}
     options.update(query_reduce=("mean", "max"), quantity=quantity)
     clean = pyvtk.attention_scores(q, k, **options)
-    q[~q_mask[:, None].expand(2, 4, 40)] = math.nan
-    k[~k_mask[:, None].expand(2, 2, 37)] = math.inf
+    q[~q_mask[:, None].expand(2, 2, 40)] = math.nan
+    k[~k_mask[:, None].expand(2, 1, 37)] = math.inf
     bias[~k_mask] = math.nan
     q.requires_grad_()
     k.requires_grad_()
@@ -200,16 +200,16 @@ def test_masked_tokens_may_hold_anything(quantity):
     scores = poisoned[0]
     scores[scores.isfinite()].square().sum().backward()
     assert q.grad.isfinite().all() and k.grad.isfinite().all() and bias.grad.isfinite().all()
-    assert not q.grad[~q_mask[:, None].expand(2, 4, 40)].any()
-    assert not k.grad[~k_mask[:, None].expand(2, 2, 37)].any()
+    assert not q.grad[~q_mask[:, None].expand(2, 2, 40)].any()
+    assert not k.grad[~k_mask[:, None].expand(2, 1, 37)].any()
     assert not bias.grad[~k_mask].any()
 
 
 @kernels
 def test_dead_rows_of_a_given_lse_may_hold_anything():
     """Padding as FlashAttention leaves it: lse -inf, and whatever was in memory."""
-    q, k = (x.to(DEVICE) for x in inputs(queries=40))
-    lse = torch.randn(2, 4, 40, device=DEVICE) + 4
+    q, k = (x.to(DEVICE) for x in inputs(2, 2, 1, 40))
+    lse = torch.randn(2, 2, 40, device=DEVICE) + 4
     lse[0, :, 33:] = -math.inf
     clean = pyvtk.attention_scores(q, k, lse=lse, backend="triton")
     q[0, :, 33:] = math.nan
