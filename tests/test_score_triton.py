@@ -256,7 +256,7 @@ def test_blind_queries_and_nobody():
 
 @kernels
 def test_ties_go_to_the_lowest_index():
-    q, k = torch.zeros(1, 4, 70, 8, device=DEVICE, requires_grad=True), torch.randn(1, 2, 5, 8, device=DEVICE)
+    q, k = torch.zeros(1, 2, 40, 8, device=DEVICE, requires_grad=True), torch.randn(1, 1, 5, 8, device=DEVICE)
     for order in ("queries_first", "heads_first"):
         scores = pyvtk.attention_scores(
             q, k, query_reduce="max", head_reduce="max", reduce_order=order, backend="triton"
@@ -267,7 +267,7 @@ def test_ties_go_to_the_lowest_index():
 
 @kernels
 def test_given_lse_is_what_was_returned():
-    q, k = (x.to(DEVICE) for x in inputs(queries=30))
+    q, k = (x.to(DEVICE) for x in inputs(1, 2, 1, 30))
     scores, lse = pyvtk.attention_scores(q, k, causal=True, return_lse=True, backend="triton")
     again, same = pyvtk.attention_scores(q, k, causal=True, lse=lse, return_lse=True, backend="triton")
     assert torch.equal(again, pyvtk.attention_scores(q, k, causal=True, lse=lse, backend="triton"))
@@ -292,13 +292,13 @@ def test_small_gradients_survive_float16():
 
 
 def operator_arguments(requires_grad: bool) -> tuple:
-    q, k = (x.to(DEVICE) for x in inputs(queries=3, keys=9))
-    bias, weights = torch.randn(2, 9, device=DEVICE), torch.randn(4, device=DEVICE)
+    q, k = (x.to(DEVICE) for x in inputs(1, 2, 1, 3, 9))
+    bias, weights = torch.randn(1, 9, device=DEVICE), torch.randn(2, device=DEVICE)
     for x in (q, k, bias, weights):
         x.requires_grad_(requires_grad)
     options = page.resolve(
         "test", q, k, causal=True, q_positions=None, k_positions=None, q_mask=None,
-        k_mask=torch.ones(2, 9, device=DEVICE).bool(), k_bias=bias, key_range=(1, 8), denominator="visible", lse=None,
+        k_mask=torch.ones(1, 9, device=DEVICE).bool(), k_bias=bias, key_range=(1, 8), denominator="visible", lse=None,
         scale=None, query_reduce=("mean", "max"), head_reduce="group_max", head_weights=weights,
         reduce_order="queries_first", quantity="probability", cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
         max_seqlen_k=None,
@@ -307,17 +307,16 @@ def operator_arguments(requires_grad: bool) -> tuple:
 
 
 @kernels
-@pytest.mark.parametrize("requires_grad", (False, True))
-def test_opcheck(requires_grad):
-    torch.library.opcheck(torch.ops.pyvtk.attention_scores_triton.default, operator_arguments(requires_grad))
+def test_opcheck():
+    torch.library.opcheck(torch.ops.pyvtk.attention_scores_triton.default, operator_arguments(True))
 
 
 @kernels
 def test_opcheck_of_the_gradient():
     q, k, *options = operator_arguments(False)
     _, lse, *_ = torch.ops.pyvtk.attention_scores_triton(q, k, *options)
-    linear = torch.randn(2, 4, 7, device=DEVICE)
-    winners = torch.zeros(2, 4, 7, dtype=torch.int32, device=DEVICE)
+    linear = torch.randn(1, 2, 7, device=DEVICE)
+    winners = torch.zeros(1, 2, 7, dtype=torch.int32, device=DEVICE)
     tensors, (lse_given, *rest) = options[:6], options[6:]
     cu_q, cu_k, causal, start, stop, range_denominator, scale, *_ = rest
     arguments = (
@@ -330,7 +329,7 @@ def test_opcheck_of_the_gradient():
 
 @kernels
 def test_one_graph():
-    q, k = (x.to(DEVICE) for x in inputs(queries=3, keys=9))
+    q, k = (x.to(DEVICE) for x in inputs(1, 2, 1, 3, 9))
     q.requires_grad_()
 
     def step(q, k):
