@@ -105,7 +105,7 @@ def test_float32(number):
 
 # batch, query heads, key heads, queries, keys, channels, dtype: beyond one tile, and the smallest
 SHAPES = [
-    (1, 1, 1, 1, 1, 8, SINGLE),
+    (1, 1, 1, 1, 1, 8, BRAIN),
     (1, 7, 1, 17, 33, 8, HALF),
     (1, 2, 2, 17, 200, 24, HALF),
     (1, 3, 1, 17, 33, 40, HALF),
