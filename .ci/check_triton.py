@@ -243,7 +243,6 @@ QUICK = [
     ("attention", 86, torch.float32, 80, 1, {}),
     ("attention", 100, torch.float16, 64, 4, {"routes": True, "radius": (2**30,) * 3}),
     ("score", 90, torch.bfloat16, 128, 4, {}),
-    ("score", 120, torch.float16, 80, 1, {"reduce": ("sum,max", "max"), "masks": True}),
 ]
 # options that change a kernel: each with one of the head dimensions, in float16
 SCORE_OPTIONS = {

@@ -676,7 +676,8 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, tokens: int, lean: boo
         rows, keys, stages = (32, 32, 2) if not wide else (16, 32, 2)
     elif kernel in ("lse", "scores"):
         # a warp owns 32 of the tokens that stay: each of those it reads from shared memory serves two products
-        tall = lean and (large or (kernel == "scores" and capability == (8, 0) and head_dim in (64, 128)))
+        tall = kernel == "scores" and head_dim in (64, 128) and (large or capability == (8, 0))
+        tall = lean and (tall or capability[0] == 9 or (large and kernel == "lse"))
         stay, pass_by = (128, 64 if tall else 32) if not wide else (64, 32)
         rows, keys = (stay, pass_by) if kernel == "lse" else (pass_by, stay)
         if kernel == "lse" and large and not wide:
