@@ -153,7 +153,7 @@ def linear_int8(
 
 
 def prune_n_of_m(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
-    """bool, shaped like ``scores`` [rows, columns]: the n largest of each m neighbours along ``dim`` (1 or -1: row-wise,
+    """bool, shaped like ``scores`` [rows, columns]: the n largest of each m neighbours along ``dim`` (-1: row-wise,
     along in_features; 0: column-wise). Of equal scores the lower index stays. dim's length is a multiple of m.
     """
     scores = scores.movedim(dim, -1)
