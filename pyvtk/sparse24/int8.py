@@ -50,21 +50,24 @@ def quantize(weight: Sparse24Weight) -> Sparse24Weight:
     return Sparse24Weight(_round(values.float(), scales).to(torch.int8), weight.metadata, scales[:, 0], weight.choice)
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """Rounding with a gradient: 1 inside the range, 0 where it clips."""
+class FakeQuantize(torch.autograd.Function):
+    """Rounding with a gradient: 1 inside the range, and where it clips 0 (``clips``) or 1."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, scale: Tensor, clips: bool) -> Tensor:
         ctx.save_for_backward(x, scale)
+        ctx.clips = clips
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         return (_round(x.to(wide), scale.to(wide)) * scale.to(wide)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        if not ctx.clips:
+            return grad, None, None
         x, scale = ctx.saved_tensors
         # a value that stands at the edge may exceed it by the rounding of scale; it was not clipped
         inside = x.abs() <= scale * (LARGEST + 0.5)
-        return grad * inside, None
+        return grad * inside, None, None
 
 
 def fake_quantize(x: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -87,7 +90,7 @@ def fake_quantize(x: Tensor, scale: Tensor | None = None) -> Tensor:
     else:
         checks.tensor(op, "scale", scale)
         checks.dtype(op, "scale", scale, checks.FLOATS)
-    return _FakeQuantize.apply(x, scale.detach())
+    return FakeQuantize.apply(x, scale.detach(), True)
 
 
 class ActivationObserver:

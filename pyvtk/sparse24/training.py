@@ -1,8 +1,8 @@
 """Training towards 2:4 weights: a linear layer with a dense master weight, whose products see a masked one.
 
-The gradient of the masked weight goes to all of the master weight ("straight through"), so that a pruned weight can come
-back. SR-STE (arXiv 2102.04010) draws pruned weights towards 0; decaying masks and structure decay (arXiv 2402.04744) prune
-in small steps.
+The gradient of the masked weight goes to all of the master weight ("straight through"), so that a pruned weight can
+come back. SR-STE (arXiv 2102.04010) draws pruned weights towards 0; decaying masks and structure decay (arXiv 2402.04744)
+prune in small steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pyvtk import backends, checks
 from pyvtk.ops import sparse24 as ops
 from pyvtk.reference import sparse24 as reference
 from pyvtk.sparse24.format import Sparse24Weight, compress, refuse_nan
-from pyvtk.sparse24.int8 import fake_quantize, quantize, row_scales
+from pyvtk.sparse24.int8 import FakeQuantize, fake_quantize, quantize, row_scales
 from pyvtk.sparse24.modules import Sparse24Linear
 from pyvtk.sparse24.pruning import magnitude, two_of_four
 
@@ -149,8 +149,8 @@ class Linear24(nn.Module):
     """An nn.Linear whose weight becomes 2:4 while it is trained.
 
     ``weight`` is dense and gets a dense gradient; products see weight * mask, compressed. Call :meth:`step` (or
-    :func:`step_24` on the model) after each step of the optimizer: it counts, and chooses the mask anew from |weight| when
-    that is due. Nothing else changes the mask.
+    :func:`step_24` on the model) after each step of the optimizer: it counts, and chooses the mask anew from |weight|
+    when that is due. Nothing but this, :meth:`refresh` and a state dict changes the mask.
 
     Args:
         in_features, out_features, bias, device, dtype: as of nn.Linear. in_features a multiple of 4, and of every m in
@@ -159,8 +159,8 @@ class Linear24(nn.Module):
             the weight is pruned. "decay": pruned weights are multiplied by ``beta(t)`` rather than by 0, gradient g.
         rate: of "sr_ste".
         beta: of "decay": a function of the number of steps, :class:`LinearDecay` or :class:`ExponentialDecay`.
-        patterns: ((first step, (n, m)), ...), ascending from step 0, the last (2, 4); see :func:`structure_decay`. Until
-            the last one holds products are dense. None: 2:4 from the start.
+        patterns: ((first step, (n, m)), ...), ascending from step 0, the last (2, 4); see :func:`structure_decay`.
+            Until the last one holds, products are dense. None: 2:4 from the start.
         refresh_every: steps between two choices of the mask (the first at 0), until ``refresh_until`` (None: always).
         transposable: masks whose transpose is 2:4 too, so that the gradient of x is a sparse product as well.
         int8: weight and x are rounded to int8 in the forward pass, with straight-through gradient (quantisation-aware
@@ -270,8 +270,8 @@ class Linear24(nn.Module):
         self.mask.copy_(mask)
 
     def step(self) -> None:
-        """One step of the optimizer was taken: count it, follow the schedules, and choose a new mask if it is due (or the
-        pattern changed). The host waits where a mask is chosen."""
+        """One step of the optimizer was taken: count it, follow the schedules, and choose a new mask if it is due (or
+        the pattern changed). The host waits where a mask is chosen."""
         before = self._pattern
         self._at(self._step + 1)
         self.steps.fill_(self._step)
@@ -297,7 +297,8 @@ class Linear24(nn.Module):
             raise TypeError(f"{op}: x must have the dtype of weight ({weight.dtype}), got {x.dtype}")
         if self.int8:
             x = fake_quantize(x, self.x_scale)
-            weight = fake_quantize(weight, row_scales(self.masked_weight()))
+            # what is pruned may lie beyond the range of what is kept, and still gets its gradient
+            weight = FakeQuantize.apply(weight, row_scales(self.masked_weight()), False)
         # autocast has done its part
         with torch.autocast(x.device.type, enabled=False):
             if self.sparse:
@@ -314,8 +315,8 @@ class Linear24(nn.Module):
         if not self.sparse:
             n, m = self._pattern
             raise ValueError(
-                f"Linear24.to_sparse: schedule must be at 2:4 with beta 0, got {n}:{m} with beta {self.left.item():.3g} at "
-                f"step {self._step}"
+                f"Linear24.to_sparse: schedule must be at 2:4 with beta 0, got {n}:{m} with beta {self.left.item():.3g} "
+                f"at step {self._step}"
             )
         weight: Sparse24Weight = compress(self.weight.detach(), self.mask)
         bias = None if self.bias is None else self.bias.detach()
