@@ -268,10 +268,11 @@ def from_torch(tensor: torch.Tensor, scales: Tensor | None = None) -> Sparse24We
         raise TypeError(f"{op}: tensor must be a SparseSemiStructuredTensor, got {type(tensor).__name__}")
     packed, meta = tensor.packed, tensor.meta
     if tensor.BACKEND == "cutlass" and packed is not None and meta is not None and meta.dim() == 2:
-        if tensor.dtype == torch.float32:
-            return compress(tensor.to_dense())
         flat = meta.reshape(-1).gather(0, _meta_offsets(*meta.shape, meta.dtype, meta.device))
         metadata = flat.reshape(meta.shape).contiguous().view(torch.uint8)
+        if tensor.dtype == torch.float32:
+            # a byte for each group of four: the second bit of each half says which of a pair is kept
+            metadata = reference.pack(torch.stack([metadata >> 1 & 1, 2 + (metadata >> 5 & 1)], -1))
         ops.check_weight(op, packed.contiguous(), metadata, scales)
         refuse_nan(op, "tensor", packed)
         return Sparse24Weight(packed.contiguous(), metadata, scales)
@@ -316,20 +317,21 @@ def to_torch(weight: Sparse24Weight, layout: str = "cutlass") -> torch.sparse.Sp
             raise RuntimeError(f"{op}: torch packs the cusparselt layout on a GPU, got a weight on {weight.device}")
         return cls.from_dense(ops.decompress(weight.values, weight.metadata))
     if weight.dtype == torch.float32:
-        from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass as convert
-
-        dense = weight.decompress()
-        crowded = (dense.reshape(rows, columns // 2, 2) != 0).all(-1)
+        pairs = weight.decompress().reshape(rows, columns // 2, 2)
+        crowded = (pairs != 0).all(-1)
         if crowded.any():
             row, pair = crowded.nonzero()[0].tolist()
             raise ValueError(
                 f"{op}: weight of float32 must be 1:2 for torch's cutlass backend, got two entries other than 0 in row "
                 f"{row}, columns {2 * pair} and {2 * pair + 1}"
             )
-        packed, meta = convert(dense)
+        second = pairs[..., 1] != 0
+        packed = torch.where(second, pairs[..., 1], pairs[..., 0])
+        halves = torch.where(second, 0b1110, 0b0100).to(torch.uint8)
+        metadata = halves[:, 0::2] | halves[:, 1::2] << 4
     else:
-        packed = weight.values
-        plain = weight.metadata.view(torch.int32 if weight.dtype == torch.int8 else torch.int16)
-        offsets = _meta_offsets(*plain.shape, plain.dtype, plain.device)
-        meta = torch.empty_like(plain).reshape(-1).scatter(0, offsets, plain.reshape(-1)).reshape(plain.shape)
+        packed, metadata = weight.values, weight.metadata
+    plain = metadata.view(torch.int32 if weight.dtype == torch.int8 else torch.int16)
+    offsets = _meta_offsets(*plain.shape, plain.dtype, plain.device)
+    meta = torch.empty_like(plain).reshape(-1).scatter(0, offsets, plain.reshape(-1)).reshape(plain.shape)
     return cls(weight.shape, packed, meta, None, None, None)

@@ -148,7 +148,7 @@ def linear_int8(
 
 
 class Sparse24Linear(nn.Module):
-    """y = activation(x W^T + bias) with a 2:4 weight, for inference (and gradients to x and bias).
+    """y = activation(x W^T + bias) with a 2:4 weight, for inference. Gradients reach x and bias, unless x is rounded.
 
     Args:
         weight: [out_features, in_features].
@@ -221,7 +221,8 @@ class Sparse24Linear(nn.Module):
     def forward(self, x: Tensor, mul: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]; ``mul``, shaped like the result, multiplies after activation."""
         if self.int8_rows or self.x_scale is not None:
-            return linear_int8(x, self.weight24, self.bias, self.activation, mul, x_scale=self.x_scale)
+            bias = None if self.bias is None else self.bias.detach()
+            return linear_int8(x, self.weight24, bias, self.activation, mul, x_scale=self.x_scale)
         return linear(x, self.weight24, self.bias, self.activation, mul, dense_fallback=self.dense_fallback)
 
     def extra_repr(self) -> str:

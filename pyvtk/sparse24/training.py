@@ -1,7 +1,7 @@
 """Training towards 2:4 weights: a linear layer with a dense master weight, whose products see a masked one.
 
 The gradient of the masked weight goes to all of the master weight ("straight through"), so that a pruned weight can
-come back. SR-STE (arXiv 2102.04010) draws pruned weights towards 0; decaying masks and structure decay (arXiv 2402.04744)
+come back. SR-STE (arXiv 2102.04010) draws pruned weights towards 0; decaying masks and structures (arXiv 2402.04744)
 prune in small steps.
 """
 
@@ -313,9 +313,9 @@ class Linear24(nn.Module):
         ValueError: the schedule has not come to 2:4 without decay yet.
         """
         if not self.sparse:
-            n, m = self._pattern
+            (n, m), left = self._pattern, self.left.item()
             raise ValueError(
-                f"Linear24.to_sparse: schedule must be at 2:4 with beta 0, got {n}:{m} with beta {self.left.item():.3g} "
+                f"Linear24.to_sparse: schedule must be at 2:4 with beta 0, got {n}:{m} with beta {left:.3g} "
                 f"at step {self._step}"
             )
         weight: Sparse24Weight = compress(self.weight.detach(), self.mask)
