@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyvtk import backends, checks
-from pyvtk.ops import sparse24 as ops
 from pyvtk.reference import sparse24 as reference
 from pyvtk.sparse24.format import Sparse24Weight, compress, refuse_nan
 from pyvtk.sparse24.int8 import FakeQuantize, fake_quantize, quantize, row_scales
@@ -142,7 +141,12 @@ def _product(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     """x (W * mask)^T. Where there is no compiled kernel, a dense product: plain torch gains nothing by compressing."""
     if backends.pick("sparse24_linear", None, x, x.dtype) != "compiled":
         return F.linear(x, torch.where(mask, weight, 0))
-    return ops.linear(x, *ops.compress(weight.contiguous(), mask.contiguous()))
+    # The operators and not the page, whose checks torch.compile does not trace inside a backward pass.
+    values, metadata = torch.ops.pyvtk.sparse24_compress(weight.contiguous(), mask.contiguous())
+    y = torch.ops.pyvtk.sparse24_linear(
+        x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous(), values, metadata, None, None, None, None, "none", []
+    )
+    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 class Linear24(nn.Module):
