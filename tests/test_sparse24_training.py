@@ -228,7 +228,7 @@ def accuracy_of(first, second):
     model = nn.Sequential(first, nn.ReLU(), second)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=1e-3)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(30):
+    for _ in range(20):
         for batch in torch.randperm(len(x), generator=generator).split(64):
             F.cross_entropy(model(x[batch]), y[batch]).backward()
             optimizer.step()

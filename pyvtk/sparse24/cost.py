@@ -398,6 +398,11 @@ def _x_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.int8 else dtype
 
 
+def _copies(nbytes: int) -> int:
+    """Weights of so many bytes that together fill _COLD; not more than 64, lest tiny ones take forever to make."""
+    return min(64, max(1, _COLD // nbytes))
+
+
 def _measure_shape(shape, dtype, rows, device, seconds, clock) -> dict[str, dict[int, float]]:
     """kernel -> rows -> median seconds."""
     n, k = shape
@@ -409,9 +414,8 @@ def _measure_shape(shape, dtype, rows, device, seconds, clock) -> dict[str, dict
         weight = Sparse24Weight(*ops.compress(whole, mask), torch.full((n,), 0.01, device=device))
     else:
         weight = Sparse24Weight(*ops.compress(dense, mask))
-    bytes_of = weight.nbytes
-    packed = [(weight.values.clone(), weight.metadata.clone()) for _ in range(max(1, _COLD // bytes_of))]
-    copies = [dense.clone() for _ in range(max(1, _COLD // (dense.numel() * dense.element_size())))]
+    packed = [(weight.values.clone(), weight.metadata.clone()) for _ in range(_copies(weight.nbytes))]
+    copies = [dense.clone() for _ in range(_copies(dense.numel() * dense.element_size()))]
     times: dict[str, dict[int, float]] = {kernel: {} for kernel in ops.KERNELS}
     for m in rows:
         x = torch.randn(m, k, device=device).to(x_dtype)

@@ -115,7 +115,7 @@ def sparsify_(
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     owners: dict[int, list[str]] = {}
     for prefix, parent in model.named_modules():
-        for child, module in parent.named_children():
+        for child, module in parent._modules.items():  # named_children leaves out second names
             places.setdefault(id(module), []).append((parent, child))
         for child, parameter in parent.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(f"{prefix}.{child}" if prefix else child)
