@@ -384,6 +384,29 @@ def test_gradients_equal_those_of_the_dense_layer(activation, backend):
     torch.testing.assert_close(actual, tuple(expected), rtol=1e-4, atol=1e-4)
 
 
+@needs_kernels
+@pytest.mark.parametrize("activation", (None, "silu"))
+def test_gradient_by_the_compressed_transpose(activation, monkeypatch):
+    from pyvtk.sparse24 import modules
+
+    calls = []
+    product = modules.sparse_product
+    monkeypatch.setattr(modules, "sparse_product", lambda *a: calls.append(a[1].shape) or product(*a))
+    dense, weight24 = weight(12, 20, transposable=True)
+    both = weight24.with_transpose()
+    leaves = [torch.randn(s).requires_grad_() for s in ((2, 5, 20), (12,), (2, 5, 12))]
+    x, bias, mul = leaves
+    out = sparse24.linear(x, both, bias, activation, mul)
+    expected = ACTIVATIONS[activation or "none"](F.linear(x, dense, bias)) * mul
+    torch.testing.assert_close(out, expected)
+    grads = [torch.autograd.grad(y.square().sum(), leaves) for y in (out, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+    assert calls == [(12, 10), (20, 6)]
+    monkeypatch.undo()
+    compiled = torch.compile(lambda x: sparse24.linear(x, both), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(f(x).sum(), x) for f in (compiled, lambda x: x @ dense.T)))
+
+
 def test_gradcheck():
     _, weight24 = weight(3, 8, torch.float64)
     x, bias, mul = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 8), (3,), (2, 3)))

@@ -230,6 +230,31 @@ def test_sparsify_takes_scores_and_int8():
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", (None, torch.int8), ids=str)
+def test_a_sparsified_model_is_saved_and_loaded(dtype):
+    write_table(SPARSE_WINS)
+    write_table(SPARSE_WINS, "float32" if dtype is None else "int8")
+    model, other = Block(), Block().eval()
+    sparse24.sparsify_(model, rows=1, dtype=dtype)
+    if dtype == torch.int8:
+        model.down = sparse24.Sparse24Linear(model.down.weight24, x_scale="row")
+        model.odd = sparse24.Sparse24Linear(model.odd.weight24, model.odd.bias, x_scale=torch.tensor([0.02]))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    broken = state | {"odd.values": state["odd.values"][:7]}
+    before = list(other.modules())
+    with pytest.raises(ValueError, match=r"layer 'odd': .*metadata must be"):
+        sparse24.load_sparsified_(other, broken)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        sparse24.load_sparsified_(other, {name: t for name, t in state.items() if name != "norm.weight"})
+    assert list(other.modules()) == before
+    sparse24.load_sparsified_(other, state)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        assert torch.equal(other(x), model(x)) and not other.up.training
+    assert isinstance(other.up, sparse24.Sparse24Linear) and isinstance(other.narrow, nn.Linear)
+
+
+@needs_kernels
 def test_sparsify_says_why_not():
     write_table(SPARSE_WINS)
     model = nn.Module()

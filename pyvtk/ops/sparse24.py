@@ -136,7 +136,8 @@ def check_weight(op: str, values, metadata, scales) -> None:
         checks.same_device(op, "scales", scales, values, "values")
 
 
-def _check_call(op: str, x, values, metadata, scales, bias, mul, activation) -> None:
+def check_call(op: str, x, values, metadata, scales, bias, mul, activation) -> None:
+    """What linear and linear_int8 ask of their arguments alike."""
     checks.tensor(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least 1 dimension, got shape ()")
@@ -240,7 +241,7 @@ def linear(
         TypeError, ValueError: an argument that does not fit. RuntimeError: the backend cannot run.
     """
     op = "sparse24.linear"
-    _check_call(op, x, values, metadata, scales, bias, mul, activation)
+    check_call(op, x, values, metadata, scales, bias, mul, activation)
     if dense is not None:
         checks.tensor(op, "dense", dense)
         checks.dtype(op, "dense", dense, (x.dtype,))
@@ -281,7 +282,7 @@ def linear_int8(
     Returns, raises: as :func:`linear`; ValueError too if a gradient is asked for.
     """
     op = "sparse24.linear_int8"
-    _check_call(op, x, values, metadata, scales, bias, mul, activation)
+    check_call(op, x, values, metadata, scales, bias, mul, activation)
     if values.dtype != torch.int8:
         raise TypeError(f"{op}: values must have dtype int8, got {values.dtype}")
     if x_scale is not None:

@@ -6,7 +6,7 @@ from pyvtk.sparse24.format import FORMAT_VERSION, Sparse24Weight, compress, from
 from pyvtk.sparse24.int8 import ActivationObserver, calibrate_activations, fake_quantize, quantize
 from pyvtk.sparse24.modules import Sparse24Linear, linear, linear_int8
 from pyvtk.sparse24.pruning import input_norms, prune, taylor_scores, wanda_scores
-from pyvtk.sparse24.sparsify import LayerReport, sparsify_
+from pyvtk.sparse24.sparsify import LayerReport, load_sparsified_, sparsify_
 from pyvtk.sparse24.training import ExponentialDecay, Linear24, LinearDecay, step_24, structure_decay
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "input_norms",
     "linear",
     "linear_int8",
+    "load_sparsified_",
     "prune",
     "quantize",
     "sparsify_",

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pyvtk import backends, checks
 from pyvtk.ops import sparse24 as ops
+from pyvtk.reference import sparse24 as reference
 from pyvtk.sparse24.format import DENSE, FEW, FORMAT_VERSION, MANY, Sparse24Weight, check_metadata, check_version
 
 FALLBACKS = ("cache", "never")
@@ -66,6 +67,37 @@ def _cast(x: Tensor, bias: Tensor | None, mul: Tensor | None):
     return x, bias, mul
 
 
+def sparse_product(x: Tensor, values: Tensor, metadata: Tensor, choice=()) -> Tensor:
+    """x W^T by the compiled operators: not by the page, whose checks torch.compile does not trace inside a backward
+    pass. Without gradient."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    y = torch.ops.pyvtk.sparse24_linear(rows, values, metadata, None, None, None, None, "none", choice)
+    return y.reshape(*x.shape[:-1], values.shape[0])
+
+
+class _WithTranspose(torch.autograd.Function):
+    """x W^T of a frozen weight, whose compressed transpose makes the gradient of x a sparse product too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: tuple[Tensor, Tensor], transposed: tuple[Tensor, Tensor], choice) -> Tensor:
+        ctx.transposed = transposed
+        return sparse_product(x, *weight, choice)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return sparse_product(grad, *ctx.transposed), None, None, None
+
+
+def _takes_transpose(x, weight: Sparse24Weight, backend: str | None) -> bool:
+    """Whether this call has a gradient of x for which the compressed transpose is of use."""
+    transposed = weight.transposed
+    return (
+        transposed is not None and torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
+        and not weight.values.requires_grad and transposed.dtype == x.dtype == weight.dtype
+        and backends.pick("sparse24_linear", backend, x, x.dtype) == "compiled"
+    )  # fmt: skip
+
+
 def linear(
     x: Tensor,
     weight: Sparse24Weight,
@@ -93,7 +125,8 @@ def linear(
 
     Returns:
         [..., out_features] in x's dtype; sums in float32, rounded once. Differentiable in x, weight.values, bias and
-        mul. Under autocast x, values and mul take its dtype.
+        mul; the gradient of x is a sparse product where ``weight.transposed`` is there, weight.values asks for no
+        gradient and the kernels are compiled. Under autocast x, values and mul take its dtype.
 
     Raises:
         TypeError, ValueError: an argument that does not fit. RuntimeError: the backend cannot run.
@@ -108,9 +141,17 @@ def linear(
     dense, choice = None, ()
     if isinstance(x, Tensor) and x.dim():
         dense, choice = _to_dense_or_not(weight, x, dense_fallback)
+    activation = "none" if activation is None else activation
+    if _takes_transpose(x, weight, backend):
+        ops.check_call(op, x, values, weight.metadata, weight.scales, bias, mul, activation)
+        packed = [(w.values, w.metadata) for w in (weight, weight.transposed)]
+        y = _WithTranspose.apply(x, *packed, without_dense(choice))
+        y = y if bias is None else y + bias.to(y.dtype)
+        y = reference.activate(y, activation)
+        return y if mul is None else y * mul
     return ops.linear(
-        x, values, weight.metadata, scales=weight.scales, dense=dense, bias=bias, mul=mul,
-        activation="none" if activation is None else activation, choice=choice, backend=backend,
+        x, values, weight.metadata, scales=weight.scales, dense=dense, bias=bias, mul=mul, activation=activation,
+        choice=choice, backend=backend,
     )  # fmt: skip
 
 
@@ -158,8 +199,8 @@ class Sparse24Linear(nn.Module):
             own; a float32 [1] tensor rounds all of x with this one.
         dense_fallback: "cache" or "never", see :func:`linear`.
 
-    The state dict holds values, metadata, scales, x_scale, bias and format_version. Which kernel runs (``choice``)
-    belongs to a machine and is not in it. ``.to(dtype)`` changes values and bias, never scales.
+    The state dict holds values, metadata, scales, x_scale ([0] for "row"), bias and format_version. Which kernel runs
+    (``choice``) belongs to a machine and is not in it. ``.to(dtype)`` changes values and bias, never scales.
     """
 
     def __init__(
@@ -185,12 +226,14 @@ class Sparse24Linear(nn.Module):
             checks.choice(op, "x_scale", x_scale, (None, "row"))
         self.out_features, self.in_features = weight.shape
         self.activation, self.dense_fallback = activation, dense_fallback
-        self.int8_rows = isinstance(x_scale, str)
         self.choice = weight.choice
         self.register_buffer("values", weight.values.detach())
         self.register_buffer("metadata", weight.metadata)
         self.register_buffer("scales", weight.scales)
-        self.register_buffer("x_scale", x_scale.detach().clone() if isinstance(x_scale, Tensor) else None)
+        # float32 [1], or [0] for a scale of each row, so that a state dict tells the three apart
+        one = x_scale.detach().clone() if isinstance(x_scale, Tensor) else None
+        rows = torch.empty(0, device=weight.device) if isinstance(x_scale, str) else None
+        self.register_buffer("x_scale", rows if one is None else one)
         self.register_buffer("format_version", torch.tensor([FORMAT_VERSION]))
         if bias is None or isinstance(bias, nn.Parameter):
             self.register_parameter("bias", bias)
@@ -220,9 +263,10 @@ class Sparse24Linear(nn.Module):
 
     def forward(self, x: Tensor, mul: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features]; ``mul``, shaped like the result, multiplies after activation."""
-        if self.int8_rows or self.x_scale is not None:
+        if self.x_scale is not None:
             bias = None if self.bias is None else self.bias.detach()
-            return linear_int8(x, self.weight24, bias, self.activation, mul, x_scale=self.x_scale)
+            x_scale = self.x_scale if self.x_scale.shape[0] else None
+            return linear_int8(x, self.weight24, bias, self.activation, mul, x_scale=x_scale)
         return linear(x, self.weight24, self.bias, self.activation, mul, dense_fallback=self.dense_fallback)
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyvtk import backends, checks
 from pyvtk.sparse24.cost import DTYPES, estimate
-from pyvtk.sparse24.format import compress
+from pyvtk.sparse24.format import Sparse24Weight, compress
 from pyvtk.sparse24.int8 import quantize
 from pyvtk.sparse24.modules import Sparse24Linear
 from pyvtk.sparse24.pruning import magnitude, prune
@@ -144,6 +144,59 @@ def sparsify_(
             for parent, child in places[id(module)]:
                 setattr(parent, child, replacement)
     return reports
+
+
+def load_sparsified_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load the state dict of a model that :func:`sparsify_` changed into one that is still dense.
+
+    Every nn.Linear that the state dict holds in compressed form becomes a :class:`Sparse24Linear`; then all of it is
+    loaded. All or nothing, where shapes and names fit. Which kernel runs is estimated anew by ``sparsify_`` only: it is
+    what :class:`Sparse24Weight` does by default.
+
+    Raises:
+        TypeError, ValueError: a compressed weight that does not fit its layer or the format, naming the layer.
+        RuntimeError: names or shapes of the rest do not fit, as from load_state_dict.
+    """
+    op = "sparse24.load_sparsified_"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
+    placed: list[tuple[nn.Module, str, nn.Module]] = []
+    made: dict[int, Sparse24Linear] = {}
+    for prefix, parent in model.named_modules():
+        for child, module in parent._modules.items():
+            name = f"{prefix}.{child}" if prefix else child
+            if not isinstance(module, nn.Linear) or f"{name}.values" not in state_dict:
+                continue
+            if id(module) not in made:
+                parts = {key: state_dict[f"{name}.{key}"] for key in PARTS if f"{name}.{key}" in state_dict}
+                try:
+                    made[id(module)] = _from_parts(module, parts)
+                except (TypeError, ValueError, KeyError) as error:
+                    raise ValueError(f"{op}: layer {name!r}: {error}") from error
+            placed.append((parent, child, module))
+    for parent, child, module in placed:
+        setattr(parent, child, made[id(module)])
+    try:
+        model.load_state_dict(state_dict)
+    except BaseException:
+        for parent, child, module in placed:
+            setattr(parent, child, module)
+        raise
+
+
+PARTS = ("values", "metadata", "scales", "format_version", "x_scale", "bias")
+
+
+def _from_parts(module: nn.Linear, parts: dict[str, Tensor]) -> Sparse24Linear:
+    """A Sparse24Linear of copies of these tensors, on the layer's device."""
+    device = module.weight.device
+    parts = {name: tensor.to(device, copy=True) for name, tensor in parts.items()}
+    weight = Sparse24Weight.from_state_dict(parts)
+    if weight.shape != module.weight.shape:
+        raise ValueError(f"values must be for a weight of {list(module.weight.shape)}, got {list(weight.shape)}")
+    x_scale = parts.get("x_scale")
+    x_scale = "row" if x_scale is not None and not x_scale.numel() else x_scale
+    return Sparse24Linear(weight, parts.get("bias"), x_scale=x_scale).train(module.training)
 
 
 def _bytes(module: nn.Linear) -> int:

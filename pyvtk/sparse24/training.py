@@ -18,7 +18,7 @@ from pyvtk import backends, checks
 from pyvtk.reference import sparse24 as reference
 from pyvtk.sparse24.format import Sparse24Weight, compress, refuse_nan
 from pyvtk.sparse24.int8 import FakeQuantize, fake_quantize, quantize, row_scales
-from pyvtk.sparse24.modules import Sparse24Linear
+from pyvtk.sparse24.modules import Sparse24Linear, sparse_product
 from pyvtk.sparse24.pruning import magnitude, two_of_four
 
 Pattern = tuple[int, int]
@@ -141,12 +141,7 @@ def _product(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     """x (W * mask)^T. Where there is no compiled kernel, a dense product: plain torch gains nothing by compressing."""
     if backends.pick("sparse24_linear", None, x, x.dtype) != "compiled":
         return F.linear(x, torch.where(mask, weight, 0))
-    # The operators and not the page, whose checks torch.compile does not trace inside a backward pass.
-    values, metadata = torch.ops.pyvtk.sparse24_compress(weight.contiguous(), mask.contiguous())
-    y = torch.ops.pyvtk.sparse24_linear(
-        x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous(), values, metadata, None, None, None, None, "none", []
-    )
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return sparse_product(x, *torch.ops.pyvtk.sparse24_compress(weight.contiguous(), mask.contiguous()))
 
 
 class Linear24(nn.Module):
