@@ -70,6 +70,7 @@ def test_without_a_table_it_says_analytic():
         found = sparse24.estimate(1, 4096, 4096, dtype)
         assert found.source == "analytic" and set(found.seconds) == {"few", "many", "dense"}
         assert found.kernel == "few" and 1.2 < found.speedup < 4
+        assert 2 not in found.choice[1::2]  # no memory is spent on a guess
 
 
 @pytest.mark.parametrize("name", ["A100", "H100", "H200", "NVIDIA L40S", "NVIDIA GeForce RTX 4090"])

@@ -158,6 +158,14 @@ def test_training_sees_what_inference_computes(per_tensor):
     assert torch.equal(again(x), inference(x))
 
 
+def test_training_moves_whole():
+    module = sparse24.Linear24(16, 8, int8=True, x_scale=torch.tensor([0.03]), method="ste").bfloat16()
+    assert module.x_scale.dtype == torch.float32 and module.weight.dtype == torch.bfloat16
+    x = torch.randn(3, 16).bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(module.to_sparse()(x), module(x), rtol=0.05, atol=0.05)
+
+
 def test_training_with_int8_reaches_a_small_loss():
     """A linear map is learned through rounding and pruning."""
     target = torch.randn(8, 16) * sparse24.prune(torch.randn(8, 16))

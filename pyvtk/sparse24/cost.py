@@ -29,7 +29,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 SHAPES = ((768, 768), (1024, 4096), (4096, 4096))  # [out_features, in_features]
 _FEW_UP_TO = 128  # rows until which the kernel for few rows is measured: it only loses ground after that
 _COLD = 64 << 20  # bytes of weights that are used in turn, so that they come from memory as in a model
-# A sparse kernel has to win by more than noise before a dense product is given up for good, and the other way round.
+# A dense product has to win by more than noise before memory is spent on a copy.
 _MARGIN = 1.03
 
 
@@ -83,7 +83,8 @@ class Estimate:
         speedup: seconds of the dense product / seconds of the better sparse kernel.
         source: "measured" (a table of :func:`calibrate`) or "analytic" (bytes and operations over rates from data
             sheets, or cautious guesses for a CPU: an order of magnitude).
-        choice: kernels by rows for this weight, for ``Sparse24Weight.choice``: pairs (rows, kernel number).
+        choice: kernels by rows for this weight, for ``Sparse24Weight.choice``: pairs (rows, kernel number). Dense is
+            among them only if it was measured.
     """
 
     seconds: dict[str, float]
@@ -284,10 +285,10 @@ def _dtype_name(op: str, dtype: torch.dtype) -> str:
     return name
 
 
-def _best(seconds: dict[str, float]) -> int:
-    """Number of the fastest kernel; dense only if it wins by more than noise."""
+def _best(seconds: dict[str, float], measured: bool) -> int:
+    """Number of the kernel to run; dense, which costs memory, only if it was measured to win by more than noise."""
     sparse = FEW if seconds["few"] <= seconds["many"] else MANY
-    return DENSE if seconds["dense"] * _MARGIN < seconds[ops.KERNELS[sparse]] else sparse
+    return DENSE if measured and seconds["dense"] * _MARGIN < seconds[ops.KERNELS[sparse]] else sparse
 
 
 # Row counts at which the choice may change.
@@ -326,7 +327,7 @@ def estimate(
     seconds = at(m)
     choice: list[int] = []
     for rows in _GRID:
-        kernel = _best(at(rows))
+        kernel = _best(at(rows), source == "measured")
         if not choice or choice[-1] != kernel:
             choice += [rows if choice else 0, kernel]
     sparse = min(seconds["few"], seconds["many"])

@@ -188,6 +188,16 @@ def linear_int8(
     )  # fmt: skip
 
 
+def apply_but_keep(module: nn.Module, names: tuple[str, ...], apply) -> None:
+    """Run ``apply`` (of ``.to()`` and the like), after which these buffers have moved but kept their dtype and numbers:
+    scales belong to the format, not to the precision of the model."""
+    before = {name: getattr(module, name) for name in names}
+    apply()
+    for name, scale in before.items():
+        if scale is not None and getattr(module, name).dtype != scale.dtype:
+            setattr(module, name, scale.to(getattr(module, name).device))
+
+
 class Sparse24Linear(nn.Module):
     """y = activation(x W^T + bias) with a 2:4 weight, for inference. Gradients reach x and bias, unless x is rounded.
 
@@ -276,11 +286,7 @@ class Sparse24Linear(nn.Module):
         )
 
     def _apply(self, fn, recurse: bool = True):
-        before = {name: getattr(self, name) for name in ("scales", "x_scale")}
-        super()._apply(fn, recurse)
-        for name, scale in before.items():
-            if scale is not None and getattr(self, name).dtype != scale.dtype:
-                setattr(self, name, scale.to(getattr(self, name).device))  # numbers of the format, not of the model
+        apply_but_keep(self, ("scales", "x_scale"), lambda: super(Sparse24Linear, self)._apply(fn, recurse))
         self._weight24 = None
         return self
 

@@ -18,7 +18,7 @@ from pyvtk import backends, checks
 from pyvtk.reference import sparse24 as reference
 from pyvtk.sparse24.format import Sparse24Weight, compress, refuse_nan
 from pyvtk.sparse24.int8 import FakeQuantize, fake_quantize, quantize, row_scales
-from pyvtk.sparse24.modules import Sparse24Linear, sparse_product
+from pyvtk.sparse24.modules import Sparse24Linear, apply_but_keep, sparse_product
 from pyvtk.sparse24.pruning import magnitude, two_of_four
 
 Pattern = tuple[int, int]
@@ -323,6 +323,10 @@ class Linear24(nn.Module):
             return Sparse24Linear(weight, bias).train(self.training)
         x_scale = "row" if self.x_scale is None else self.x_scale
         return Sparse24Linear(quantize(weight), bias, x_scale=x_scale).train(self.training)
+
+    def _apply(self, fn, recurse: bool = True):
+        apply_but_keep(self, ("x_scale", "left"), lambda: super(Linear24, self)._apply(fn, recurse))
+        return self
 
     def extra_repr(self) -> str:
         n, m = self._pattern
