@@ -69,7 +69,7 @@ GPUS = {
 }
 # One thread of a CPU, cautiously: GB/s and GFLOPS by instruction set. bfloat16 counts as float32 where the set has no
 # products of it.
-_CPU_GFLOPS = {"portable": 8, "avx2": 50, "avx512": 80, "avx512_bf16": 80}
+_CPU_GFLOPS = {"portable": 8, "avx2": 50, "avx512": 80}
 _CPU_BANDWIDTH = 8e9
 
 
