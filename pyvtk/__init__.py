@@ -11,6 +11,7 @@ from pyvtk import backends
 backends.load_libraries()
 
 # isort: split
+from pyvtk import sparse24
 from pyvtk._version import __version__
 from pyvtk.backends import info
 from pyvtk.layout import ImageSpan, TokenLayout
@@ -44,6 +45,7 @@ __all__ = [
     "routed_plan",
     "score_and_select",
     "select",
+    "sparse24",
     "subset_plan",
     "window_plan",
 ]
