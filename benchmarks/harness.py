@@ -40,7 +40,7 @@ MEMORY = "memory"  # in bars: extra memory as a share of the first peer's
 DENSE = "dense"  # in bars: the fastest peer that computes every pair
 TILE = "tile"  # in bars: share of the speed-up over DENSE that the visited pairs allow
 RESERVED = (OURS, BEST, SHARE, MEMORY, DENSE, TILE)
-FAMILIES = ("score", "select", "compact", "merge", "attention")
+FAMILIES = ("score", "select", "compact", "merge", "attention", "sparse24")
 
 
 @dataclass
