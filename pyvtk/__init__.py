@@ -11,11 +11,11 @@ from pyvtk import backends
 backends.load_libraries()
 
 # isort: split
+from pyvtk import sparse24
 from pyvtk._version import __version__
 from pyvtk.backends import info
 from pyvtk.layout import ImageSpan, TokenLayout
 from pyvtk.ops import probe as _probe
-from pyvtk.ops import sparse24 as _sparse24
 from pyvtk.ops.attention import merge_attention, neighbor_attention
 from pyvtk.ops.compact import compact, compact_kv_, restore
 from pyvtk.ops.merge import merge_tokens
@@ -45,6 +45,7 @@ __all__ = [
     "routed_plan",
     "score_and_select",
     "select",
+    "sparse24",
     "subset_plan",
     "window_plan",
 ]

@@ -188,6 +188,18 @@ def call(op, differentiable: tuple, *arguments):
         return op(*arguments)
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for this device type."""
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
+def autocast(x):
+    """``x`` in the dtype of autocast, which leaves float64 and what is no floating tensor alone."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x.device.type) else x
+
+
 def info() -> dict:
     """Versions, the instruction set in use, and for every operator which backends can run (or why they cannot)."""
     from pyvtk._version import __version__

@@ -143,17 +143,6 @@ def _check_tail(plan: AttentionPlan, queries: int, keys: int, k_lengths) -> None
         raise ValueError(f"{op}: q must have at most k's {keys} tokens, got {queries}")
 
 
-def _autocasts(device: str) -> bool:
-    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """``x`` in the dtype of autocast, which leaves float64 alone."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type)) if _autocasts(x.device.type) else x
-
-
 def neighbor_attention(
     q: Tensor,
     k: Tensor,
@@ -201,7 +190,7 @@ def neighbor_attention(
     Raises:
         TypeError, ValueError: an argument that does not fit. RuntimeError: the backend cannot run.
     """
-    q, k, v = (_autocast(x) for x in (q, k, v))
+    q, k, v = (backends.autocast(x) for x in (q, k, v))
     _check(q, k, v, plan, scale, k_bias, visual_heads, visual_mass, visual_rows, return_lse)
     queries, keys = (q.shape[0], k.shape[0]) if plan.packed else (q.shape[2], k.shape[2])
     if k_lengths is not None or queries != plan.num_queries or keys != plan.num_keys:
@@ -217,7 +206,7 @@ def neighbor_attention(
     if chosen == "reference":
         device = q.device.type
         # autocast would round inside, too
-        with torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext():
+        with torch.autocast(device, enabled=False) if backends.autocasts(device) else nullcontext():
             out, lse = reference.neighbor_attention(q, k, v, k_bias, visual_heads, *options)
         out = _in_order_of(q, out.to(q.dtype))
     else:

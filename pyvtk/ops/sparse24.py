@@ -5,6 +5,9 @@ The format (values, metadata, scales) is described byte by byte in ``pyvtk/refer
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -133,7 +136,8 @@ def check_weight(op: str, values, metadata, scales) -> None:
         checks.same_device(op, "scales", scales, values, "values")
 
 
-def _check_call(op: str, x, values, metadata, scales, bias, mul, activation) -> None:
+def check_call(op: str, x, values, metadata, scales, bias, mul, activation) -> None:
+    """What linear and linear_int8 ask of their arguments alike."""
     checks.tensor(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least 1 dimension, got shape ()")
@@ -163,7 +167,7 @@ def check_choice(op: str, choice, dense: Tensor | None) -> None:
     if not isinstance(choice, (tuple, list)) or any(isinstance(c, bool) or not isinstance(c, int) for c in choice):
         raise TypeError(f"{op}: choice must be a flat tuple of ints (rows, kernel, ...), got {choice!r}")
     starts, kernels = choice[0::2], choice[1::2]
-    ascending = all(a < b for a, b in zip(starts, starts[1:], strict=False))
+    ascending = all(a < b for a, b in pairwise(starts))
     if len(choice) % 2 or not ascending or any(kernel not in (0, 1, 2) for kernel in kernels):
         raise ValueError(
             f"{op}: choice must be pairs (rows, kernel) ascending in rows, kernel 0 (few), 1 (many) or 2 (dense), "
@@ -237,7 +241,7 @@ def linear(
         TypeError, ValueError: an argument that does not fit. RuntimeError: the backend cannot run.
     """
     op = "sparse24.linear"
-    _check_call(op, x, values, metadata, scales, bias, mul, activation)
+    check_call(op, x, values, metadata, scales, bias, mul, activation)
     if dense is not None:
         checks.tensor(op, "dense", dense)
         checks.dtype(op, "dense", dense, (x.dtype,))
@@ -245,7 +249,8 @@ def linear(
         checks.same_device(op, "dense", dense, x, "x")
     check_choice(op, choice, dense)
     if backends.pick("sparse24_linear", backend, x, x.dtype) == "reference":
-        return reference.linear(x, values, metadata, scales, dense, bias, mul, activation, choice)
+        with _full_precision(x):
+            return reference.linear(x, values, metadata, scales, dense, bias, mul, activation, choice)
     operator = torch.ops.pyvtk.sparse24_linear
     rest = (values, metadata, scales, dense, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias, mul)):
@@ -277,7 +282,7 @@ def linear_int8(
     Returns, raises: as :func:`linear`; ValueError too if a gradient is asked for.
     """
     op = "sparse24.linear_int8"
-    _check_call(op, x, values, metadata, scales, bias, mul, activation)
+    check_call(op, x, values, metadata, scales, bias, mul, activation)
     if values.dtype != torch.int8:
         raise TypeError(f"{op}: values must have dtype int8, got {values.dtype}")
     if x_scale is not None:
@@ -288,11 +293,18 @@ def linear_int8(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, mul)):
         raise ValueError(f"{op}: x, bias and mul must not ask for a gradient (rounding has none), got one that does")
     if backends.pick("sparse24_linear_int8", backend, x, x.dtype) == "reference":
-        return reference.linear_int8(x, values, metadata, scales, x_scale, bias, mul, activation)
+        with _full_precision(x):
+            return reference.linear_int8(x, values, metadata, scales, x_scale, bias, mul, activation)
     mul = None if mul is None else _rows(mul)
     rest = (values, metadata, scales, x_scale, bias, mul, activation)
     out = backends.call(torch.ops.pyvtk.sparse24_linear_int8, (), _rows(x), *rest)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], values.shape[0])
+
+
+def _full_precision(x: Tensor):
+    """Autocast would round inside the reference, too."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if backends.autocasts(device) else nullcontext()
 
 
 def _rows(x: Tensor) -> Tensor:

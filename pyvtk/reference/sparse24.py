@@ -45,8 +45,14 @@ def compress(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     first = grouped.argmax(-1)
     second = 3 - grouped.flip(-1).argmax(-1)
     values = weight.reshape(rows, columns // 4, 4).gather(-1, torch.stack([first, second], -1))
-    nibbles = F.pad((first | second << 2).to(torch.uint8), (0, (columns // 4) % 2), value=_PADDING)
-    return values.reshape(rows, columns // 2), nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    return values.reshape(rows, columns // 2), pack(torch.stack([first, second], -1))
+
+
+def pack(positions: Tensor) -> Tensor:
+    """Metadata uint8 [N, ceil(groups / 2)] of the kept positions [N, groups, 2]."""
+    first, second = positions.to(torch.uint8).unbind(-1)
+    nibbles = F.pad(first | second << 2, (0, positions.shape[1] % 2), value=_PADDING)
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
 
 
 def decompress(values: Tensor, metadata: Tensor) -> Tensor:
@@ -153,7 +159,7 @@ def linear_int8(
 
 
 def prune_n_of_m(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
-    """bool, shaped like ``scores`` [rows, columns]: the n largest of each m neighbours along ``dim`` (1 or -1: row-wise,
+    """bool, shaped like ``scores`` [rows, columns]: the n largest of each m neighbours along ``dim`` (-1: row-wise,
     along in_features; 0: column-wise). Of equal scores the lower index stays. dim's length is a multiple of m.
     """
     scores = scores.movedim(dim, -1)

@@ -1,0 +1,450 @@
+"""Does 2:4 pay? Seconds of the sparse kernels and of the dense product, from a table measured here or from facts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from pyvtk import _measure, backends, checks
+from pyvtk._version import __version__
+from pyvtk.ops import sparse24 as ops
+from pyvtk.sparse24.format import DENSE, FEW, MANY, Sparse24Weight
+from pyvtk.sparse24.pruning import two_of_four
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+TABLE_VERSION = 1
+# Rows and weights that calibrate measures. Beyond the last rows time grows in proportion.
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+SHAPES = ((768, 768), (1024, 4096), (4096, 4096))  # [out_features, in_features]
+_FEW_UP_TO = 128  # rows until which the kernel for few rows is measured: it only loses ground after that
+_COLD = 64 << 20  # bytes of weights that are used in turn, so that they come from memory as in a model
+# A dense product has to win by more than noise before memory is spent on a copy.
+_MARGIN = 1.03
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a device can do, per second. Rates by name of dtype; ``sparse`` counts the operations of the dense product,
+    as vendors do."""
+
+    bandwidth: float
+    dense: dict[str, float]
+    sparse: dict[str, float]
+    overhead: float = 5e-6  # of a launch
+
+
+def _tensor_cores(bandwidth: float, half: float, tf32: float, int8: float) -> Facts:
+    dense = {"float32": tf32, "bfloat16": half, "float16": half, "int8": int8}
+    # Measured products reach less of the sparse peak than of the dense one: published ratios are 1.1 to 1.6, not 2.
+    return Facts(
+        bandwidth * 0.85e9, {d: r * 0.75e12 for d, r in dense.items()}, {d: r * 0.95e12 for d, r in dense.items()}
+    )
+
+
+# Data sheets: GB/s; dense TFLOPS of 16-bit numbers with float32 sums, of tf32, and TOPS of int8. Names as torch gives
+# them contain these keys; the first that does wins.
+GPUS = {
+    "A100-SXM4-80GB": _tensor_cores(2039, 312, 156, 624),
+    "A100 80GB PCIe": _tensor_cores(1935, 312, 156, 624),
+    "A100": _tensor_cores(1555, 312, 156, 624),
+    "H200": _tensor_cores(4800, 989, 494, 1979),
+    "H100 PCIe": _tensor_cores(2039, 756, 378, 1513),
+    "H100": _tensor_cores(3352, 989, 494, 1979),
+    "L40S": _tensor_cores(864, 362, 183, 733),
+    "L4": _tensor_cores(300, 121, 60, 242),
+    "A10": _tensor_cores(600, 125, 62.5, 250),
+    "RTX 4090": _tensor_cores(1008, 165, 82.6, 660),
+    "RTX 3090": _tensor_cores(936, 71, 35.6, 284),
+}
+# One thread of a CPU, cautiously: GB/s and GFLOPS by instruction set. bfloat16 counts as float32 where the set has no
+# products of it.
+_CPU_GFLOPS = {"portable": 8, "avx2": 50, "avx512": 80, "avx512_bf16": 80}
+_CPU_BANDWIDTH = 8e9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What :func:`estimate` found.
+
+    Attributes:
+        seconds: kernel ("few", "many", "dense") -> predicted seconds.
+        kernel: the fastest of them.
+        speedup: seconds of the dense product / seconds of the better sparse kernel.
+        source: "measured" (a table of :func:`calibrate`) or "analytic" (bytes and operations over rates from data
+            sheets, or cautious guesses for a CPU: an order of magnitude).
+        choice: kernels by rows for this weight, for ``Sparse24Weight.choice``: pairs (rows, kernel number). Dense is
+            among them only if it was measured.
+    """
+
+    seconds: dict[str, float]
+    kernel: str
+    speedup: float
+    source: str
+    choice: tuple[int, ...]
+
+
+# Where tables live, and for which machine they hold.
+
+
+def cache_folder() -> Path:
+    """PYVTK_CACHE, or pyvtk in the user's cache folder."""
+    named = os.environ.get("PYVTK_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pyvtk"
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _instruction_set() -> str:
+    try:
+        from pyvtk import _C
+
+        return _C.instruction_set()
+    except ImportError:
+        return "portable"
+
+
+def _key(device: torch.device) -> dict[str, str | int]:
+    """What a table depends on. A table of another key is another file."""
+    versions = {"torch": torch.__version__, "pyvtk": __version__, "table": TABLE_VERSION}
+    if device.type == "cpu":
+        cpu = {"device": _cpu_model(), "instruction_set": _instruction_set(), "threads": torch.get_num_threads()}
+        return cpu | versions
+    return {"device": torch.cuda.get_device_name(device)} | versions
+
+
+def table_path(device: torch.device | str = "cpu") -> Path:
+    """The file that holds the table of this machine, device, number of threads and versions, once it is measured."""
+    device = torch.device(device)
+    digest = hashlib.sha256(json.dumps(_key(device), sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder() / f"sparse24-{device.type}-{digest}.json"
+
+
+# dtype -> kernel -> [((out_features, in_features), rows, seconds)]
+Table = dict[str, dict[str, list[tuple[tuple[int, int], list[int], list[float]]]]]
+_tables: dict[Path, tuple[int, Table | None]] = {}
+
+
+def _parse(text: str, device: torch.device) -> Table:
+    """Raises ValueError, KeyError or TypeError if this is not a table of this device."""
+    stored = json.loads(text)
+    if stored["key"] != _key(device):
+        raise ValueError("it was made for another device or version")
+    table: Table = {}
+    for dtype, kernels in stored["seconds"].items():
+        if dtype not in DTYPES or not set(ops.KERNELS) <= set(kernels):
+            raise ValueError(f"it has unknown or missing entries for {dtype!r}")
+        for kernel, entries in kernels.items():
+            for entry in entries:
+                shape, rows, seconds = tuple(entry["shape"]), entry["rows"], entry["seconds"]
+                good = len(shape) == 2 and len(rows) == len(seconds) > 0 and rows == sorted(set(rows)) and rows[0] > 0
+                if not good or not all(math.isfinite(s) and s > 0 for s in seconds):
+                    raise ValueError(f"its entry {dtype}, {kernel}, {shape} is no list of times")
+                table.setdefault(dtype, {}).setdefault(kernel, []).append((shape, rows, seconds))
+    return table
+
+
+def _load(device: torch.device) -> Table | None:
+    """The table, or None. A file that cannot be used is a warning, once."""
+    path = table_path(device)
+    try:
+        changed = path.stat().st_mtime_ns
+    except OSError:
+        return None
+    known = _tables.get(path)
+    if known is None or known[0] != changed:
+        try:
+            table = _parse(path.read_text(), device)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            table = None
+            warnings.warn(
+                f"pyvtk: {path} cannot be used ({type(error).__name__}: {error}); estimates are analytic until "
+                "pyvtk.sparse24.calibrate writes it anew",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        known = _tables[path] = (changed, table)
+    return known[1]
+
+
+# From a table
+
+
+def _at_rows(rows: list[int], seconds: list[float], m: int) -> float:
+    """Seconds for m rows: straight lines between the logarithms; in proportion beyond the last."""
+    if m <= rows[0]:
+        return seconds[0]
+    if m >= rows[-1]:
+        return seconds[-1] * m / rows[-1]
+    i = next(i for i, row in enumerate(rows) if row > m)
+    share = math.log(m / rows[i - 1]) / math.log(rows[i] / rows[i - 1])
+    return math.exp((1 - share) * math.log(seconds[i - 1]) + share * math.log(seconds[i]))
+
+
+def _from_table(table: Table, m: int, n: int, k: int, dtype: str) -> dict[str, float]:
+    """Seconds per weight of the measured sizes around n * k, times n * k."""
+    result = {}
+    for kernel, entries in table[dtype].items():
+        points = sorted((shape[0] * shape[1], _at_rows(rows, times, m)) for shape, rows, times in entries)
+        sizes = [size for size, _ in points]
+        per_weight = [time / size for size, time in points]
+        size = min(max(n * k, sizes[0]), sizes[-1])
+        i = next((i for i, s in enumerate(sizes) if s >= size), len(sizes) - 1)
+        rate = per_weight[i]
+        if i and sizes[i] > sizes[i - 1]:
+            share = math.log(size / sizes[i - 1]) / math.log(sizes[i] / sizes[i - 1])
+            rate = (1 - share) * per_weight[i - 1] + share * per_weight[i]
+        result[kernel] = rate * n * k
+    return result
+
+
+# From facts
+
+
+def _cpu_facts() -> Facts:
+    threads, isa = torch.get_num_threads(), _instruction_set()
+    rate = _CPU_GFLOPS.get(isa, _CPU_GFLOPS["portable"]) * 1e9 * threads
+    dense = dict.fromkeys(DTYPES, rate)
+    return Facts(_CPU_BANDWIDTH * threads, dense, {name: 1.2 * rate for name in dense}, 1e-6)
+
+
+def _gpu_facts(name: str) -> Facts | None:
+    return next((facts for known, facts in GPUS.items() if known.lower() in name.lower()), None)
+
+
+def _from_facts(facts: Facts, m: int, n: int, k: int, dtype: str, element: int) -> dict[str, float]:
+    weight = n * k * (1 if dtype == "int8" else element)
+    rest = m * (n + k) * element
+    packed = weight / 2 + n * k / 8
+    work = 2.0 * m * n * k
+    # The kernel for few rows reads the weight once for every 16 of them and leaves tensor units (or tiles) aside; the
+    # one for many rows works on tiles of 32 of them, full or not.
+    reading = (packed * math.ceil(m / 16) + rest) / facts.bandwidth
+    tiles = work * max(m, 32) / m / facts.sparse[dtype]
+    return {
+        "few": facts.overhead + max(reading, work / (facts.dense[dtype] * 0.5)),
+        "many": facts.overhead + max((packed + rest) / facts.bandwidth, tiles),
+        "dense": facts.overhead + max((weight + rest) / facts.bandwidth, work / facts.dense[dtype]),
+    }
+
+
+def _device_of(op: str, device: torch.device | str) -> tuple[torch.device | None, Facts]:
+    """The device (None: only known by name) and its facts."""
+    if isinstance(device, str):
+        try:
+            device = torch.device(device)
+        except RuntimeError:
+            facts = _gpu_facts(device)
+            if facts is None:
+                raise ValueError(
+                    f"{op}: device must be a torch device or one of {', '.join(map(repr, GPUS))}, got {device!r}"
+                ) from None
+            return None, facts
+    if not isinstance(device, torch.device):
+        raise TypeError(f"{op}: device must be a torch.device or a string, got {type(device).__name__}")
+    if device.type == "cpu":
+        return device, _cpu_facts()
+    if device.type != "cuda":
+        raise ValueError(f"{op}: device must be a CPU or a CUDA device, got {device}")
+    if not torch.cuda.is_available():
+        raise ValueError(f"{op}: device must be present, or a name like 'A100' for an analytic estimate, got {device}")
+    name = torch.cuda.get_device_name(device)
+    facts = _gpu_facts(name)
+    if facts is None:
+        major, _ = torch.cuda.get_device_capability(device)
+        properties = torch.cuda.get_device_properties(device)
+        # 2048 (4096 from Hopper on) 16-bit operations of each multiprocessor and cycle, at a cautious 1.4 GHz
+        half = properties.multi_processor_count * (4096 if major == 9 else 2048) * 1.4e-3
+        facts = _tensor_cores(600, half, half / 2, half * 2)
+    return device, facts
+
+
+def _dtype_name(op: str, dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or int8, got {dtype}")
+    return name
+
+
+def _best(seconds: dict[str, float], measured: bool) -> int:
+    """Number of the kernel to run; dense, which costs memory, only if it was measured to win by more than noise."""
+    sparse = FEW if seconds["few"] <= seconds["many"] else MANY
+    return DENSE if measured and seconds["dense"] * _MARGIN < seconds[ops.KERNELS[sparse]] else sparse
+
+
+# Row counts at which the choice may change.
+_GRID = sorted({max(1, round(2 ** (i / 2))) for i in range(26)})
+
+
+def estimate(
+    m: int, n: int, k: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Estimate:
+    """Predict what y [m, n] = x [m, k] W^T costs with a 2:4 weight and with a dense one. Measures nothing.
+
+    Args:
+        m, n, k: rows of x, out_features, in_features (a multiple of 4).
+        dtype: of the values; int8 means int8 weights times float32 x.
+        device: a torch device, whose measured table is used if there is one (:func:`calibrate`); or part of a GPU's
+            name ("A100", "H100", ...), which needs no such GPU and is analytic.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, an unknown device. A table that cannot be read is a
+        RuntimeWarning, and the estimate analytic.
+    """
+    op = "sparse24.estimate"
+    for name, value in (("m", m), ("n", n), ("k", k)):
+        checks.integer(op, name, value, 1)
+    if k % 4:
+        raise ValueError(f"{op}: k must be a multiple of 4, got {k}")
+    name = _dtype_name(op, dtype)
+    where, facts = _device_of(op, device)
+    table = None if where is None else _load(where)
+    if table is not None and name in table:
+        source = "measured"
+        at = lambda rows: _from_table(table, rows, n, k, name)  # noqa: E731
+    else:
+        source, element = "analytic", 4 if dtype == torch.int8 else dtype.itemsize
+        at = lambda rows: _from_facts(facts, rows, n, k, name, element)  # noqa: E731
+    seconds = at(m)
+    choice: list[int] = []
+    for rows in _GRID:
+        kernel = _best(at(rows), source == "measured")
+        if not choice or choice[-1] != kernel:
+            choice += [rows if choice else 0, kernel]
+    sparse = min(seconds["few"], seconds["many"])
+    fastest = min(seconds, key=seconds.__getitem__)
+    return Estimate(seconds, fastest, seconds["dense"] / sparse, source, tuple(choice))
+
+
+def calibrate(
+    device: torch.device | str = "cpu",
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.int8),
+    rows: Sequence[int] = ROWS,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    seconds: float = 0.1,
+) -> Path:
+    """Measure the kernels on this machine and store the table that :func:`estimate` reads.
+
+    The calls take turns, so that a slow spell hits all alike, and medians are stored. Weights are used in turn too, so
+    that they come from memory. With the threads that torch is set to; another number is another table. A minute or two.
+
+    Args:
+        device: the device to measure.
+        dtypes: of the values; int8 with float32 x. Those measured before stay in the table.
+        rows: row counts, ascending. shapes: pairs (out_features, in_features).
+        seconds: time spent at each point, at least three rounds.
+
+    Returns:
+        The file written (in PYVTK_CACHE, or the user's cache folder).
+
+    Raises:
+        RuntimeError: there are no compiled kernels for this device; the message says why.
+    """
+    op = "sparse24.calibrate"
+    device = torch.device(device)
+    rows, shapes = [int(r) for r in rows], [(int(n), int(k)) for n, k in shapes]
+    if not rows or rows != sorted(set(rows)) or rows[0] < 1:
+        raise ValueError(f"{op}: rows must be ascending and positive, got {rows}")
+    if not shapes or any(n < 1 or k < 4 or k % 4 for n, k in shapes):
+        raise ValueError(f"{op}: shapes must be pairs (out_features, in_features in multiples of 4), got {shapes}")
+    names = {_dtype_name(op, dtype): dtype for dtype in dtypes}
+    for dtype in names.values():
+        reason = backends.why_not("sparse24_linear", "compiled", device.type, _x_dtype(dtype))
+        if reason is not None:
+            raise RuntimeError(f"{op}: there is nothing to measure on {device}: {reason}")
+    clock = _measure.on_host if device.type == "cpu" else _measure.OnCuda()
+    found: dict[str, dict[str, list[dict]]] = {}
+    with torch.no_grad():
+        for name, dtype in names.items():
+            kernels: dict[str, list[dict]] = {kernel: [] for kernel in ops.KERNELS}
+            for shape in shapes:
+                for kernel, times in _measure_shape(shape, dtype, rows, device, seconds, clock).items():
+                    kernels[kernel].append({"shape": shape, "rows": list(times), "seconds": list(times.values())})
+            found[name] = kernels
+    path = table_path(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        before = _load(device) or {}
+    for name, kernels in before.items():
+        if name not in found:
+            found[name] = {
+                kernel: [{"shape": s, "rows": r, "seconds": t} for s, r, t in entries]
+                for kernel, entries in kernels.items()
+            }
+    _write(path, json.dumps({"key": _key(device), "seconds": found}, indent=1))
+    return path
+
+
+def _x_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.int8 else dtype
+
+
+def _copies(nbytes: int) -> int:
+    """Weights of so many bytes that together fill _COLD; not more than 64, lest tiny ones take forever to make."""
+    return min(64, max(1, _COLD // nbytes))
+
+
+def _measure_shape(shape, dtype, rows, device, seconds, clock) -> dict[str, dict[int, float]]:
+    """kernel -> rows -> median seconds."""
+    n, k = shape
+    x_dtype = _x_dtype(dtype)
+    dense = torch.randn(n, k, device=device).to(x_dtype)
+    mask = two_of_four(dense.abs())
+    if dtype == torch.int8:
+        whole = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
+        weight = Sparse24Weight(*ops.compress(whole, mask), torch.full((n,), 0.01, device=device))
+    else:
+        weight = Sparse24Weight(*ops.compress(dense, mask))
+    packed = [(weight.values.clone(), weight.metadata.clone()) for _ in range(_copies(weight.nbytes))]
+    copies = [dense.clone() for _ in range(_copies(dense.numel() * dense.element_size()))]
+    times: dict[str, dict[int, float]] = {kernel: {} for kernel in ops.KERNELS}
+    for m in rows:
+        x = torch.randn(m, k, device=device).to(x_dtype)
+
+        def sparse(kernel: int, x=x):
+            def call(turn: int):
+                values, metadata = packed[turn % len(packed)]
+                return ops.linear(x, values, metadata, scales=weight.scales, choice=(0, kernel))
+
+            return call
+
+        calls = {"many": sparse(MANY), "dense": lambda turn, x=x: F.linear(x, copies[turn % len(copies)])}
+        if m <= _FEW_UP_TO or m == rows[0]:
+            calls["few"] = sparse(FEW)
+        timings = _measure.interleave(calls, lambda turn, _: (turn,), seconds=seconds, min_rounds=3, clock=clock)
+        for kernel, timing in timings.items():
+            times[kernel][m] = timing.median
+    return times
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all, whoever else writes or reads it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text + "\n")
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,308 @@
+"""Products with a :class:`Sparse24Weight`, and the module that stands where an nn.Linear stood."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyvtk import backends, checks
+from pyvtk.ops import sparse24 as ops
+from pyvtk.reference import sparse24 as reference
+from pyvtk.sparse24.format import DENSE, FEW, FORMAT_VERSION, MANY, Sparse24Weight, check_metadata, check_version
+
+FALLBACKS = ("cache", "never")
+_MANY_ROWS = 32  # where an empty choice goes from few to many
+
+
+def kernel_at(choice: tuple[int, ...], rows: int) -> int:
+    """The kernel that ``choice`` takes for so many rows."""
+    kernel = FEW if rows < _MANY_ROWS else MANY
+    for start, chosen in zip(choice[0::2], choice[1::2]):
+        if rows >= start:
+            kernel = chosen
+    return kernel
+
+
+def without_dense(choice: tuple[int, ...]) -> tuple[int, ...]:
+    """``choice`` for a weight without a dense copy: the sparse kernel of an empty choice stands in."""
+    result: list[int] = []
+    starts = choice[0::2]
+    for i, (start, kernel) in enumerate(zip(starts, choice[1::2])):
+        end = starts[i + 1] if i + 1 < len(starts) else None
+        if kernel != DENSE:
+            result += [start, kernel]
+            continue
+        if start < _MANY_ROWS:
+            result += [start, FEW]
+        if end is None or end > _MANY_ROWS:
+            result += [max(start, _MANY_ROWS), MANY]
+    return tuple(result)
+
+
+def _to_dense_or_not(weight: Sparse24Weight, x: Tensor, fallback: str) -> tuple[Tensor | None, tuple[int, ...]]:
+    """The dense copy, if this call may use it, and the choice that fits."""
+    choice = weight.choice
+    if DENSE not in choice[1::2]:
+        return None, choice
+    dense = weight.dense
+    if fallback == "cache" and not weight.values.requires_grad:
+        if not torch.compiler.is_compiling() and kernel_at(choice, x.shape[:-1].numel()) == DENSE:
+            return weight.cache_dense(x.dtype), choice
+        if dense is not None and dense.dtype == x.dtype:
+            return dense, choice
+    return None, without_dense(choice)
+
+
+def _check(op: str, weight) -> None:
+    if not isinstance(weight, Sparse24Weight):
+        raise TypeError(f"{op}: weight must be a Sparse24Weight, got {type(weight).__name__}")
+
+
+def _cast(x: Tensor, bias: Tensor | None, mul: Tensor | None):
+    """x, bias and mul as autocast wants them."""
+    before, x = getattr(x, "dtype", None), backends.autocast(x)
+    if isinstance(x, Tensor) and x.dtype != before:
+        mul = mul.to(x.dtype) if isinstance(mul, Tensor) else mul
+        bias = bias.to(x.dtype) if isinstance(bias, Tensor) and bias.dtype != torch.float32 else bias
+    return x, bias, mul
+
+
+def sparse_product(x: Tensor, values: Tensor, metadata: Tensor, choice=()) -> Tensor:
+    """x W^T by the compiled operators: not by the page, whose checks torch.compile does not trace inside a backward
+    pass. Without gradient."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    y = torch.ops.pyvtk.sparse24_linear(rows, values, metadata, None, None, None, None, "none", choice)
+    return y.reshape(*x.shape[:-1], values.shape[0])
+
+
+class _WithTranspose(torch.autograd.Function):
+    """x W^T of a frozen weight, whose compressed transpose makes the gradient of x a sparse product too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: tuple[Tensor, Tensor], transposed: tuple[Tensor, Tensor], choice) -> Tensor:
+        ctx.transposed = transposed
+        return sparse_product(x, *weight, choice)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return sparse_product(grad, *ctx.transposed), None, None, None
+
+
+def _takes_transpose(x, weight: Sparse24Weight, backend: str | None) -> bool:
+    """Whether this call has a gradient of x for which the compressed transpose is of use."""
+    transposed = weight.transposed
+    return (
+        transposed is not None and torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
+        and not weight.values.requires_grad and transposed.dtype == x.dtype == weight.dtype
+        and backends.pick("sparse24_linear", backend, x, x.dtype) == "compiled"
+    )  # fmt: skip
+
+
+def linear(
+    x: Tensor,
+    weight: Sparse24Weight,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    mul: Tensor | None = None,
+    *,
+    dense_fallback: str = "cache",
+    backend: str | None = None,
+) -> Tensor:
+    """activation(x W^T + bias) * mul in one pass over the compressed weight.
+
+    Which kernel runs follows from x's rows and ``weight.choice``, inside the operator; nothing is measured here.
+
+    Args:
+        x: [..., in_features], floating, of the dtype of the values unless these are int8; any strides; zero rows too.
+        weight: [out_features, in_features].
+        bias: [out_features], of x's dtype or float32.
+        activation: None, "relu", "gelu" (erf), "gelu_tanh", "quick_gelu" or "silu".
+        mul: [..., out_features] in x's dtype; a gate, multiplied after the activation.
+        dense_fallback: where ``weight.choice`` says that a dense product is faster, "cache" makes a dense copy at
+            first need and keeps it (it counts in ``weight.nbytes``; torch.compile uses one that is there and makes
+            none); "never" stays with the sparse kernels.
+        backend: "compiled", "reference", or None for the first that can run.
+
+    Returns:
+        [..., out_features] in x's dtype; sums in float32, rounded once. Differentiable in x, weight.values, bias and
+        mul; the gradient of x is a sparse product where ``weight.transposed`` is there, weight.values asks for no
+        gradient and the kernels are compiled. Under autocast x, values and mul take its dtype.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit. RuntimeError: the backend cannot run.
+    """
+    op = "sparse24.linear"
+    _check(op, weight)
+    checks.choice(op, "dense_fallback", dense_fallback, FALLBACKS)
+    x, bias, mul = _cast(x, bias, mul)
+    values = weight.values
+    if backends.autocasts(values.device.type) and weight.scales is None and isinstance(x, Tensor):
+        values = values.to(x.dtype)
+    dense, choice = None, ()
+    if isinstance(x, Tensor) and x.dim():
+        dense, choice = _to_dense_or_not(weight, x, dense_fallback)
+    activation = "none" if activation is None else activation
+    if _takes_transpose(x, weight, backend):
+        ops.check_call(op, x, values, weight.metadata, weight.scales, bias, mul, activation)
+        packed = [(w.values, w.metadata) for w in (weight, weight.transposed)]
+        y = _WithTranspose.apply(x, *packed, without_dense(choice))
+        y = y if bias is None else y + bias.to(y.dtype)
+        y = reference.activate(y, activation)
+        return y if mul is None else y * mul
+    return ops.linear(
+        x, values, weight.metadata, scales=weight.scales, dense=dense, bias=bias, mul=mul, activation=activation,
+        choice=choice, backend=backend,
+    )  # fmt: skip
+
+
+def linear_int8(
+    x: Tensor,
+    weight: Sparse24Weight,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    mul: Tensor | None = None,
+    *,
+    x_scale: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`linear` with x rounded to int8 too: exact sums of whole numbers, times the scales of x and of the weight.
+
+    Args:
+        x, bias, activation, mul, backend: as of :func:`linear`; without gradient.
+        weight: of int8 values; see :func:`quantize`.
+        x_scale: float32 [1], one scale for all of x (see :class:`ActivationObserver`), which clips what is beyond 127
+            of it; None: each row's own, max |x| / 127.
+
+    Returns:
+        [..., out_features] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, or that asks for a gradient. RuntimeError: the backend
+        cannot run.
+    """
+    _check("sparse24.linear_int8", weight)
+    x, bias, mul = _cast(x, bias, mul)
+    return ops.linear_int8(
+        x, weight.values, weight.metadata, weight.scales, x_scale=x_scale, bias=bias, mul=mul,
+        activation="none" if activation is None else activation, backend=backend,
+    )  # fmt: skip
+
+
+def apply_but_keep(module: nn.Module, names: tuple[str, ...], apply) -> None:
+    """Run ``apply`` (of ``.to()`` and the like), after which these buffers have moved but kept their dtype and numbers:
+    scales belong to the format, not to the precision of the model."""
+    before = {name: getattr(module, name) for name in names}
+    apply()
+    for name, scale in before.items():
+        if scale is not None and getattr(module, name).dtype != scale.dtype:
+            setattr(module, name, scale.to(getattr(module, name).device))
+
+
+class Sparse24Linear(nn.Module):
+    """y = activation(x W^T + bias) with a 2:4 weight, for inference. Gradients reach x and bias, unless x is rounded.
+
+    Args:
+        weight: [out_features, in_features].
+        bias: [out_features] or None; becomes a parameter.
+        activation: None, or one of :func:`linear`.
+        x_scale: for int8 weights: None multiplies x as it is; "row" rounds each row of x to int8 with a scale of its
+            own; a float32 [1] tensor rounds all of x with this one.
+        dense_fallback: "cache" or "never", see :func:`linear`.
+
+    The state dict holds values, metadata, scales, x_scale ([0] for "row"), bias and format_version. Which kernel runs
+    (``choice``) belongs to a machine and is not in it. ``.to(dtype)`` changes values and bias, never scales.
+    """
+
+    def __init__(
+        self,
+        weight: Sparse24Weight,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        *,
+        x_scale: Tensor | str | None = None,
+        dense_fallback: str = "cache",
+    ):
+        super().__init__()
+        op = "Sparse24Linear"
+        _check(op, weight)
+        checks.choice(op, "activation", activation, (None, *ops.ACTIVATIONS))
+        checks.choice(op, "dense_fallback", dense_fallback, FALLBACKS)
+        if x_scale is not None and weight.scales is None:
+            raise ValueError(f"{op}: x_scale must be None for values of {weight.dtype}, got {x_scale!r}")
+        if isinstance(x_scale, Tensor):
+            checks.dtype(op, "x_scale", x_scale, (torch.float32,))
+            checks.shape(op, "x_scale", x_scale, (1,), "[1]")
+        else:
+            checks.choice(op, "x_scale", x_scale, (None, "row"))
+        self.out_features, self.in_features = weight.shape
+        self.activation, self.dense_fallback = activation, dense_fallback
+        self.choice = weight.choice
+        self.register_buffer("values", weight.values.detach())
+        self.register_buffer("metadata", weight.metadata)
+        self.register_buffer("scales", weight.scales)
+        # float32 [1], or [0] for a scale of each row, so that a state dict tells the three apart
+        one = x_scale.detach().clone() if isinstance(x_scale, Tensor) else None
+        rows = torch.empty(0, device=weight.device) if isinstance(x_scale, str) else None
+        self.register_buffer("x_scale", rows if one is None else one)
+        self.register_buffer("format_version", torch.tensor([FORMAT_VERSION]))
+        if bias is None or isinstance(bias, nn.Parameter):
+            self.register_parameter("bias", bias)
+        else:
+            self.bias = nn.Parameter(bias.detach().clone())
+        # holds the dense copy from call to call
+        self._weight24: Sparse24Weight | None = None
+
+    @property
+    def weight24(self) -> Sparse24Weight:
+        """The compressed weight; the same object as long as the buffers are."""
+        known = self._weight24
+        if known is None or known.values is not self.values or known.choice != self.choice:
+            known = Sparse24Weight(self.values, self.metadata, self.scales, tuple(self.choice))
+            self._weight24 = known
+        return known
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew at every look: for code that asks nn.Linear for its weight."""
+        return self.weight24.decompress()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight (a dense copy too) and the bias."""
+        return self.weight24.nbytes + (0 if self.bias is None else self.bias.numel() * self.bias.element_size())
+
+    def forward(self, x: Tensor, mul: Tensor | None = None) -> Tensor:
+        """x [..., in_features] -> [..., out_features]; ``mul``, shaped like the result, multiplies after activation."""
+        if self.x_scale is not None:
+            bias = None if self.bias is None else self.bias.detach()
+            x_scale = self.x_scale if self.x_scale.shape[0] else None
+            return linear_int8(x, self.weight24, bias, self.activation, mul, x_scale=x_scale)
+        return linear(x, self.weight24, self.bias, self.activation, mul, dense_fallback=self.dense_fallback)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"dtype={self.values.dtype}, activation={self.activation}"
+        )
+
+    def _apply(self, fn, recurse: bool = True):
+        apply_but_keep(self, ("scales", "x_scale"), lambda: super(Sparse24Linear, self)._apply(fn, recurse))
+        self._weight24 = None
+        return self
+
+    def __getstate__(self):
+        return self.__dict__ | {"_weight24": None}
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        version, packed = (state_dict.get(prefix + name) for name in ("format_version", "metadata"))
+        try:
+            if version is not None:
+                check_version("Sparse24Linear", version)
+            if packed is not None and packed.shape == self.metadata.shape and packed.dtype == torch.uint8:
+                check_metadata("Sparse24Linear", packed, self.values.shape[1] // 2)
+        except ValueError as error:
+            errors.append(str(error))
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if self._weight24 is not None:
+            self._weight24.drop_dense()
