@@ -43,7 +43,7 @@ TILE = "tile"  # in bars: share of the speed-up over DENSE that the visited pair
 TIME = "time"  # in bars: seconds
 RESERVED = (OURS, BEST, SHARE, MEMORY, DENSE, TILE, TIME)
 UPPER = (MEMORY, TIME)  # the less the better
-FAMILIES = ("score", "select", "compact", "merge", "attention")
+FAMILIES = ("score", "select", "compact", "merge", "attention", "sparse24")
 
 
 @dataclass

@@ -23,10 +23,10 @@ const char* isa_name(Isa isa);
 
 // The variant of `function` for the instruction set in use: PYVTK_FOR_ISA(select)(arguments...).
 #if defined(__x86_64__)
-#define PYVTK_FOR_ISA(function)                                                       \
-  (::pyvtk::cpu::isa() == ::pyvtk::cpu::Isa::avx512 ? &::pyvtk::cpu::avx512::function \
-   : ::pyvtk::cpu::isa() == ::pyvtk::cpu::Isa::avx2 ? &::pyvtk::cpu::avx2::function   \
-                                                    : &::pyvtk::cpu::portable::function)
+#define PYVTK_FOR_ISA(...)                                                               \
+  (::pyvtk::cpu::isa() == ::pyvtk::cpu::Isa::avx512 ? &::pyvtk::cpu::avx512::__VA_ARGS__ \
+   : ::pyvtk::cpu::isa() == ::pyvtk::cpu::Isa::avx2 ? &::pyvtk::cpu::avx2::__VA_ARGS__   \
+                                                    : &::pyvtk::cpu::portable::__VA_ARGS__)
 #else
-#define PYVTK_FOR_ISA(function) (&::pyvtk::cpu::portable::function)
+#define PYVTK_FOR_ISA(...) (&::pyvtk::cpu::portable::__VA_ARGS__)
 #endif

@@ -14,6 +14,16 @@ inline constexpr int64_t kLanes = PYVTK_VECTOR_BYTES / 4;
 
 #define PYVTK_INLINE inline __attribute__((always_inline))
 
+// Scratch memory whose vectors do not straddle cache lines; uninitialised.
+struct FreeFloats {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+using Scratch = std::unique_ptr<float[], FreeFloats>;
+inline Scratch scratch(int64_t count) {
+  return Scratch(
+      static_cast<float*>(::operator new[](static_cast<size_t>(count) * sizeof(float), std::align_val_t{64})));
+}
+
 // x - 0 is x for every x, so that only the broadcast is left of it; 0 + x is not, for -0.
 PYVTK_INLINE vfloat splat(float x) { return x - vfloat{}; }
 PYVTK_INLINE vint splat(int32_t x) { return vint{} + x; }
@@ -25,6 +35,30 @@ PYVTK_INLINE vint as_int(vfloat x) { return reinterpret_cast<vint>(x); }
 // mask lanes are 0 or -1
 PYVTK_INLINE vfloat blend(vint mask, vfloat yes, vfloat no) { return mask ? yes : no; }
 PYVTK_INLINE vint blend(vint mask, vint yes, vint no) { return mask ? yes : no; }
+
+// By the sign bit of each lane, which saves the comparison where the bit is at hand.
+PYVTK_INLINE vfloat blend_sign(vint sign, vfloat yes, vfloat no) {
+#if PYVTK_VECTOR_BYTES == 64
+  return reinterpret_cast<vfloat>(_mm512_mask_blend_ps(_mm512_movepi32_mask(reinterpret_cast<__m512i>(sign)),
+                                                       reinterpret_cast<__m512>(no), reinterpret_cast<__m512>(yes)));
+#elif PYVTK_VECTOR_BYTES == 32
+  return reinterpret_cast<vfloat>(
+      _mm256_blendv_ps(reinterpret_cast<__m256>(no), reinterpret_cast<__m256>(yes), reinterpret_cast<__m256>(sign)));
+#else
+  return sign < 0 ? yes : no;
+#endif
+}
+
+// Two products of 16-bit numbers, added, in each lane of 32 bits.
+PYVTK_INLINE vint multiply_add_pairs(vint a, vint b) {
+#if PYVTK_VECTOR_BYTES == 64
+  return reinterpret_cast<vint>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif PYVTK_VECTOR_BYTES == 32
+  return reinterpret_cast<vint>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
 
 // NaN in either operand gives the second one, as x86's own max and min do.
 PYVTK_INLINE vfloat vmax(vfloat a, vfloat b) { return a > b ? a : b; }
@@ -63,6 +97,20 @@ PYVTK_INLINE vfloat load(const float16* p) {
 #else
   vfloat x;
   for (int64_t lane = 0; lane < kLanes; ++lane) x[lane] = to_float(p[lane]);
+  return x;
+#endif
+}
+
+PYVTK_INLINE vfloat load(const int8_t* p) {
+#if PYVTK_VECTOR_BYTES == 64
+  return __builtin_convertvector(
+      reinterpret_cast<vint>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))), vfloat);
+#elif PYVTK_VECTOR_BYTES == 32
+  return __builtin_convertvector(
+      reinterpret_cast<vint>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))), vfloat);
+#else
+  vfloat x;
+  for (int64_t lane = 0; lane < kLanes; ++lane) x[lane] = p[lane];
   return x;
 #endif
 }

@@ -43,7 +43,7 @@ backends.define(
     dtypes=(*backends.HALF_AND_SINGLE, torch.int8),
 )
 # choice: pairs (rows, kernel), ascending: from so many rows of x on, this kernel. The operator looks at x's rows, so
-# that torch.compile with dynamic rows needs no guard. Empty: few below 32 rows, many from there.
+# that torch.compile with dynamic rows needs no guard. Empty: few below 8 rows, many from there.
 backends.define(
     "sparse24_linear",
     "(Tensor x, Tensor values, Tensor metadata, Tensor? scales, Tensor? dense, Tensor? bias, Tensor? mul, "
@@ -229,7 +229,7 @@ def linear(
         bias: [N], of x's dtype or float32. mul: [..., N] in x's dtype.
         activation: one of :data:`ACTIVATIONS`; "gelu" is the one with erf, "quick_gelu" is z sigmoid(1.702 z).
         choice: pairs (rows, kernel), ascending; from so many rows of x on, this kernel of :data:`KERNELS`, by number.
-            Empty: few below 32 rows, many from there.
+            Empty: few below 8 rows, many from there.
         backend: "compiled", "reference", or None for the first that can run.
 
     Returns:

@@ -79,6 +79,30 @@ inline void check_blends() {
   }
 }
 
+inline void check_signs_and_pairs() {
+  vint sign = {}, a = {}, b = {};
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    sign[lane] = lane % 3 == 0 ? std::numeric_limits<int32_t>::min() + int32_t(lane) : int32_t(lane);
+    // low half positive or not, high half positive or not, and the largest ones
+    const int32_t low = lane % 2 == 0 ? -128 * 127 : 127, high = lane % 4 < 2 ? 32767 : -5;
+    a[lane] = (low & 0xffff) | int32_t(uint32_t(high) << 16);
+    b[lane] = ((3 - int32_t(lane)) & 0xffff) | int32_t(uint32_t(-2) << 16);
+  }
+  const vfloat chosen = blend_sign(sign, splat(-1.0f), splat(1.0f));
+  const vint sums = multiply_add_pairs(a, b);
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    CHECK(chosen[lane] == (lane % 3 == 0 ? -1.0f : 1.0f), lane, chosen[lane]);
+    const int32_t low = lane % 2 == 0 ? -128 * 127 : 127, high = lane % 4 < 2 ? 32767 : -5;
+    CHECK(sums[lane] == low * (3 - int32_t(lane)) - 2 * high, lane, sums[lane]);
+  }
+  std::vector<int8_t> bytes(kLanes + 1);
+  for (int64_t lane = 0; lane <= kLanes; ++lane) bytes[lane] = static_cast<int8_t>(lane % 2 == 0 ? -128 + lane : lane);
+  const vfloat wide = load(bytes.data() + 1);
+  for (int64_t lane = 0; lane < kLanes; ++lane) CHECK(wide[lane] == bytes[lane + 1], lane, wide[lane]);
+  const Scratch memory = scratch(3);
+  CHECK(reinterpret_cast<uintptr_t>(memory.get()) % 64 == 0, 0);
+}
+
 inline float vexp_of(float x) {
   float lanes[kLanes];
   store(lanes, vexp(splat(x)));
@@ -115,6 +139,7 @@ inline void check_simd() {
   check_stores();
   check_reductions();
   check_blends();
+  check_signs_and_pairs();
   check_exp();
 }
 

@@ -1,0 +1,285 @@
+// Binding of the sparse24 operators for CPU tensors. Meaning: pyvtk/reference/sparse24.py.
+#include <array>
+#include <atomic>
+#include <tuple>
+
+#include "binding.h"
+#include "cpu/sparse24_problem.h"
+
+#define PYVTK_KERNEL_HEADER "cpu/sparse24.h"
+#include "cpu/each_isa.h"
+
+namespace pyvtk::cpu {
+namespace {
+
+// Calls f(W{}) with the C++ type of a weight's dtype.
+template <class F>
+bool for_weight_dtype(ScalarType dtype, F&& f) {
+  if (dtype == ScalarType::Char) {
+    f(int8_t{});
+    return true;
+  }
+  return for_float_dtype(dtype, f);
+}
+
+std::tuple<Tensor, Tensor> sparse24_compress(Tensor weight, Tensor mask) {
+  guard_dim(weight, 2, "weight");
+  guard_last_contiguous(weight, "weight");
+  const int64_t outputs = weight.size(0), columns = weight.size(1);
+  PYVTK_GUARD(columns % 4 == 0, "weight has ", columns, " columns, which is no multiple of 4");
+  guard_dtype(mask, ScalarType::Bool, "mask");
+  guard_shape(mask, {outputs, columns}, "mask");
+  guard_last_contiguous(mask, "mask");
+  Tensor values = new_empty(weight, {outputs, columns / 2}, weight.scalar_type());
+  Tensor metadata = new_empty(weight, {outputs, ceil_div<int64_t>(columns, 8)}, ScalarType::Byte);
+  std::atomic<bool> good{true};
+  const bool known = for_weight_dtype(weight.scalar_type(), [&](auto zero) {
+    using W = decltype(zero);
+    const auto kernel = PYVTK_FOR_ISA(compress<W>);
+    parallel_for(outputs, 0.6 * static_cast<double>(columns), [&](int64_t begin, int64_t end) {
+      if (!kernel(data<W>(weight), static_cast<const uint8_t*>(mask.const_data_ptr()), mutable_data<W>(values),
+                  mutable_data<uint8_t>(metadata), columns, weight.stride(0), mask.stride(0), begin, end)) {
+        good = false;
+      }
+    });
+  });
+  PYVTK_GUARD(known, "weight has dtype number ", static_cast<int>(weight.scalar_type()),
+              ", which cannot be compressed");
+  STD_TORCH_CHECK(good, "sparse24_compress: mask does not have exactly two entries in every group of four");
+  return {values, metadata};
+}
+
+void guard_weight(const Tensor& values, const Tensor& metadata) {
+  guard_dim(values, 2, "values");
+  guard_contiguous(values, "values");
+  PYVTK_GUARD(values.size(1) % 2 == 0, "values has ", values.size(1), " columns, an odd number");
+  guard_dtype(metadata, ScalarType::Byte, "metadata");
+  guard_shape(metadata, {values.size(0), ceil_div<int64_t>(values.size(1), 4)}, "metadata");
+  guard_contiguous(metadata, "metadata");
+}
+
+Tensor sparse24_decompress(Tensor values, Tensor metadata) {
+  guard_weight(values, metadata);
+  const int64_t outputs = values.size(0), columns = 2 * values.size(1);
+  Tensor weight = new_empty(values, {outputs, columns}, values.scalar_type());
+  const bool known = for_weight_dtype(values.scalar_type(), [&](auto zero) {
+    using W = decltype(zero);
+    const auto kernel = PYVTK_FOR_ISA(decompress<W>);
+    parallel_for(outputs, 0.5 * static_cast<double>(columns), [&](int64_t begin, int64_t end) {
+      kernel(data<W>(values), data<uint8_t>(metadata), mutable_data<W>(weight), columns, begin, end);
+    });
+  });
+  PYVTK_GUARD(known, "values has dtype number ", static_cast<int>(values.scalar_type()), ", which is no weight's");
+  return weight;
+}
+
+Activation activation_named(const std::string& name) {
+  constexpr std::array<const char*, 6> kNames = {"none", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu"};
+  for (size_t i = 0; i < kNames.size(); ++i) {
+    if (name == kNames[i]) return static_cast<Activation>(i);
+  }
+  STD_TORCH_CHECK(false, "pyvtk: activation has no kernel: ", name);
+  return Activation::none;
+}
+
+// A call as the kernels see it, and the tensors that its pointers need.
+struct Call {
+  Tensor x, values, metadata, out;
+  OptionalTensor scales, bias, mul;
+  Sparse24Problem problem{};
+
+  Call(const Tensor& x_, const Tensor& values_, const Tensor& metadata_, const OptionalTensor& scales_,
+       const OptionalTensor& bias_, const OptionalTensor& mul_, const std::string& activation)
+      : x(rows_of(x_)), values(values_), metadata(metadata_), out(x_), scales(scales_), bias(bias_), mul(mul_) {
+    guard_weight(values, metadata);
+    Sparse24Problem& p = problem;
+    const ScalarType dtype = x.scalar_type();
+    p.outputs = values.size(0);
+    p.columns = 2 * values.size(1);
+    PYVTK_GUARD(x.size(x.dim() - 1) == p.columns, "x has ", x.size(x.dim() - 1), " columns, expected ", p.columns);
+    std::vector<int64_t> shape;
+    p.rows = 1;
+    for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) {
+      shape.push_back(x.size(dim));
+      p.rows *= x.size(dim);
+    }
+    shape.push_back(p.outputs);
+    if (values.scalar_type() == ScalarType::Char) {
+      PYVTK_GUARD(scales.has_value(), "int8 values need scales");
+      guard_dtype(*scales, ScalarType::Float, "scales");
+      guard_shape(*scales, {p.outputs}, "scales");
+      if (!scales->is_contiguous()) scales = torch::stable::contiguous(*scales);
+    } else {
+      guard_dtype(values, dtype, "values");
+      PYVTK_GUARD(!scales.has_value(), "scales belong to int8 values");
+    }
+    if (bias.has_value()) {
+      guard_shape(*bias, {p.outputs}, "bias");
+      p.wide_bias = bias->scalar_type() == ScalarType::Float;
+      if (!p.wide_bias) guard_dtype(*bias, dtype, "bias");
+      if (!bias->is_contiguous()) bias = torch::stable::contiguous(*bias);
+    }
+    if (mul.has_value()) {
+      guard_dtype(*mul, dtype, "mul");
+      PYVTK_GUARD(mul->dim() == x.dim(), "mul has ", mul->dim(), " dimensions, expected ", x.dim());
+      for (int64_t dim = 0; dim < x.dim(); ++dim) {
+        PYVTK_GUARD(mul->size(dim) == shape[dim], "mul has size ", mul->size(dim), " in dimension ", dim, ", expected ",
+                    shape[dim]);
+      }
+      mul = rows_of(*mul);
+      p.mul = mul->const_data_ptr();
+      p.mul_stride = row_stride(*mul);
+    }
+    out = new_empty(x, shape, dtype);
+    p.x = x.const_data_ptr();
+    p.x_stride = row_stride(x);
+    p.values = values.const_data_ptr();
+    p.metadata = data<uint8_t>(metadata);
+    p.scales = data<float>(scales);
+    p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+    p.out = out.mutable_data_ptr();
+    p.activation = activation_named(activation);
+  }
+
+  // Two dimensions keep the distance of their rows; others are copied if they are not contiguous.
+  static Tensor rows_of(const Tensor& x) {
+    PYVTK_GUARD(x.dim() >= 1, "x and mul must have dimensions");
+    if (x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1)) return x;
+    return x.is_contiguous() ? x : torch::stable::contiguous(x);
+  }
+  static int64_t row_stride(const Tensor& x) { return x.dim() == 2 ? x.stride(0) : x.size(x.dim() - 1); }
+};
+
+// Few rows cost by the weight, many by the row; from here on the second are faster (measured for (4096, 4096) float32).
+constexpr int64_t kFewRowsBelow = 8;
+
+constexpr int64_t kFew = 0, kMany = 1, kDense = 2;
+
+int64_t choose(const std::vector<int64_t>& choice, int64_t rows) {
+  int64_t kernel = rows < kFewRowsBelow ? kFew : kMany;
+  for (size_t i = 0; i + 1 < choice.size(); i += 2) {
+    if (rows >= choice[i]) kernel = choice[i + 1];
+  }
+  return kernel;
+}
+
+template <class T, class W>
+void run_few(const Sparse24Problem& p) {
+  const auto pack = PYVTK_FOR_ISA(few_pack<T, W>);
+  const auto kernel = PYVTK_FOR_ISA(few<T, W>);
+  const auto packed = portable::scratch(p.rows * PYVTK_FOR_ISA(few_floats)(p.columns));
+  pack(p, packed.get());
+  // reading weights: about 15 bytes in a nanosecond
+  const double cost = static_cast<double>(p.columns) * static_cast<double>(p.rows + 1) * 0.05;
+  parallel_for(p.outputs, cost, [&](int64_t begin, int64_t end) { kernel(p, packed.get(), nullptr, begin, end); });
+}
+
+template <class T, class W>
+void run_many(const Sparse24Problem& p) {
+  const auto kernel = PYVTK_FOR_ISA(many<T, W>);
+  const int64_t items = PYVTK_FOR_ISA(many_items)(p.rows, p.outputs);
+  const double cost = 0.02 * static_cast<double>(p.rows) * static_cast<double>(p.outputs) *
+                      static_cast<double>(p.columns) / static_cast<double>(std::max<int64_t>(items, 1));
+  parallel_for(items, cost, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+// x W^T by torch's own product with a dense copy of the weight; bias in it where it has x's dtype.
+Tensor dense_linear(const Tensor& x, const Tensor& dense, const OptionalTensor& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(dense),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+template <class T>
+Tensor run_dense(Call& call, const OptionalTensor& dense) {
+  PYVTK_GUARD(dense.has_value(), "choice asks for the dense kernel, but there is no dense copy");
+  Sparse24Problem& p = call.problem;
+  guard_dtype(*dense, call.x.scalar_type(), "dense");
+  guard_shape(*dense, {p.outputs, p.columns}, "dense");
+  const bool inside = call.bias.has_value() && call.bias->scalar_type() == call.x.scalar_type();
+  Tensor z = dense_linear(call.x, *dense, inside ? call.bias : OptionalTensor{});
+  if (inside) p.bias = nullptr;
+  p.wide_bias = p.wide_bias && !inside;
+  if (p.bias == nullptr && p.mul == nullptr && p.activation == Activation::none) return z;
+  p.scales = nullptr;  // they are in the copy
+  if (!z.is_contiguous()) z = torch::stable::contiguous(z);
+  const auto kernel = PYVTK_FOR_ISA(finish_rows<T>);
+  parallel_for(p.rows, 1.0 * static_cast<double>(p.outputs),
+               [&](int64_t begin, int64_t end) { kernel(p, data<T>(z), begin, end); });
+  return call.out;
+}
+
+Tensor sparse24_linear(Tensor x, Tensor values, Tensor metadata, OptionalTensor scales, OptionalTensor dense,
+                       OptionalTensor bias, OptionalTensor mul, std::string activation, std::vector<int64_t> choice) {
+  Call call(x, values, metadata, scales, bias, mul, activation);
+  Tensor result = call.out;
+  const int64_t wanted = choose(choice, call.problem.rows);
+  PYVTK_GUARD(wanted >= kFew && wanted <= kDense, "choice names kernel ", wanted, "; there are 0, 1 and 2");
+  const bool known = for_float_dtype(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    if (wanted == kDense) {
+      result = run_dense<T>(call, dense);
+    } else if (values.scalar_type() == ScalarType::Char) {
+      wanted == kFew ? run_few<T, int8_t>(call.problem) : run_many<T, int8_t>(call.problem);
+    } else {
+      wanted == kFew ? run_few<T, T>(call.problem) : run_many<T, T>(call.problem);
+    }
+  });
+  PYVTK_GUARD(known, "x has dtype number ", static_cast<int>(x.scalar_type()), ", which sparse24 has no kernel for");
+  return result;
+}
+
+Tensor sparse24_linear_int8(Tensor x, Tensor values, Tensor metadata, Tensor scales, OptionalTensor x_scale,
+                            OptionalTensor bias, OptionalTensor mul, std::string activation) {
+  guard_dtype(values, ScalarType::Char, "values");
+  Call call(x, values, metadata, scales, bias, mul, activation);
+  const Sparse24Problem& p = call.problem;
+  // two products of at most 128 * 127 for every four columns fit an int32
+  PYVTK_GUARD(p.columns <= 1 << 18, "x has ", p.columns, " columns, whose sums may not fit an int32");
+  if (x_scale.has_value()) {
+    guard_dtype(*x_scale, ScalarType::Float, "x_scale");
+    guard_shape(*x_scale, {1}, "x_scale");
+  }
+  const bool known = for_float_dtype(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const auto whole = portable::scratch(p.rows * p.columns), row_scales = portable::scratch(p.rows);
+    const auto quantize = PYVTK_FOR_ISA(quantize_row<T>);
+    const float* call_scale = data<float>(x_scale);
+    parallel_for(p.rows, 0.5 * static_cast<double>(p.columns), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        row_scales[row] = quantize(static_cast<const T*>(p.x) + row * p.x_stride, p.columns, call_scale,
+                                   whole.get() + row * p.columns);
+      }
+    });
+    const double cost = 0.02 * static_cast<double>(p.columns) * static_cast<double>(p.rows + 8);
+    if (p.rows < kFewRowsBelow) {
+      Sparse24Problem q = p;
+      q.x = whole.get();
+      q.x_stride = p.columns;
+      const auto packed = portable::scratch(p.rows * PYVTK_FOR_ISA(few_floats)(p.columns));
+      const auto pack = PYVTK_FOR_ISA(few_pack<float, int8_t>);
+      pack(q, packed.get());
+      const auto kernel = PYVTK_FOR_ISA(few<T, int8_t, true>);
+      parallel_for(p.outputs, cost,
+                   [&](int64_t begin, int64_t end) { kernel(p, packed.get(), row_scales.get(), begin, end); });
+    } else {
+      const auto kernel = PYVTK_FOR_ISA(many_int8<T>);
+      const int64_t items = PYVTK_FOR_ISA(int8_items)(p.rows, p.outputs);
+      parallel_for(items, cost * static_cast<double>(p.outputs) / static_cast<double>(std::max<int64_t>(items, 1)),
+                   [&](int64_t begin, int64_t end) { kernel(p, whole.get(), row_scales.get(), begin, end); });
+    }
+  });
+  PYVTK_GUARD(known, "x has dtype number ", static_cast<int>(x.scalar_type()), ", which sparse24 has no kernel for");
+  return call.out;
+}
+
+}  // namespace
+}  // namespace pyvtk::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(pyvtk, CPU, m) {
+  m.impl("sparse24_compress", TORCH_BOX(&pyvtk::cpu::sparse24_compress));
+  m.impl("sparse24_decompress", TORCH_BOX(&pyvtk::cpu::sparse24_decompress));
+  m.impl("sparse24_linear", TORCH_BOX(&pyvtk::cpu::sparse24_linear));
+  m.impl("sparse24_linear_int8", TORCH_BOX(&pyvtk::cpu::sparse24_linear_int8));
+}
