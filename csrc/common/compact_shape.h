@@ -1,5 +1,6 @@
 // How the tensors of one move lie in memory. Torch-free; one definition for all devices.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -60,7 +61,7 @@ inline bool put_together(const View& source, const View& target, const View& bas
   shape.element = shape.run = element;
   shape.lines = 1;
   bool together = true;
-  for (size_t axis = source.sizes.size(); axis-- > 0;) {
+  for (std::size_t axis = source.sizes.size(); axis-- > 0;) {
     const Axis here{source.sizes[axis], source.strides[axis], target.strides[axis], base.strides[axis]};
     if (here.size == 1) continue;
     together = together && here.source == shape.run && here.target == shape.run && here.base == shape.run;
