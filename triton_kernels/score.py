@@ -686,7 +686,7 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, tokens: int, lean: boo
         rows, keys = (64, 32 if lean else 16) if not wide else (32, 32)
         stages = 2
     else:
-        rows, keys = (32 if lean else 16, 64) if not wide else (32, 32)
+        rows, keys = (32 if lean else 16, 64 if lean or large else 32) if not wide else (32, 32)
         stages = 2
     if wide and not single:
         stages = 2
