@@ -1,6 +1,8 @@
 // pyvtk's wrappers of csrc/cuda/ptx.cuh, as the emulation runs them. Same names, same meaning.
 #pragma once
+#include "common/types.h"
 #include "cuda_emulation.h"
+#include "warp_matrix.h"
 
 // A constant for every declaration (and every instance of a template): its address finds the block's memory.
 #define PYVTK_SHARED(name, ...)                                                                                        \
@@ -33,6 +35,32 @@ void copy_async_wait() {
 
 inline void named_barrier(int id, int threads, CUDA_EMULATION_HERE) {
   cuda_emulation::barrier(id, threads, 0, "named_barrier", where);
+}
+
+template <int kMatrices>
+void ldmatrix(uint32_t (&to)[kMatrices], const void* row, CUDA_EMULATION_HERE) {
+  cuda_emulation::ldmatrix(to, row, false, where);
+}
+template <int kMatrices>
+void ldmatrix_transposed(uint32_t (&to)[kMatrices], const void* row, CUDA_EMULATION_HERE) {
+  cuda_emulation::ldmatrix(to, row, true, where);
+}
+template <class T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CUDA_EMULATION_HERE) {
+  cuda_emulation::mma(d, a, b, [](uint16_t bits) { return to_float(T{bits}); }, where);
+}
+template <class T, int kSelector>
+void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata,
+                     CUDA_EMULATION_HERE) {
+  cuda_emulation::mma_sp(d, a, b, metadata, kSelector, +[](uint16_t bits) { return to_float(T{bits}); }, where);
+}
+inline void mma_sp_m16n8k64(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata,
+                            CUDA_EMULATION_HERE) {
+  cuda_emulation::mma_sp(d, a, b, metadata, 0, +[](uint8_t bits) { return static_cast<int8_t>(bits); }, where);
+}
+template <class T>
+T rounded(float x) {
+  return from_float<T>(x);
 }
 
 }  // namespace pyvtk::cuda
