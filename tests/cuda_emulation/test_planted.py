@@ -41,7 +41,14 @@ FOUND = {
         "copy": POISON,
         **{
             name: f"data race(.*\n)*.*{name}_kernel"
-            for name in ("race", "race_in_warp", "race_in_loop", "race_of_blocks", "race_of_last_block", "race_of_ldmatrix")
+            for name in (
+                "race",
+                "race_in_warp",
+                "race_in_loop",
+                "race_of_blocks",
+                "race_of_last_block",
+                "race_of_ldmatrix",
+            )
         },
         "copy_of_another": "data race(.*\n)*.*copy_of_another_kernel",
     },

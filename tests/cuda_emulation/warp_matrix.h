@@ -53,6 +53,14 @@ constexpr Place place_of_metadata(unsigned row, unsigned group, unsigned selecto
   return {row % 8 * 4 + row / 8 + group / 8 * 2, 0, group % 8 * 4};
 }
 
+// The element at a place, of registers that stand at word `first` of what each lane brought.
+template <class Bits, class Registers>
+Bits element_at(const unsigned char* all, unsigned first, Place place) {
+  uint32_t word;
+  std::memcpy(&word, all + place.lane * sizeof(Registers) + (first + place.index) * sizeof(word), sizeof(word));
+  return static_cast<Bits>(word >> place.shift);
+}
+
 // d += a b, where decode turns bits into numbers of a type whose products are exact in d's.
 template <class Sum, class F>
 void mma(Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], F decode, Location where) {
@@ -63,9 +71,8 @@ void mma(Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], F decode, 
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
     for (unsigned k = 0; k < 16; ++k) {
-      const Place from = place_of_a<uint16_t>(row, k), at = place_of_b<uint16_t>(k, column);
-      d[i] += decode(static_cast<uint16_t>(brought<Registers>(all, from.lane).a[from.index] >> from.shift)) *
-              decode(static_cast<uint16_t>(brought<Registers>(all, at.lane).b[at.index] >> at.shift));
+      d[i] += decode(element_at<uint16_t, Registers>(all, 0, place_of_a<uint16_t>(row, k))) *
+              decode(element_at<uint16_t, Registers>(all, 4, place_of_b<uint16_t>(k, column)));
     }
   }
 }
@@ -83,15 +90,13 @@ void mma_sp(Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_
     const unsigned row = lane() / 4 + half * 8;
     for (unsigned k = 0; k < kept; k += 2) {
       const Place nibble = place_of_metadata<Bits>(row, k / 2, selector);
-      const uint32_t positions = brought<Registers>(all, nibble.lane).metadata >> nibble.shift & 15u;
+      const uint32_t positions = element_at<uint32_t, Registers>(all, 8, nibble) & 15u;
       if ((positions & 3u) >= positions >> 2) fail("mma_sp with metadata whose two positions do not ascend", where);
       for (unsigned i = 0; i < 2; ++i) {
-        const Place from = place_of_a<Bits>(row, k + i);
-        const auto left = decode(static_cast<Bits>(brought<Registers>(all, from.lane).a[from.index] >> from.shift));
+        const auto left = decode(element_at<Bits, Registers>(all, 0, place_of_a<Bits>(row, k + i)));
         for (unsigned j = 0; j < 2; ++j) {
           const Place at = place_of_b<Bits>(2 * k + (positions >> 2 * i & 3u), lane() % 4 * 2 + j);
-          const auto right = decode(static_cast<Bits>(brought<Registers>(all, at.lane).b[at.index] >> at.shift));
-          d[2 * half + j] += left * right;
+          d[2 * half + j] += left * decode(element_at<Bits, Registers>(all, 4, at));
         }
       }
     }
