@@ -12,10 +12,13 @@
 // Where there are too few tiles for the device, blocks share a tile along k: each leaves its sum in a workspace, and a
 // second launch adds these in order and finishes. Sums are float, or int for int8.
 #pragma once
-#include "common/sparse24_problem.h"
 #include "cuda/block.cuh"
+#include "cuda/sparse24_problem.cuh"
 
 namespace pyvtk::cuda {
+
+constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t at_least(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // The end of a product
 // ----------------------------------------------------------------------------------------------------
@@ -195,31 +198,41 @@ __device__ void fetch_stage(const Sparse24Launch& call, unsigned char* stage, in
   const Sparse24Problem& problem = call.problem;
   const int me = static_cast<int>(threadIdx.x);
   const X* x = static_cast<const X*>(problem.x);
-  for (int i = me; i < Tile::kRows * 8; i += Tile::kThreads) {
-    const int row = i / 8, piece = i % 8;
-    const int64_t last = problem.rows - 1, from = first_row + row < last ? first_row + row : last;
-    const int64_t k = depth + piece * (16 / static_cast<int>(sizeof(X)));
-    unsigned char* to = stage + Tile::x_at(row, piece);
-    if (call.x_aligned) {
+  constexpr int kOfPiece = 16 / static_cast<int>(sizeof(X));
+  const auto x_row = [&](int row) { return x + at_most(first_row + row, problem.rows - 1) * problem.x_stride; };
+  if (call.x_aligned) {
+#pragma unroll
+    for (int i = 0; i < Tile::kRows * 8 / Tile::kThreads; ++i) {
+      const int row = me / 8 + i * (Tile::kThreads / 8), piece = me % 8;
+      const int64_t k = depth + piece * kOfPiece;
       const bool valid = k < problem.depth;
-      copy_async<16>(to, x + from * problem.x_stride + (valid ? k : 0), valid);
-    } else {
-      *reinterpret_cast<uint4*>(to) = gather(x + from * problem.x_stride, k, problem.depth);
+      copy_async<16>(stage + Tile::x_at(row, piece), x_row(row) + (valid ? k : 0), valid);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = me; i < Tile::kRows * 8; i += Tile::kThreads) {
+      *reinterpret_cast<uint4*>(stage + Tile::x_at(i / 8, i % 8)) =
+          gather(x_row(i / 8), depth + i % 8 * kOfPiece, problem.depth);
     }
   }
   const V* values = static_cast<const V*>(problem.values);
   const int64_t kept = problem.depth / 2;
   constexpr int kPieces = Tile::kValueBytes / 16;
-  for (int i = me; i < Tile::kFeatures * kPieces; i += Tile::kThreads) {
-    const int row = i / kPieces, piece = i % kPieces;
-    const int64_t last = problem.features - 1, from = first_feature + row < last ? first_feature + row : last;
-    const int64_t k = depth / 2 + piece * (16 / static_cast<int>(sizeof(V)));
-    unsigned char* to = stage + Tile::values_at(row, piece);
-    if (call.values_aligned) {
+  constexpr int kOfValues = 16 / static_cast<int>(sizeof(V));
+  const auto values_row = [&](int row) { return values + at_most(first_feature + row, problem.features - 1) * kept; };
+  if (call.values_aligned) {
+#pragma unroll
+    for (int i = 0; i < Tile::kFeatures * kPieces / Tile::kThreads; ++i) {
+      const int row = me / kPieces + i * (Tile::kThreads / kPieces), piece = me % kPieces;
+      const int64_t k = depth / 2 + piece * kOfValues;
       const bool valid = k < kept;
-      copy_async<16>(to, values + from * kept + (valid ? k : 0), valid);
-    } else {
-      *reinterpret_cast<uint4*>(to) = gather(values + from * kept, k, kept);
+      copy_async<16>(stage + Tile::values_at(row, piece), values_row(row) + (valid ? k : 0), valid);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = me; i < Tile::kFeatures * kPieces; i += Tile::kThreads) {
+      *reinterpret_cast<uint4*>(stage + Tile::values_at(i / kPieces, i % kPieces)) =
+          gather(values_row(i / kPieces), depth / 2 + i % kPieces * kOfValues, kept);
     }
   }
   const int64_t stride = ceil_div<int64_t>(problem.depth, 8);
@@ -330,13 +343,14 @@ __global__ void __launch_bounds__(128, 2) sparse24_many_kernel(const __grid_cons
     copy_async_commit();
   };
   Sum sums[4][Tile::kRowTiles][4] = {};
-  for (int i = 0; i < Tile::kStages - 1; ++i) fetch(i);
 #pragma unroll 1
-  for (int i = 0; i < stages; ++i) {
-    copy_async_wait<Tile::kStages - 2>();
-    __syncthreads();  // this stage is there for all, and all are done with the one that comes next
+  for (int i = 1 - Tile::kStages; i < stages; ++i) {  // the first only fetch
+    if (i >= 0) {
+      copy_async_wait<Tile::kStages - 2>();
+      __syncthreads();  // this stage is there for all, and all are done with the one that comes next
+    }
     fetch(i + Tile::kStages - 1);
-    multiply_stage<X, V, Tile>(shared + i % Tile::kStages * Tile::kStageBytes, sums);
+    if (i >= 0) multiply_stage<X, V, Tile>(shared + i % Tile::kStages * Tile::kStageBytes, sums);
   }
   copy_async_wait<0>();
   __syncthreads();
@@ -629,9 +643,6 @@ struct Sparse24Plan {
 inline bool aligned_to(const void* address, int64_t stride_bytes, int64_t alignment) {
   return reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(alignment) == 0 && stride_bytes % alignment == 0;
 }
-
-inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t at_least(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // Which kernel, tile and split along k. `wants_few` is a wish: it holds up to 32 rows of a weight and an x that fit the
 // kernel's loads; else the other kernel reads the weight once as well, up to 64 rows.

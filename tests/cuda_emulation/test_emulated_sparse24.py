@@ -120,7 +120,7 @@ def test_int8_rows_that_are_not_numbers(x_scale):
 def test_large_sums_are_exact(dtype, few):
     """Whole numbers whose sums need every bit of the accumulator, with splits: each product is at its place."""
     generator = torch.Generator().manual_seed(7)
-    depth, largest = (4096, 128) if dtype == torch.int8 else (1024, 9)
+    depth, largest = (4096, 128) if dtype == torch.int8 else (2048, 9)
     weight = torch.randint(-largest, largest, (40, depth), generator=generator).to(dtype)
     values, metadata = reference.compress(weight, reference.prune_n_of_m(weight.float().abs(), 2, 4))
     x = torch.randint(-largest + 1, largest, (9, depth), generator=generator).float()

@@ -19,7 +19,7 @@ auto scratch(int64_t bytes) {
 }
 
 template <class X, class V>
-cudaError_t linear(const Sparse24Problem& problem, bool few, int multiprocessors, int* taken) {
+cudaError_t linear(const cuda::Sparse24Problem& problem, bool few, int multiprocessors, int* taken) {
   const cuda::Sparse24Plan plan = cuda::plan_sparse24<X, V>(problem, few, multiprocessors);
   taken[0] = plan.few;
   taken[1] = plan.row_tile;
@@ -37,7 +37,7 @@ EXPORT int emulated_sparse24_linear(int type, int int8_values, int int8_x, int64
                                     const uint8_t* metadata, const float* scales, const float* x_scale,
                                     const void* bias, int bias_type, const void* mul, int64_t mul_stride,
                                     int activation, void* out, int few, int multiprocessors, int* taken) {
-  Sparse24Problem problem;
+  cuda::Sparse24Problem problem;
   problem.rows = rows;
   problem.features = features;
   problem.depth = depth;
@@ -47,12 +47,12 @@ EXPORT int emulated_sparse24_linear(int type, int int8_values, int int8_x, int64
   problem.metadata = metadata;
   problem.epilogue.scales = scales;
   problem.epilogue.bias = bias;
-  problem.epilogue.bias_type = static_cast<Sparse24Number>(bias_type);
-  problem.epilogue.activation = static_cast<Sparse24Activation>(activation);
+  problem.epilogue.bias_type = static_cast<cuda::Sparse24Number>(bias_type);
+  problem.epilogue.activation = static_cast<cuda::Sparse24Activation>(activation);
   problem.epilogue.mul = mul;
   problem.epilogue.mul_stride = mul_stride;
   problem.epilogue.out = out;
-  problem.epilogue.out_type = static_cast<Sparse24Number>(type);
+  problem.epilogue.out_type = static_cast<cuda::Sparse24Number>(type);
   if (int8_x) {
     const int64_t stride = (depth + 15) / 16 * 16;
     const auto q = scratch<int8_t>(rows * stride);

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-namespace pyvtk {
+namespace pyvtk::cuda {
 
 enum class Sparse24Activation : int { none, relu, gelu, gelu_tanh, quick_gelu, silu };
 enum class Sparse24Number : int { float32, bfloat16, float16 };
@@ -32,4 +32,4 @@ struct Sparse24Problem {
   Sparse24Epilogue epilogue;
 };
 
-}  // namespace pyvtk
+}  // namespace pyvtk::cuda
