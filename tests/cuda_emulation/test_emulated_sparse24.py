@@ -59,7 +59,6 @@ def problems(draw, int8: bool):
 
 
 EXAMPLES = {"": (330, 130)}.get(emulated.SANITIZER, (80, 40))
-taken = set()
 
 
 @settings(max_examples=EXAMPLES[0], deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -67,8 +66,7 @@ taken = set()
 def test_linear(problem, seed, blocks_alive):
     emulated.configure(seed, blocks_alive)
     arguments, options = problem
-    actual, plan = kernels.linear(*arguments, **options)
-    taken.add(plan)
+    actual, _ = kernels.linear(*arguments, **options)
     x, values, metadata, scales, bias, mul, activation = arguments
     plain = reference.linear(x, values, metadata, scales, None, bias, mul, activation)
     wide = [t if t is None or t.dtype in (torch.uint8, torch.int8) else t.double() for t in arguments[:6]]
@@ -77,11 +75,30 @@ def test_linear(problem, seed, blocks_alive):
     assert_within_budget(actual, oracle, plain)
 
 
-def test_every_kernel_has_run():
-    """Kernels and tiles, each with and without splits, came in the test above."""
-    expected = {(True, 1), (True, 2), (True, 4), (False, 64), (False, 128)}
-    assert {plan[:2] for plan in taken} == expected
-    assert {plan[:2] for plan in taken if plan[2] > 1} >= expected - {(False, 128)}
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("values_dtype", [None, torch.int8])
+@pytest.mark.parametrize(
+    "rows, features, depth, multiprocessors, plan",
+    [
+        (7, 20, 8448, 2, (True, 1, 2)),
+        (15, 20, 4352, 2, (True, 2, 2)),
+        (30, 20, 2176, 3, (True, 4, 2)),
+        (30, 129, 128, 1, (True, 4, 1)),
+        (40, 20, 1100, 2, (False, 64, 2)),
+        (130, 140, 68, 4, (False, 128, 1)),
+    ],
+)
+def test_plans(rows, features, depth, multiprocessors, plan, values_dtype, dtype):
+    """Every kernel and tile, with splits and without; what is asked for does run."""
+    emulated.configure()
+    generator = torch.Generator().manual_seed(rows)
+    weight = weights(features, depth, values_dtype or dtype, generator)
+    x = torch.randn(rows, depth, generator=generator).to(dtype)
+    actual, taken = kernels.linear(x, *weight, None, None, "none", few=True, multiprocessors=multiprocessors)
+    assert taken[:2] == plan[:2] and (taken[2] > 1) == (plan[2] > 1)
+    plain = reference.linear(x, *weight, None, None, None, "none")
+    wide = [weight[0] if values_dtype else weight[0].double(), weight[1], weight[2]]
+    assert_within_budget(actual, reference.linear(x.double(), *wide, None, None, None, "none"), plain)
 
 
 @settings(max_examples=EXAMPLES[1], deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
