@@ -122,16 +122,30 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
 Tensor linear_by_dense(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, Call call) {
   Sparse24Epilogue& end = call.problem.epilogue;
   end.scales = nullptr;  // the dense weight is scaled
-  const bool torch_adds = !bias.has_value() || bias->scalar_type() == x.scalar_type();
-  if (torch_adds && end.mul == nullptr && end.activation == Sparse24Activation::none)
-    return dense_linear(x, weight, bias);
-  const Tensor sums = dense_linear(x, weight, std::nullopt);
-  guard_contiguous(sums, "the product");
-  const bool known = for_float_dtype(x.scalar_type(), [&](auto zero) {
-    check(combine(data<decltype(zero)>(sums), 1, call.problem.rows, call.problem.features, end, current_stream(x)),
+  const bool plain = end.mul == nullptr && end.activation == Sparse24Activation::none;
+  const void* sums = call.out.const_data_ptr();
+  OptionalTensor product;
+  if (x.dim() == 2 && !(plain && bias.has_value() && bias->scalar_type() == x.scalar_type())) {
+    // into our own tensor: autocast, which may be on around this operator, leaves that alone
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
+                                      torch::stable::detail::from(torch::stable::transpose(weight, 0, 1)),
+                                      torch::stable::detail::from(call.out)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // what is returned is owned
+    if (plain && !bias.has_value()) return std::move(call.out);
+  } else {
+    const bool torch_adds = plain && bias.has_value() && bias->scalar_type() == x.scalar_type();
+    product = dense_linear(x, weight, torch_adds ? bias : std::nullopt);
+    guard_dtype(*product, x.scalar_type(), "torch's product (is autocast on?)");
+    if (torch_adds || (plain && !bias.has_value())) return std::move(*product);
+    guard_contiguous(*product, "torch's product");
+    sums = product->const_data_ptr();
+  }
+  for_float_dtype(x.scalar_type(), [&](auto zero) {
+    check(combine(static_cast<const decltype(zero)*>(sums), 1, call.problem.rows, call.problem.features, end,
+                  current_stream(x)),
           "sparse24_linear");
   });
-  PYVTK_GUARD(known, "x must be floating");
   return std::move(call.out);
 }
 

@@ -411,6 +411,8 @@ struct FewTile {
   static constexpr int kPanelRow = kPanelChunks * kXBytes;  // bytes
   static constexpr int kPanelBytes = kRows * kPanelRow;
   static constexpr int kSumStride = kFeatures + 4;
+  // of a multiprocessor at once; widening would spill in the registers of two on the newest architectures
+  static constexpr int kBlocks = kRowTiles > 2 || kWiden ? 1 : 2;
   static constexpr int kSumBytes = kDepthWarps * kRows * kSumStride * 4;
   static constexpr int kSharedBytes = 2 * kPanelBytes > kSumBytes ? 2 * kPanelBytes : kSumBytes;
   static_assert(kSharedBytes <= 99 * 1024);
@@ -555,7 +557,8 @@ __device__ __forceinline__ void multiply_panel(const FewWeights<Tile>& weights, 
 }
 
 template <class X, class V, int kRowTiles>
-__global__ void __launch_bounds__(256) sparse24_few_kernel(const __grid_constant__ Sparse24Launch call) {
+__global__ void __launch_bounds__(256, FewTile<X, V, kRowTiles>::kBlocks)
+    sparse24_few_kernel(const __grid_constant__ Sparse24Launch call) {
   using Tile = FewTile<X, V, kRowTiles>;
   using Sum = typename SumOf<X>::Type;
   const Sparse24Problem& problem = call.problem;
