@@ -3,7 +3,8 @@
 #   build      virtual environment, torch and pyvtk, installed editable      test     the tests
 #   demo       demo.png: tokens of a photograph scored, selected, dropped    bench    benchmarks, as a table and plots
 #   asan       the tests of the CPU kernels under sanitizers                 cpp-test C++ tests, which need no torch
-#   cuda       the CUDA library (needs nvcc, no GPU), checked                wheel    wheel and sdist, in dist/
+#   cuda       the CUDA library (needs nvcc, no GPU), checked, with a table  wheel    wheel and sdist, in dist/
+#              of registers, shared memory and occupancy of every kernel
 #   emulate, emulate-asan, emulate-tsan    the CUDA kernels on the CPU: results, bounds, races (no nvcc, no GPU)
 #   triton     the Triton kernels, compiled for every architecture (no GPU)
 #   lint       what a change must pass                                       format   rewrites the files so that it does
@@ -100,10 +101,10 @@ cpp-test: $(VENV)/.tools
 	cmake --build build/cpp -j $(JOBS)
 	ctest --test-dir build/cpp --output-on-failure
 
-# Through a wheel of its own, so that the installed package stays as it is.
+# Through a wheel of its own, so that the installed package stays as it is. For all of setup.py's architectures.
 cuda: $(VENV)/.built
 	rm -rf build/cuda
-	PYVTK_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0a" $(PIP) wheel -q --no-build-isolation --no-deps -w build/cuda .
+	PYVTK_CUDA=1 PYVTK_CUDA_LIBRARY= TORCH_CUDA_ARCH_LIST= $(PIP) wheel -q --no-build-isolation --no-deps -w build/cuda .
 	$(BIN)/python .ci/check_cuda.py build/cuda/*.whl
 
 # The CUDA kernels, compiled by g++ and run on the CPU (tests/cuda_emulation). Python runs beside ThreadSanitizer, not

@@ -5,6 +5,7 @@ Objects are kept in build/, one folder per Python and sanitizer, so a second bui
 Environment:
   PYVTK_CUDA=auto|0|1       CUDA library: where nvcc is found (auto, the default), never, or always (else an error)
   PYVTK_SANITIZE            sanitizers for the CPU library, e.g. "address,undefined"
+  PYVTK_CUDA_LIBRARY        path of a libpyvtk_cuda.so built elsewhere, to be packed instead of compiling one
   TORCH_CUDA_ARCH_LIST      e.g. "8.0;8.6;8.9;9.0a"; default: the architectures of DEFAULT_ARCHITECTURES
   MAX_JOBS                  parallel compiler processes
   CUDA_HOME                 where nvcc lives, if it is not on PATH
@@ -24,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 11)
-DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a"
+DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0"
 
 
 def version() -> str:
@@ -103,8 +104,11 @@ class CMakeBuild(build_ext):
         wanted = os.environ.get("PYVTK_CUDA") or "auto"
         if wanted not in ("auto", "0", "1"):
             raise SystemExit(f"pyvtk: PYVTK_CUDA must be auto, 0 or 1, got {wanted!r}")
-        nvcc = find_nvcc() if wanted != "0" else None
-        if wanted == "1" and nvcc is None:
+        ready = os.environ.get("PYVTK_CUDA_LIBRARY")
+        if ready and not Path(ready).is_file():
+            raise SystemExit(f"pyvtk: PYVTK_CUDA_LIBRARY must be a libpyvtk_cuda.so, got {ready!r}, which is no file")
+        nvcc = find_nvcc() if wanted != "0" and not ready else None
+        if wanted == "1" and nvcc is None and not ready:
             raise SystemExit(
                 "pyvtk: PYVTK_CUDA=1 but nvcc was not found on PATH or under CUDA_HOME; install the CUDA toolkit "
                 "(13.0 or newer, nvcc and cudart), or set PYVTK_CUDA=0 to build for the CPU only"
@@ -133,7 +137,7 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         if nvcc:
             arguments += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
-        else:
+        elif not ready or Path(ready).resolve() != destination / "libpyvtk_cuda.so":
             # Left by an earlier build with CUDA, it would be packed as if it belonged to this one.
             (destination / "libpyvtk_cuda.so").unlink(missing_ok=True)
         for command in (arguments, [cmake, "--build", str(build), "--target", "install", "-j", processes]):
@@ -142,7 +146,11 @@ class CMakeBuild(build_ext):
 
         sets = "portable, AVX2, AVX-512" if platform.machine() == "x86_64" else "portable"
         built = f"pyvtk {version()}: built libpyvtk_cpu.so ({sets}) against torch {found}"
-        if nvcc:
+        if ready:
+            if not (destination / "libpyvtk_cuda.so").is_file():
+                shutil.copyfile(ready, destination / "libpyvtk_cuda.so")
+            built += f"; took libpyvtk_cuda.so from {ready}"
+        elif nvcc:
             built += f"; built libpyvtk_cuda.so for {architectures} with {nvcc}"
         elif wanted == "0":
             built += "; NOT built: libpyvtk_cuda.so (PYVTK_CUDA=0)"

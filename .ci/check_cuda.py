@@ -1,39 +1,19 @@
-"""Checks the CUDA library inside a wheel: what it needs from outside, and the architectures that it holds code for."""
+"""Checks the CUDA library inside a wheel: what it needs from outside, its size, and for each architecture what its
+kernels take of a multiprocessor (the table of ``python -m pyvtk resources``)."""
 
 import re
-import shutil
-import struct
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+from pyvtk import _resources
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from binaries import undefined_symbols
 
-WANTED = ["sm_80", "sm_86", "sm_89", "sm_90a"]
-WRAPPER = struct.pack("<I", 0xBA55ED50)
-
-
-def architectures(library: Path) -> set[str]:
-    """Read off cuobjdump where it is installed, else off the fat binary's own headers."""
-    if shutil.which("cuobjdump"):
-        listed = subprocess.run(["cuobjdump", "--list-elf", library], check=True, capture_output=True, text=True).stdout
-        return set(re.findall(r"sm_\d+[af]?", listed))
-    data, found, position = library.read_bytes(), set(), 0
-    while (position := data.find(WRAPPER, position)) >= 0:
-        _, _, header, size = struct.unpack_from("<IHHQ", data, position)
-        entry, end = position + header, position + header + size
-        while entry < end:
-            kind, _, header, size = struct.unpack_from("<HHIQ", data, entry)
-            (number,) = struct.unpack_from("<I", data, entry + 28)
-            (flags,) = struct.unpack_from("<Q", data, entry + 40)
-            if kind == 2:  # machine code; 1 is PTX
-                found.add(f"sm_{number}{'a' if flags & 0x100000 else ''}")
-            entry += header + size
-        position = end
-    return found
+WANTED = {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"}
+MOST_BYTES = 30 * 1000**2
 
 
 def main(wheel: str) -> int:
@@ -41,13 +21,22 @@ def main(wheel: str) -> int:
         with zipfile.ZipFile(wheel) as archive:
             library = Path(archive.extract("pyvtk/libpyvtk_cuda.so", folder))
         foreign = [name for name in undefined_symbols(library) if re.search(r"\b(at|c10|torch)::|cuda[A-Z]", name)]
-        found = architectures(library)
-    print(f"libpyvtk_cuda.so holds code for {', '.join(sorted(found))}")
+        size = library.stat().st_size
+        kernels = _resources.read(library)
+    print(_resources.table(kernels))
+    found = {kernel.architecture for kernel in kernels}
+    print(f"libpyvtk_cuda.so: {size / 1000**2:.1f} MB, with code for {', '.join(sorted(found))}")
+    errors = []
     if foreign:
-        print("it needs symbols that torch does not keep stable, or one CUDA runtime version:", *foreign, sep="\n  ")
-    if missing := sorted(set(WANTED) - found):
-        print(f"missing: {', '.join(missing)}")
-    return bool(foreign or missing)
+        errors.append("it needs symbols that torch does not keep stable, or one CUDA runtime version:")
+        errors += [f"  {name}" for name in foreign]
+    if missing := sorted(WANTED - found):
+        errors.append(f"missing: {', '.join(missing)}")
+    if size > MOST_BYTES:
+        errors.append(f"larger than {MOST_BYTES / 1000**2:.0f} MB")
+    errors += [f"{kernel.name} on {kernel.architecture} {kernel.fault}" for kernel in kernels if kernel.fault]
+    print(*errors, sep="\n")
+    return bool(errors)
 
 
 if __name__ == "__main__":

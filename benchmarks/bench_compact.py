@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pyvtk
 
-from .harness import Case, copy_limit, same
+from .harness import BEST, Case, Limit, bandwidth_limit, copy_limit, made_on, same
 
 
 def chosen(rows: tuple[int, ...], tokens: int, keep: int) -> pyvtk.Selection:
@@ -21,7 +21,7 @@ def chosen(rows: tuple[int, ...], tokens: int, keep: int) -> pyvtk.Selection:
 
 def flat(selection: pyvtk.Selection) -> Tensor:
     """Row numbers of [batch, tokens, ...] seen as [batch * tokens, ...]."""
-    offset = torch.arange(selection.indices.shape[0])[:, None] * selection.num_tokens
+    offset = torch.arange(selection.indices.shape[0], device=selection.indices.device)[:, None] * selection.num_tokens
     return (selection.indices + offset).flatten()
 
 
@@ -35,10 +35,17 @@ def kept_part(x: Tensor, count: int) -> Tensor:
     return x.flatten(0, 1)[:count]
 
 
+def limit_of(device: str, views) -> Limit:
+    """Copying ``views`` of the inputs; on CUDA at the rate of a large copy: a small one is bound by its launch."""
+    if device == "cpu":
+        return copy_limit(views)
+    return bandwidth_limit(lambda *inputs: 2 * sum(view.nbytes for view in views(*inputs)), device)
+
+
 # ---- one tensor
 
 
-def hidden(name, shape, keep, dtype, bars, into=True):
+def hidden(name, shape, keep, dtype, bars, into=True, device="cpu"):
     """Hidden states [batch, tokens, width], into existing memory or into a new tensor."""
     batch, tokens, width = shape
 
@@ -62,12 +69,14 @@ def hidden(name, shape, keep, dtype, bars, into=True):
         "compact",
         name + (", out=" if into else ", new tensor"),
         dtype,
-        inputs,
+        made_on(device, inputs),
         providers,
         lambda x, s, rows, wide, out: same(x.gather(1, wide).clone()),
-        limit=copy_limit(lambda x, s, rows, wide, out: [kept_part(x, batch * keep)]),
+        limit=limit_of(device, lambda x, s, rows, wide, out: [kept_part(x, batch * keep)]),
         bars=bars,
         cold=True,
+        device=device,
+        graph=True,
     )
 
 
@@ -84,7 +93,7 @@ DIMS = (1, 2, 1, 2, 2)  # hidden, positions [3, batch, tokens], mask, keys and v
 BATCH_DIMS = (0, 1, 0, 0, 0)
 
 
-def bundle(keep, into, bars):
+def bundle(keep, into, bars, device="cpu"):
     """Everything a layer of LLaVA-1.5 hands to the next one."""
     tokens = 640
 
@@ -123,24 +132,27 @@ def bundle(keep, into, bars):
         "compact",
         f"LLaVA-1.5 layer (hidden, positions, mask, K, V) 640 to {keep}" + (", out=" if into else ", new tensors"),
         torch.bfloat16,
-        inputs,
+        made_on(device, inputs),
         {"pyvtk": ours, **peers, **({} if into else {"loop of x[index]": indexing})},
         lambda *inputs: same(indexing(*inputs)),
-        limit=copy_limit(
+        limit=limit_of(
+            device,
             lambda tensors, s, index, out: [
                 kept_part(t.reshape(1, -1, t.shape[-1]), o.numel() // t.shape[-1]) if t.dim() > 2 else t[:, :keep]
                 for t, o in ((tensors[i], out[i]) for i in (0, 3, 4))
-            ]
+            ],
         ),
         bars=bars,
         cold=True,
+        device=device,
+        graph=True,
     )
 
 
 # ---- caches
 
 
-def cache_in_place(name, shape, keep, layers, per_head, bars):
+def cache_in_place(name, shape, keep, layers, per_head, bars, device="cpu"):
     """Keys and values [batch, heads, tokens, size] of some layers, moved to the front of their own memory."""
     batch, heads, tokens, _ = shape
 
@@ -178,25 +190,60 @@ def cache_in_place(name, shape, keep, layers, per_head, bars):
         "compact",
         name,
         torch.bfloat16,
-        inputs,
+        made_on(device, inputs),
         {
             "pyvtk": ours,
             "gather, copy back" if per_head else "index_select, copy back": copy_back,
             "index_select by head, copy back": by_head,
         },
         expect,
-        limit=copy_limit(lambda caches, s, index: [c.view(-1, c.shape[-1])[: batch * heads * keep] for c in caches]),
+        limit=limit_of(
+            device, lambda caches, s, index: [c.view(-1, c.shape[-1])[: batch * heads * keep] for c in caches]
+        ),
         bars=bars,
         cold=True,
         mutates=True,
         memory=True,
+        device=device,
+        graph=True,
+    )
+
+
+def cache_into_new(name, shape, keep, layers, bars, device="cpu"):
+    """The same into new memory, which frees the old."""
+    batch, _, tokens, _ = shape
+
+    def inputs():
+        caches = [torch.randn(shape).to(torch.bfloat16) for _ in range(2 * layers)]
+        selection = chosen((batch,), tokens, keep)
+        return caches, selection, selection.indices[0]
+
+    def loop(caches, selection, index):
+        return [cache.index_select(2, index) for cache in caches]
+
+    return Case(
+        "compact",
+        name,
+        torch.bfloat16,
+        made_on(device, inputs),
+        {
+            "pyvtk": lambda caches, selection, index: list(pyvtk.compact(selection, *caches, dim=2)),
+            "loop of index_select": loop,
+            "loop of x[index]": lambda caches, selection, index: [cache[:, :, index] for cache in caches],
+        },
+        lambda *inputs: same(loop(*inputs)),
+        limit=limit_of(device, lambda caches, s, index: [cache[:, :, :keep] for cache in caches]),
+        bars=bars,
+        cold=True,
+        device=device,
+        graph=True,
     )
 
 
 # ---- ragged
 
 
-def crops():
+def crops(device="cpu"):
     """HiRED: features of five crops, a budget each, to one packed row of 576."""
     batch, tokens, width = 5, 577, 1024
 
@@ -212,23 +259,26 @@ def crops():
         "compact",
         "HiRED 5 crops x 577 x 1024 to 576 packed rows",
         torch.bfloat16,
-        inputs,
+        made_on(device, inputs),
         {
             "pyvtk": lambda x, s, mask, rows: pyvtk.compact(s, x, packed=True, total=576),
             "x[mask]": lambda x, s, mask, rows: x[mask],
             "index_select": lambda x, s, mask, rows: x.flatten(0, 1).index_select(0, rows),
         },
         lambda x, s, mask, rows: same(x[mask]),
-        limit=copy_limit(lambda x, s, mask, rows: [kept_part(x, 576)]),
+        limit=limit_of(device, lambda x, s, mask, rows: [kept_part(x, 576)]),
         bars={"best": 1.0},
         cold=True,
+        device=device,
+        graph=True,
+        eager=("x[mask]",),  # asks the host how many there are
     )
 
 
 # ---- with gradients
 
 
-def training(name, shape, keep, dtype, bars):
+def training(name, shape, keep, dtype, bars, device="cpu"):
     """The backward pass alone would need a graph kept alive; so forward and backward, as a training step has them."""
     batch, tokens, width = shape
 
@@ -242,13 +292,13 @@ def training(name, shape, keep, dtype, bars):
         return lambda x, s, rows, wide, grad: torch.autograd.grad(move(x, s, rows, wide), x, grad)[0]
 
     def expect(x, s, rows, wide, grad):
-        return same(torch.zeros(shape, dtype=dtype).scatter(1, wide, grad))
+        return same(grad.new_zeros(shape).scatter(1, wide, grad))
 
     return Case(
         "compact",
         name,
         dtype,
-        inputs,
+        made_on(device, inputs),
         {
             "pyvtk": gradient(lambda x, s, rows, wide: pyvtk.compact(s, x)),
             "gather": gradient(lambda x, s, rows, wide: x.gather(1, wide)),
@@ -257,16 +307,50 @@ def training(name, shape, keep, dtype, bars):
             ),
         },
         expect,
-        limit=copy_limit(lambda x, *rest: [kept_part(x.detach(), batch * (keep + tokens) // 2)]),
+        limit=limit_of(device, lambda x, *rest: [kept_part(x.detach(), batch * (keep + tokens) // 2)]),
         bars=bars,
         cold=True,
+        device=device,
+        graph=True,
+    )
+
+
+def backward(name, shape, keep, dtype, bars, device="cpu"):
+    """The backward pass alone, of a forward pass that is done. It runs on that one's stream: no graph captures it."""
+    batch, tokens, width = shape
+    moves = {
+        "pyvtk": lambda x, s, rows, wide: pyvtk.compact(s, x),
+        "gather": lambda x, s, rows, wide: x.gather(1, wide),
+        "index_select": lambda x, s, rows, wide: x.flatten(0, 1).index_select(0, rows).view(batch, keep, width),
+    }
+
+    def inputs():
+        selection = chosen((batch,), tokens, keep)
+        x = torch.randn(shape).to(dtype).requires_grad_()
+        wide = along_rows(selection, width)
+        out = {who: move(x, selection, flat(selection), wide) for who, move in moves.items()}
+        return x, out, wide, torch.randn(batch, keep, width).to(dtype)
+
+    def gradient(who):
+        return lambda x, out, wide, grad: torch.autograd.grad(out[who], x, grad, retain_graph=True)[0]
+
+    return Case(
+        "compact",
+        name,
+        dtype,
+        made_on(device, inputs),
+        {who: gradient(who) for who in moves},
+        lambda x, out, wide, grad: same(grad.new_zeros(shape).scatter(1, wide, grad)),
+        limit=limit_of(device, lambda x, *rest: [kept_part(x.detach(), batch * (keep + tokens) // 2)]),
+        bars=bars,
+        device=device,
     )
 
 
 # ---- back to full length
 
 
-def put_back(name, shape, keep, dtype, bars):
+def put_back(name, shape, keep, dtype, bars, device="cpu"):
     """VideoLLM-MoD: what a layer computed for its tokens goes back between those that skipped it."""
     batch, tokens, width = shape
 
@@ -282,16 +366,18 @@ def put_back(name, shape, keep, dtype, bars):
         "compact",
         name,
         dtype,
-        inputs,
+        made_on(device, inputs),
         {
             "pyvtk": lambda base, update, s, rows, wide: pyvtk.restore(s, update, base),
             "scatter": lambda base, update, s, rows, wide: base.scatter(1, wide, update),
             "index_copy": index_copy,
         },
         lambda base, update, s, rows, wide: same(base.scatter(1, wide, update)),
-        limit=copy_limit(lambda base, *rest: [base]),
+        limit=limit_of(device, lambda base, *rest: [base]),
         bars=bars,
         cold=True,
+        device=device,
+        graph=True,
     )
 
 
@@ -321,3 +407,33 @@ CASES = [
     ),
     put_back("VideoLLM-MoD restore [1, 4096, 3584] from 820", (1, 4096, 3584), 820, BF16, {"best": 1.0}),
 ]
+
+
+def on_cuda(device: str = "cuda") -> list[Case]:
+    best, over_loop = {BEST: 1.0}, {"loop of index_select": 3.0}
+    return [
+        hidden("[8, 2880, 4096] to 720", (8, 2880, 4096), 720, BF16, {"limit": 0.85}, device=device),
+        hidden("[8, 2880, 4096] to 720", (8, 2880, 4096), 720, BF16, {"limit": 0.85}, into=False, device=device),
+        hidden("LLaVA-1.5 hidden [1, 640, 4096] to 208", (1, 640, 4096), 208, BF16, best, device=device),
+        hidden("Qwen2-VL hidden [1, 4096, 3584] to 1024", (1, 4096, 3584), 1024, BF16, best, device=device),
+        bundle(160, into=False, bars=best, device=device),
+        bundle(160, into=True, bars=best, device=device),
+        cache_in_place("Qwen2-VL cache of 28 layers, in place, 2048 to 512", (1, 4, 2048, 128), 512, 28, False,
+                       {"index_select, copy back": 3.0}, device),
+        cache_into_new("Qwen2-VL cache of 28 layers, new tensors, 2048 to 512", (1, 4, 2048, 128), 512, 28, over_loop,
+                       device),
+        cache_in_place("LLaVA-1.5 cache of 32 layers, in place, 640 to 160", (1, 32, 640, 128), 160, 32, False, best,
+                       device),
+        cache_in_place("SnapKV cache of 28 layers, in place, by head, 16384 to 2048", (1, 4, 16384, 128), 2048, 28,
+                       True, best, device),
+        crops(device),
+        backward("backward of [8, 2880, 4096] to 720", (8, 2880, 4096), 720, BF16, {"gather": 2.0}, device),
+        backward("PyramidDrop backward of [8, 640, 4096] to 352", (8, 640, 4096), 352, BF16, {"gather": 2.0}, device),
+        training("PyramidDrop training, forward and backward, [8, 640, 4096] to 352", (8, 640, 4096), 352, BF16, best,
+                 device),
+        put_back("VideoLLM-MoD restore [1, 4096, 3584] from 820", (1, 4096, 3584), 820, BF16, best, device),
+    ]  # fmt: skip
+
+
+def cases(device: str) -> list[Case]:
+    return on_cuda() if device == "cuda" else CASES

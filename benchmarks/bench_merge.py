@@ -6,10 +6,11 @@ import torch
 
 import pyvtk
 
-from .harness import Case, close, copy_limit
+from . import harness
+from .harness import BEST, Case, bandwidth_limit, close, copy_limit, made_on
 
 
-def merging(name, batch, tokens, groups, width, dtype, bars):
+def merging(name, batch, tokens, groups, width, dtype, bars, device="cpu"):
     """ToMe: every token joins one of the groups; the mean of each group."""
 
     def inputs():
@@ -19,16 +20,18 @@ def merging(name, batch, tokens, groups, width, dtype, bars):
         return torch.randn(batch, tokens, width).to(dtype), assignment
 
     def counts(assignment):
-        return torch.zeros(batch, groups).scatter_add(1, assignment, torch.ones(batch, tokens))
+        ones = torch.ones(batch, tokens, device=assignment.device)
+        return ones.new_zeros(batch, groups).scatter_add(1, assignment, ones)
 
     def index_add(x, assignment):
-        rows = (assignment + groups * torch.arange(batch)[:, None]).flatten()
-        sums = torch.zeros(batch * groups, width, dtype=torch.float32).index_add_(0, rows, x.flatten(0, 1).float())
+        rows = (assignment + groups * torch.arange(batch, device=x.device)[:, None]).flatten()
+        sums = torch.zeros(batch * groups, width, dtype=torch.float32, device=x.device)
+        sums.index_add_(0, rows, x.flatten(0, 1).float())
         return (sums.view(batch, groups, width) / counts(assignment)[..., None]).to(dtype)
 
     def scatter_reduce(x, assignment):
         wide = assignment[..., None].expand_as(x)
-        out = torch.zeros(batch, groups, width, dtype=dtype)
+        out = torch.zeros(batch, groups, width, dtype=dtype, device=x.device)
         return out.scatter_reduce(1, wide, x, "mean", include_self=False)
 
     def expect(x, assignment):
@@ -36,20 +39,29 @@ def merging(name, batch, tokens, groups, width, dtype, bars):
         oracle = (one_hot.mT @ x.double()) / one_hot.sum(1)[..., None]
         return close(oracle, scatter_reduce(x, assignment))
 
+    providers = {
+        "pyvtk": lambda x, assignment: pyvtk.merge_tokens(x, assignment, num_groups=groups),
+        "index_add": index_add,
+        "scatter_reduce": scatter_reduce,
+    }
+    if device != "cpu":
+        providers["compiled index_add"] = lambda x, assignment: harness.compiled(index_add)(x, assignment)
+    limit = copy_limit(lambda x, assignment: [x.flatten(0, 1)[: batch * (tokens + groups) // 2]])
+    if device != "cpu":
+        limit = bandwidth_limit(lambda x, assignment: x.nbytes * (tokens + groups) / tokens, device)
     return Case(
         "merge",
         name,
         dtype,
-        inputs,
-        {
-            "pyvtk": lambda x, assignment: pyvtk.merge_tokens(x, assignment, num_groups=groups),
-            "index_add": index_add,
-            "scatter_reduce": scatter_reduce,
-        },
+        made_on(device, inputs),
+        providers,
         expect,
-        limit=copy_limit(lambda x, assignment: [x.flatten(0, 1)[: batch * (tokens + groups) // 2]]),
+        limit=limit,
         bars=bars,
         cold=True,
+        device=device,
+        optional=tuple(peer for peer in providers if peer.startswith("compiled")),
+        graph=True,
     )
 
 
@@ -57,3 +69,15 @@ CASES = [
     merging("ToMe merge [8, 576, 1024] to 144", 8, 576, 144, 1024, torch.float32, {"best": 1.0}),
     merging("ToMe merge [8, 576, 1024] to 144", 8, 576, 144, 1024, torch.bfloat16, {"best": 1.0}),
 ]
+
+
+def on_cuda(device: str = "cuda") -> list[Case]:
+    return [
+        merging(f"ToMe merge [{batch}, {tokens}, {width}] to {groups}", batch, tokens, groups, width, torch.bfloat16,
+                {BEST: 1.0}, device)
+        for batch, tokens, groups, width in ((8, 576, 144, 1024), (64, 576, 144, 1024), (1, 2880, 720, 4096))
+    ]  # fmt: skip
+
+
+def cases(device: str) -> list[Case]:
+    return on_cuda() if device == "cuda" else CASES

@@ -1,13 +1,21 @@
-"""Scoring: how much attention each key receives. Peers build the attention map, as users of eager PyTorch do."""
+"""Scoring: how much attention each key receives. Peers build the attention map, as users of eager PyTorch do; on CUDA
+also what torch.compile makes of that, and flash-colreduce. SDPA, which computes attention and no scores, is the floor
+where all rows ask."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 import pyvtk
 
-from .harness import Case, close, matmul_limit, read_limit
+from . import harness
+from .harness import BEST, DENSE, OURS, SHARE, TIME, Case, bandwidth_limit, close, made_on, matmul_limit, read_limit
 
 BOTH = (torch.float32, torch.bfloat16)
 
@@ -42,8 +50,8 @@ def unseen(q: Tensor, k: Tensor, positions: Tensor | None = None) -> Tensor:
     """bool [queries, keys]: keys after the query, which is one of the last unless positions [queries] are given."""
     queries, keys = q.shape[-2], k.shape[-2]
     if positions is None:
-        positions = torch.arange(keys - queries, keys)
-    return positions[:, None] < torch.arange(keys)
+        positions = torch.arange(keys - queries, keys, device=q.device)
+    return positions[:, None] < torch.arange(keys, device=q.device)
 
 
 def logits(q: Tensor, k: Tensor, grouped: bool) -> Tensor:
@@ -76,8 +84,8 @@ def by_head(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over queries and heads, one head's map at a time, reused: the frugal way."""
     batch, heads, queries, size = q.shape
     q, k = q.float(), k.float()
-    out = torch.zeros(batch, k.shape[2])
-    x = torch.empty(queries, k.shape[2])
+    out = torch.zeros(batch, k.shape[2], device=q.device)
+    x = torch.empty(queries, k.shape[2], device=q.device)
     for b in range(batch):
         for h in range(heads):
             torch.mm(q[b, h] * size**-0.5, k[b, h * k.shape[1] // heads].mT, out=x)
@@ -85,6 +93,33 @@ def by_head(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
                 x.masked_fill_(mask, float("-inf"))
             out[b] += torch.softmax(x, -1, out=x).sum(0)
     return out / (heads * queries)
+
+
+def rounded_by_head(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """Mean over queries and heads as eager code rounds it (logits in q's dtype), one head's map at a time."""
+    group = q.shape[1] // k.shape[1]
+    found = [
+        attention_map(q[:, h : h + 1], k[:, h // group : h // group + 1], mask).mean((1, 2)) for h in range(q.shape[1])
+    ]
+    return torch.stack(found).mean(0)
+
+
+def reading(device: str, of):
+    """The limit of what reads these tensors once."""
+    if device == "cpu":
+        return read_limit(of)
+    return bandwidth_limit(lambda *inputs: of(*inputs).nbytes, device)
+
+
+def compiled_peers(device: str, providers: dict, *names: str) -> dict:
+    """torch.compile of these providers, where that is a peer: on CUDA."""
+    if device == "cpu":
+        return {}
+    return {f"compiled {name}": functools.partial(compiled_call, providers[name]) for name in names}
+
+
+def compiled_call(function, *inputs):
+    return harness.compiled(function)(*inputs)
 
 
 def exact(q: Tensor, k: Tensor, mask: Tensor | None, reduce) -> Tensor:
@@ -115,7 +150,7 @@ def operations(causal: bool = False):
 # ---- the last token, or a few queries: bound by reading the keys
 
 
-def last_token(name, shape, dtype, bars, reduce="mean", make=cached):
+def last_token(name, shape, dtype, bars, reduce="mean", make=cached, device="cpu"):
     def reduced(x):
         return x[:, :, 0].mean(1) if reduce == "mean" else x[:, :, 0].sum(1)
 
@@ -123,22 +158,24 @@ def last_token(name, shape, dtype, bars, reduce="mean", make=cached):
         "pyvtk": lambda q, k: pyvtk.attention_scores(q, k, head_reduce=reduce),
         "eager": lambda q, k: reduced(attention_map(q, k)),
     }
-    inputs = make(*shape, dtype)
-    q, k = inputs()
-    if q.shape[1] != k.shape[1]:
+    if make is cached and shape[1] != shape[2]:
         providers["grouped"] = lambda q, k: reduced(attention_map(q, k, grouped=True))
-    if dtype != torch.float32:
+    compiled = compiled_peers(device, providers, *list(providers)[1:])
+    if dtype != torch.float32 and device == "cpu":
         # the better way where the processor has no instructions for bfloat16 products
         providers["float32 first"] = lambda q, k: reduced(attention_map_in_place(q, k))
     return Case(
         "score",
         name,
         dtype,
-        inputs,
-        providers,
+        made_on(device, make(*shape, dtype)),
+        providers | compiled,
         lambda q, k: close(reduced(exact(q, k, None, lambda p: p)), providers["eager"](q, k)),
-        limit=read_limit(lambda q, k: k),
+        limit=reading(device, lambda q, k: k),
         bars=bars,
+        device=device,
+        optional=tuple(compiled),
+        graph=True,
     )
 
 
@@ -204,7 +241,7 @@ def best_by(oracle: Tensor, plain: Tensor, keep: int):
     return check
 
 
-def last_token_select(name, shape, keep, dtype, bars):
+def last_token_select(name, shape, keep, dtype, bars, device="cpu"):
     def chain(grouped):
         def call(q, k):
             scores = attention_map(q, k, grouped=grouped)[:, :, 0].mean(1)
@@ -217,10 +254,10 @@ def last_token_select(name, shape, keep, dtype, bars):
         "eager + topk + sort": chain(grouped=False),
         "two calls": lambda q, k: pyvtk.select(pyvtk.attention_scores(q, k), keep),
     }
-    inputs = cached(*shape, dtype)
     if shape[1] != shape[2]:
         providers["grouped + topk + sort"] = chain(grouped=True)
-    if dtype != torch.float32:
+    compiled = compiled_peers(device, providers, *(name for name in providers if name.endswith("sort")))
+    if dtype != torch.float32 and device == "cpu":
         providers["float32 first + topk + sort"] = lambda q, k: (
             attention_map_in_place(q, k)[:, :, 0].mean(1).topk(keep).indices.sort().values
         )
@@ -228,13 +265,16 @@ def last_token_select(name, shape, keep, dtype, bars):
         "score",
         name,
         dtype,
-        inputs,
-        providers,
+        made_on(device, cached(*shape, dtype)),
+        providers | compiled,
         lambda q, k: best_by(
             exact(q, k, None, lambda p: p)[:, :, 0].mean(1), attention_map(q, k)[:, :, 0].mean(1), keep
         ),
-        limit=read_limit(lambda q, k: k),
+        limit=reading(device, lambda q, k: k),
         bars=bars,
+        device=device,
+        optional=tuple(compiled),
+        graph=True,
     )
 
 
@@ -262,7 +302,7 @@ SCORE_AND_SELECT = [
 # ---- several queries: bound by multiplication
 
 
-def text_rows(queries, dtype):
+def text_rows(queries, dtype, device="cpu", keys=640):
     """MustDrop: the text rows after the image; column sum and maximum of the head-mean map in one pass."""
 
     def eager(q, k):
@@ -277,25 +317,30 @@ def text_rows(queries, dtype):
         x = attention_map_in_place(q, k, unseen(q, k)).mean(1)
         return torch.stack([x.sum(1), x.amax(1)])
 
+    providers = {
+        "pyvtk": lambda q, k: pyvtk.attention_scores(
+            q, k, causal=True, query_reduce=("sum", "max"), reduce_order="heads_first"
+        ),
+        "eager": eager,
+        "eager in place": in_place,
+    }
+    compiled = compiled_peers(device, providers, "eager")
     return Case(
         "score",
-        f"MustDrop {queries} text rows, sum and max, 32/32 heads, N=640",
+        f"MustDrop {queries} text rows, sum and max, 32/32 heads, N={keys}",
         dtype,
-        cached(1, 32, 32, queries, 640, 128, dtype),
-        {
-            "pyvtk": lambda q, k: pyvtk.attention_scores(
-                q, k, causal=True, query_reduce=("sum", "max"), reduce_order="heads_first"
-            ),
-            "eager": eager,
-            "eager in place": in_place,
-        },
+        made_on(device, cached(1, 32, 32, queries, keys, 128, dtype)),
+        providers | compiled,
         expect,
-        limit=matmul_limit(operations(causal=True), dtype),
+        limit=matmul_limit(operations(causal=True), dtype, device),
         bars={"best": 1.0},
+        device=device,
+        optional=tuple(compiled),
+        graph=True,
     )
 
 
-def window(keys, queries, dtype):
+def window(keys, queries, dtype, device="cpu"):
     """SnapKV: the last queries, summed, per key head."""
 
     def reduced(x):
@@ -305,27 +350,30 @@ def window(keys, queries, dtype):
         x = exact(q, k, unseen(q, k), lambda p: p.sum(0))
         return close(x.view(x.shape[0], 4, 7, -1).sum(2), reduced(attention_map(q, k, unseen(q, k))))
 
+    providers = {
+        "pyvtk": lambda q, k: pyvtk.attention_scores(q, k, causal=True, query_reduce="sum", head_reduce="group_sum"),
+        "eager": lambda q, k: reduced(attention_map(q, k, unseen(q, k))),
+        "grouped": lambda q, k: reduced(attention_map(q, k, unseen(q, k), grouped=True)),
+        "grouped in place": lambda q, k: reduced(attention_map_in_place(q, k, unseen(q, k))),
+    }
+    compiled = compiled_peers(device, providers, "grouped")
     return Case(
         "score",
         f"SnapKV window of {queries}, group sum, 28/4 heads, N={keys}",
         dtype,
-        cached(1, 28, 4, queries, keys, 128, dtype),
-        {
-            "pyvtk": lambda q, k: pyvtk.attention_scores(
-                q, k, causal=True, query_reduce="sum", head_reduce="group_sum"
-            ),
-            "eager": lambda q, k: reduced(attention_map(q, k, unseen(q, k))),
-            "grouped": lambda q, k: reduced(attention_map(q, k, unseen(q, k), grouped=True)),
-            "grouped in place": lambda q, k: reduced(attention_map_in_place(q, k, unseen(q, k))),
-        },
+        made_on(device, cached(1, 28, 4, queries, keys, 128, dtype)),
+        providers | compiled,
         expect,
-        limit=matmul_limit(operations(causal=True), dtype),
+        limit=matmul_limit(operations(causal=True), dtype, device),
         bars={"best": 1.0},
         memory=True,
+        device=device,
+        optional=tuple(compiled),
+        graph=True,
     )
 
 
-def probes(keys, dtype):
+def probes(keys, dtype, device="cpu"):
     """ZipVL: the last 5 % and random 5 % of the rows; the mean over the probes that see a key."""
 
     def inputs():
@@ -335,7 +383,8 @@ def probes(keys, dtype):
         return q, k, torch.cat([drawn, torch.arange(keys - last, keys)])
 
     def divide(sums, positions):
-        seen = (positions[:, None] >= torch.arange(sums.shape[-1])).sum(0).clamp(min=1)
+        key = torch.arange(sums.shape[-1], device=sums.device)
+        seen = (positions[:, None] >= key).sum(0).clamp(min=1)
         return sums / seen
 
     def eager(q, k, positions, build=attention_map):
@@ -349,7 +398,7 @@ def probes(keys, dtype):
         "score",
         f"ZipVL {keys // 10} probe rows, visible mean, 28/4 heads, N={keys}",
         dtype,
-        inputs,
+        made_on(device, inputs),
         {
             "pyvtk": lambda q, k, positions: pyvtk.attention_scores(
                 q, k, causal=True, q_positions=positions.expand(1, -1), query_reduce="visible_mean"
@@ -358,9 +407,13 @@ def probes(keys, dtype):
             "grouped in place": lambda q, k, positions: eager(q, k, positions, attention_map_in_place),
         },
         expect,
-        limit=matmul_limit(lambda q, k, positions: 2.0 * q.shape[1] * q.shape[3] * (positions + 1).sum().item(), dtype),
+        limit=matmul_limit(
+            lambda q, k, positions: 2.0 * q.shape[1] * q.shape[3] * (positions + 1).sum().item(), dtype, device
+        ),
         bars={"best": 1.0},
         memory=True,
+        device=device,
+        graph=True,
     )
 
 
@@ -388,9 +441,9 @@ def all_rows(dtype, bars):
     )
 
 
-def packed(dtype):
+def packed(dtype, device="cpu", tokens=3552):
     """VScan on Qwen's tower: packed patches of one image, all rows, no mask."""
-    tokens, heads, width = 3552, 16, 80
+    heads, width = 16, 80
 
     def inputs():
         q, k = (torch.randn(tokens, heads, width).to(dtype) for _ in range(2))
@@ -404,9 +457,9 @@ def packed(dtype):
 
     return Case(
         "score",
-        "Qwen2.5-VL tower, packed, 16/16 heads, M=N=3552, D=80",
+        f"Qwen2.5-VL tower, packed, 16/16 heads, M=N={tokens}, D=80",
         dtype,
-        inputs,
+        made_on(device, inputs),
         {
             "pyvtk": lambda q, k, cu: pyvtk.attention_scores(
                 q, k, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=tokens, max_seqlen_k=tokens
@@ -416,16 +469,103 @@ def packed(dtype):
             "head by head": lambda q, k, cu: by_head(batched(q), batched(k))[0],
         },
         lambda q, k, cu: close(exact(batched(q), batched(k), None, lambda p: p.mean(0)).mean((0, 1)), eager(q, k, cu)),
-        limit=matmul_limit(lambda q, k, cu: 2.0 * tokens * tokens * heads * width, dtype),
+        limit=matmul_limit(lambda q, k, cu: 2.0 * tokens * tokens * heads * width, dtype, device),
         bars={"best": 1.0},
         memory=True,
+        device=device,
+        graph=True,
+    )
+
+
+# ---- all rows on a GPU: beside attention itself, which multiplies twice as much
+
+
+def flash_colreduce_peer() -> tuple[dict, dict[str, str]]:
+    """The peer, or why it is absent. It takes as many key heads as query heads, and scores each head."""
+    if importlib.util.find_spec("flash_colreduce") is None:
+        return {}, {"flash-colreduce": "not installed"}
+    from flash_colreduce import flash_colreduce
+
+    def call(q, k, v, lse):
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        return flash_colreduce(q, k, "sum", is_causal=True).float().mean(1) / q.shape[2]
+
+    return {"flash-colreduce": call}, {}
+
+
+def log_denominators(q: Tensor, k: Tensor) -> Tensor:
+    """float32 [batch, heads, queries], a head at a time: what a forward pass of attention leaves behind."""
+    mask, group, found = unseen(q, k), q.shape[1] // k.shape[1], []
+    for h in range(q.shape[1]):
+        x = q[:, h].float() @ k[:, h // group].float().mT * q.shape[-1] ** -0.5
+        found.append(x.masked_fill_(mask, float("-inf")).logsumexp(-1))
+    return torch.stack(found, 1)
+
+
+def all_rows_beside_attention(tokens, bars, device="cuda", heads=(32, 8), size=128, dtype=torch.bfloat16):
+    """Every row asks, given the denominators or not. The floors compute attention: their results are not compared."""
+
+    def inputs():
+        q, k = cached(1, *heads, tokens, tokens, size, dtype)()
+        return q, k, torch.randn_like(k), log_denominators(q, k)
+
+    def attention(backend):
+        def call(q, k, v, lse):
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads[0] != heads[1])
+
+        return call
+
+    def eager(q, k, v, lse):
+        return attention_map(q, k, unseen(q, k), grouped=True).mean((1, 2))
+
+    floors = {"SDPA flash": attention(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": attention(SDPBackend.CUDNN_ATTENTION)}
+    colreduce, absent = flash_colreduce_peer()
+    providers = {
+        OURS: lambda q, k, v, lse: pyvtk.attention_scores(q, k, causal=True, lse=lse),
+        "without LSE": lambda q, k, v, lse: pyvtk.attention_scores(q, k, causal=True),
+        "head by head": lambda q, k, v, lse: by_head(q, k, unseen(q, k)),
+    }
+    if 8 * heads[0] * tokens**2 < 8 << 30:
+        providers["eager"] = eager
+        providers |= compiled_peers(device, providers, "eager")
+    else:
+        absent |= {"eager": "tens of GiB"}
+    providers |= colreduce | floors
+
+    def expect(q, k, v, lse):
+        mask = unseen(q, k)
+        check = close(exact(q, k, mask, lambda p: p.mean(0)).mean(1), rounded_by_head(q, k, mask))
+
+        def of_scores(name, result):
+            if name in floors:
+                assert result.shape == q.shape and result.isfinite().all(), "no attention"
+            else:
+                check(name, result)
+
+        return of_scores
+
+    return Case(
+        "score",
+        f"all rows, causal, LSE given, {heads[0]}/{heads[1]} heads, M=N={tokens}, D={size}",
+        dtype,
+        made_on(device, inputs),
+        providers,
+        expect,
+        limit=matmul_limit(lambda q, *rest: operations(causal=True)(q, rest[0]), dtype, device),
+        bars=bars,
+        device=device,
+        absent=absent,
+        optional=tuple(name for name in providers if name.startswith(("SDPA", "flash", "compiled"))),
+        dense=tuple(floors),
+        graph=True,
     )
 
 
 # ---- with gradients
 
 
-def training(name, shape, dtype):
+def training(name, shape, dtype, device="cpu"):
     """Forward and backward to queries and keys."""
 
     def inputs():
@@ -452,11 +592,13 @@ def training(name, shape, dtype):
         "score",
         name,
         dtype,
-        inputs,
+        made_on(device, inputs),
         {"pyvtk": gradients(lambda q, k: pyvtk.attention_scores(q, k, causal=True)), "eager": gradients(eager)},
         expect,
-        limit=read_limit(lambda q, k, grad: k.detach()),
+        limit=reading(device, lambda q, k, grad: k.detach()),
         bars={"eager": 1.0},
+        device=device,
+        graph=True,
     )
 
 
@@ -473,3 +615,33 @@ CASES = [
     training("LLaVA-1.5 last token, forward and backward, 32/32 heads, N=640", (1, 32, 32, 1, 640, 128), torch.float32),
     training("PyramidDrop training, 8 x 32/32 heads, M=8, N=1024", (8, 32, 32, 8, 1024, 128), torch.float32),
 ]
+
+
+def on_cuda(device: str = "cuda") -> list[Case]:
+    bf16, best, chain = torch.bfloat16, {BEST: 1.0}, "compiled eager + topk + sort"
+    floor = {DENSE: 1 / 0.7}  # 0.7 of the time of the faster attention
+    return [
+        last_token_select("LLaVA-1.5 score and select 640 to 144, 32/32 heads", (1, 32, 32, 1, 640, 128), 144, bf16,
+                          {TIME: 15e-6, chain: 4.0}, device),
+        last_token_select("LLaVA-NeXT score and select, batch 16, 2950 to 720, 32/32 heads",
+                          (16, 32, 32, 1, 2950, 128), 720, bf16, {SHARE: 0.7}, device),
+        last_token_select("Qwen2-VL score and select 4096 to 1024, 28/4 heads", (1, 28, 4, 1, 4096, 128), 1024, bf16,
+                          best, device),
+        last_token_select("Qwen2-VL score and select 16384 to 4096, 28/4 heads", (1, 28, 4, 1, 16384, 128), 4096, bf16,
+                          best, device),
+        last_token("LLaVA-1.5 last token, 32/32 heads, N=640", (1, 32, 32, 1, 640, 128), bf16, best, device=device),
+        last_token("Qwen2-VL last token, 28/4 heads, N=4096", (1, 28, 4, 1, 4096, 128), bf16, best, device=device),
+        last_token("HiRED CLS row, 5 crops x 16 heads, N=577, D=64", (5, 16, 577, 64), bf16, best, "sum", tower,
+                   device),
+        *[text_rows(queries, bf16, device) for queries in (20, 200)],
+        *[window(keys, 32, bf16, device) for keys in (4096, 16384)],
+        probes(4096, bf16, device),
+        *[all_rows_beside_attention(tokens, floor, device) for tokens in (2880, 16384)],
+        packed(bf16, device),
+        training("PyramidDrop training, 8 x 32/32 heads, M=8, N=1024", (8, 32, 32, 8, 1024, 128), bf16, device),
+        training("all rows, forward and backward, 8/2 heads, M=N=2880, D=64", (1, 8, 2, 2880, 2880, 64), bf16, device),
+    ]  # fmt: skip
+
+
+def cases(device: str) -> list[Case]:
+    return on_cuda() if device == "cuda" else CASES

@@ -1,6 +1,10 @@
-"""Selection: which tokens stay, in their original order. Peers: torch.topk, a stable argsort, numpy.argpartition."""
+"""Selection: which tokens stay, in their original order. Peers: torch.topk, a stable argsort, numpy.argpartition; on
+CUDA also torch.compile of topk and sort, and FlashInfer's top_k."""
 
 from __future__ import annotations
+
+import functools
+import importlib.util
 
 import numpy as np
 import torch
@@ -8,7 +12,8 @@ from torch import Tensor
 
 import pyvtk
 
-from .harness import OURS, Case, read_limit
+from . import harness
+from .harness import BEST, OURS, Case, bandwidth_limit, made_on, read_limit
 
 
 def scores_of(*shape, values=None):
@@ -30,13 +35,27 @@ def kept_by(scores: Tensor, keep: int):
         assert indices.shape == wanted.shape, f"shape {tuple(indices.shape)}, expected {tuple(wanted.shape)}"
         assert (indices.diff(dim=-1) > 0).all(), "indices do not ascend"
         assert torch.equal(scores.gather(-1, indices).sort().values, wanted), "kept values are not the largest"
-        if name in (OURS, "stable argsort"):
+        if name in (OURS, "stable argsort", "FlashInfer + sort"):
             assert torch.equal(indices, first), "ties are not broken by the lower index"
 
     return check
 
 
-def largest(name, keep, shape, bars, values=None):
+@functools.cache
+def flashinfer():
+    """Its top_k in the mode that promises what ours does: deterministic, of equal scores the lower index."""
+    from flashinfer.topk import TopKTieBreak, top_k
+
+    return functools.partial(top_k, deterministic=True, tie_break=TopKTieBreak.SMALL)
+
+
+def limit_of(device: str):
+    if device == "cpu":
+        return read_limit(lambda scores, *rest: scores)
+    return bandwidth_limit(lambda scores, *rest: scores.nbytes, device)
+
+
+def largest(name, keep, shape, bars, values=None, device="cpu"):
     def topk(scores):
         return scores.topk(keep, sorted=False).indices.sort().values
 
@@ -48,24 +67,40 @@ def largest(name, keep, shape, bars, values=None):
         kept.sort()
         return kept
 
+    providers = {
+        "pyvtk": lambda scores: pyvtk.select(scores, keep),
+        "topk + sort": topk,
+        "stable argsort": stable_argsort,
+    }
+    absent = {}
+    if device == "cpu":
+        providers["numpy argpartition"] = argpartition
+    else:
+        providers["compiled topk + sort"] = lambda scores: harness.compiled(topk)(scores)
+        if importlib.util.find_spec("flashinfer") is None:
+            absent["FlashInfer + sort"] = "not installed"
+        else:
+            rows = lambda scores: scores.flatten(0, -2)  # noqa: E731
+            providers["FlashInfer + sort"] = lambda scores: (
+                flashinfer()(rows(scores), keep)[1].sort().values.view(*scores.shape[:-1], keep)
+            )
     return Case(
         "select",
         name,
         torch.float32,
-        scores_of(*shape, values=values),
-        {
-            "pyvtk": lambda scores: pyvtk.select(scores, keep),
-            "topk + sort": topk,
-            "stable argsort": stable_argsort,
-            "numpy argpartition": argpartition,
-        },
+        made_on(device, scores_of(*shape, values=values)),
+        providers,
         lambda scores: kept_by(scores, keep),
-        limit=read_limit(lambda scores: scores),
-        bars=bars,
+        limit=limit_of(device),
+        bars={peer: bar for peer, bar in bars.items() if peer not in absent},
+        device=device,
+        absent=absent,
+        optional=tuple(name for name in providers if name.startswith(("FlashInfer", "compiled"))),
+        graph=True,
     )
 
 
-def segmented(crops):
+def segmented(crops, device="cpu"):
     """HiRED: one tensor of budgets, one per crop, counted on the device; 576 patches stay in all."""
 
     def inputs():
@@ -91,18 +126,20 @@ def segmented(crops):
         "select",
         f"HiRED {crops} crops x 576, a budget each",
         torch.float32,
-        inputs,
+        made_on(device, inputs),
         {
             "pyvtk": lambda scores, budgets, numbers: pyvtk.select(scores, budgets, capacity=576),
             "loop of topk + sort": loop,
         },
         expect,
-        limit=read_limit(lambda scores, *rest: scores),
+        limit=limit_of(device),
         bars={"best": 1.0},
+        device=device,
+        graph=True,
     )
 
 
-def ragged(images):
+def ragged(images, device="cpu"):
     """Packed rows of 256 to 576 tokens, a quarter stays of each."""
 
     def inputs():
@@ -132,14 +169,16 @@ def ragged(images):
         "select",
         f"packed crops, {images} x 256-576 tokens, a quarter of each",
         torch.float32,
-        inputs,
+        made_on(device, inputs),
         {
             "pyvtk": lambda scores, cu, budgets, *rest: pyvtk.select(scores, budgets, cu_seqlens=cu, capacity=144),
             "loop of topk + sort": loop,
         },
         expect,
-        limit=read_limit(lambda scores, *rest: scores),
+        limit=limit_of(device),
         bars={"best": 1.0},
+        device=device,
+        graph=True,
     )
 
 
@@ -163,3 +202,29 @@ CASES = [
     *[segmented(crops) for crops in (5, 80)],
     *[ragged(images) for images in (5, 80)],
 ]
+
+
+def on_cuda(device: str = "cuda") -> list[Case]:
+    # not slower than 1.2x of FlashInfer, which is deterministic and sorts its indices
+    bars = {"topk + sort": 2.0, "FlashInfer + sort": 1 / 1.2}
+    beaten = {BEST: 1.0}
+    shapes = [
+        ("LLaVA-NeXT [1, 2880] to 720", 720, (1, 2880), bars, None),
+        ("Qwen2-VL batch [32, 16384] to 4096", 4096, (32, 16384), bars, None),
+        ("LLaVA-1.5 [1, 576] to 144", 144, (1, 576), beaten, None),
+        ("LLaVA-1.5 [16, 576] to 144", 144, (16, 576), beaten, None),
+        ("LLaVA-NeXT [8, 2880] to 720", 720, (8, 2880), beaten, None),
+        ("LLaVA-NeXT [8, 2880] to 720, 8 different values", 720, (8, 2880), beaten, 8),
+        ("LLaVA-NeXT [8, 2880] to 720, all equal", 720, (8, 2880), beaten, 1),
+        ("Qwen2-VL [1, 16384] to 2048", 2048, (1, 16384), beaten, None),
+        ("Qwen2-VL [1, 16384] to 2048, 8 different values", 2048, (1, 16384), beaten, 8),
+        ("SnapKV per head [1, 4, 16384] to 2048", 2048, (1, 4, 16384), beaten, None),
+        ("SnapKV per head [1, 8, 131072] to 4096", 4096, (1, 8, 131072), beaten, None),
+        ("4096 rows [4096, 576] to 144", 144, (4096, 576), beaten, None),
+    ]
+    found = [largest(*shape, device=device) for shape in shapes]
+    return found + [segmented(crops, device) for crops in (5, 80)] + [ragged(images, device) for images in (5, 80)]
+
+
+def cases(device: str) -> list[Case]:
+    return on_cuda() if device == "cuda" else CASES

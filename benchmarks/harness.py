@@ -7,7 +7,8 @@ A case says what is computed and by whom; nothing about timing. The rules, and w
 - a warm case reads its inputs before each call, so that no provider pays for the cache misses of all; a cold case
   rotates through copies that together exceed the last-level cache, and every call gets one that was long unused;
 - the limit (a plain read, copy or matrix product of the same size) is one more provider of the same rounds;
-- on CUDA, events tell the time and the L2 cache is overwritten before each call;
+- on CUDA, events tell the time and the L2 cache is overwritten before each call; where a case asks for it, calls are
+  replayed as CUDA graphs, so that the host's part does not count (those that cannot be captured are named);
 - a case in which any provider fails the check gets no number at all.
 """
 
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import pyvtk
-from pyvtk._measure import OnCuda, Timing, extra_memory, interleave, on_host
+from pyvtk._measure import OnCuda, Timing, captured, extra_memory, extra_memory_on_cuda, interleave, on_host
 
 OURS = "pyvtk"
 BEST = "best"  # in bars: the fastest peer of the row
@@ -39,7 +40,9 @@ SHARE = "limit"  # in bars: share of the machine's limit
 MEMORY = "memory"  # in bars: extra memory as a share of the first peer's
 DENSE = "dense"  # in bars: the fastest peer that computes every pair
 TILE = "tile"  # in bars: share of the speed-up over DENSE that the visited pairs allow
-RESERVED = (OURS, BEST, SHARE, MEMORY, DENSE, TILE)
+TIME = "time"  # in bars: seconds
+RESERVED = (OURS, BEST, SHARE, MEMORY, DENSE, TILE, TIME)
+UPPER = (MEMORY, TIME)  # the less the better
 FAMILIES = ("score", "select", "compact", "merge", "attention")
 
 
@@ -84,7 +87,7 @@ class Case:
         expect: given inputs, returns a check, ``check(provider name, result)``, that raises AssertionError.
         limit: the machine's bound, if one is meaningful.
         bars: what has to be reached: peer (or "best") -> least ratio, "limit" -> least share, "memory" -> largest
-            share of the first peer's extra memory.
+            share of the first peer's extra memory, "time" -> most seconds.
         cold: inputs come from memory rather than from cache.
         mutates: providers change their inputs (the check then works on copies).
         memory: measure extra memory too.
@@ -93,6 +96,8 @@ class Case:
         optional: peers that not every installation can run; those that raise become absent.
         dense: peers that compute every pair (of a causal case: every causal one), for ``pairs``.
         pairs: how sparse the case is.
+        graph: on CUDA, replay calls as CUDA graphs where they can be captured.
+        eager: providers that cannot (they synchronise), so that it is not tried.
     """
 
     family: str
@@ -111,12 +116,15 @@ class Case:
     optional: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
     pairs: Callable[[], Pairs] | None = None
+    graph: bool = False
+    eager: tuple[str, ...] = ()
 
     def __post_init__(self):
         first, *peers = self.providers
         assert first == OURS, f"{self.name}: the first provider must be {OURS!r}"
         assert not set(peers) & set(RESERVED), f"{self.name}: peers must not be named {RESERVED}"
         assert set(self.bars) <= {*peers, *RESERVED[1:]}, f"{self.name}: unknown bar in {set(self.bars)}"
+        assert set(self.eager) <= set(self.providers), f"{self.name}: {self.eager} are no providers"
         assert {*self.dense, *self.optional} <= set(peers), f"{self.name}: {self.dense}, {self.optional} are no peers"
         assert not set(self.absent) & set(self.providers), f"{self.name}: absent peers are there"
 
@@ -148,6 +156,7 @@ class Result:
     absent: dict[str, str] = field(default_factory=dict)  # peer -> why it did not run
     dense: list[str] = field(default_factory=list)  # peers that compute every pair
     pairs: Pairs | None = None
+    launched: list[str] = field(default_factory=list)  # timed as launched by the host, not as CUDA graphs
     error: str | None = None  # why there are no numbers
 
     @property
@@ -243,6 +252,24 @@ def _matmul_operands(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, T
     return candidates[min(times, key=lambda name: times[name].median)]
 
 
+_BANDWIDTH = {"cpu": 32 << 20, "cuda": 1 << 30}  # bytes that the probe reads
+
+
+@functools.cache
+def _copy_operands(device: str) -> tuple[Tensor, Tensor]:
+    return tuple(torch.randint(256, (_BANDWIDTH[device],), dtype=torch.uint8, device=device) for _ in range(2))
+
+
+def bandwidth_limit(amount: Callable[..., float], device: str) -> Limit:
+    """Moving so many bytes, read and written ones together, at the rate of a large copy."""
+
+    def probe(*inputs):
+        source, target = _copy_operands(device)
+        target.copy_(source)
+
+    return Limit("copy", probe, amount, lambda *inputs: amount(*inputs) / (2 * _BANDWIDTH[device]))
+
+
 def matmul_limit(operations: Callable[..., float], dtype: torch.dtype, device: str = "cpu") -> Limit:
     """Doing the case's multiplications at the rate of a large matrix product."""
 
@@ -318,6 +345,26 @@ def _copy(inputs):
     return tree_map(copy, inputs)
 
 
+def made_on(device: str, inputs: Callable[[], tuple]) -> Callable[[], tuple]:
+    """``inputs``, whose tensors are then made on the device."""
+    if device == "cpu":
+        return inputs
+
+    def make():
+        with torch.device(device):
+            return inputs()
+
+    return make
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """By torch.compile, once for each shape."""
+    torch._dynamo.config.recompile_limit = 256  # beyond the limit a shape would not be compiled
+    torch._dynamo.config.accumulated_recompile_limit = 1024
+    return torch.compile(function, dynamic=False)
+
+
 class Pool:
     """Inputs made ahead, handed out in turn."""
 
@@ -329,7 +376,8 @@ class Pool:
         # warm: many rows, so that none is learnt, in a third of the cache; cold: as a call may touch only a quarter of
         # an entry, eight times the cache lie between two uses
         wanted = 8 * cache_bytes() // one + 2 if case.cold else cache_bytes() // 3 // one
-        self.count = max(2, min(wanted, 256))
+        # on CUDA the cache is overwritten before every call, and nothing predicts branches
+        self.count = 2 if case.device == "cuda" else max(2, min(wanted, 256))
         self.entries += [self._make(i) for i in range(1, self.count)]
 
     def _make(self, seed: int) -> tuple:
@@ -341,8 +389,9 @@ class Pool:
             callers = len(self.case.providers) + (self.case.limit is not None)
             return self.entries[(round * callers + position) % self.count]
         inputs = self.entries[round % self.count]
-        for x in _tensors(inputs):
-            _as_words(x.detach()).sum()
+        if self.case.device == "cpu":
+            for x in _tensors(inputs):
+                _as_words(x.detach()).sum()
         return inputs
 
 
@@ -356,13 +405,14 @@ def present(case: Case, inputs: tuple) -> Case:
     for name in case.optional:
         try:
             case.providers[name](*(_copy(inputs) if case.mutates else inputs))
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # a peer may fail in many ways where it is not at home
             absent[name] = first_line(error)[:120] or type(error).__name__
     return dataclasses.replace(
         case,
         providers={name: call for name, call in case.providers.items() if name not in absent},
         bars={name: bar for name, bar in case.bars.items() if name not in absent},
         dense=tuple(name for name in case.dense if name not in absent),
+        eager=tuple(name for name in case.eager if name not in absent),
         absent=absent,
         optional=(),
     )
@@ -396,14 +446,42 @@ def judge(case: Case, result: Result) -> dict[str, Bar]:
             if len(result.memory) < 2:
                 continue  # this system cannot measure it
             reached = result.memory[OURS] / max(1, result.memory[list(case.providers)[1]])
+        elif name == TIME:
+            reached = result.times[OURS].median
         else:
             reached = result.ratios[name]
-        bars[name] = Bar(required, reached, reached <= required if name == MEMORY else reached >= required)
+        bars[name] = Bar(required, reached, reached <= required if name in UPPER else reached >= required)
     return bars
 
 
+def replayed(case: Case, calls: dict[str, Callable], pool: Pool) -> tuple[dict[str, Callable], list[str]]:
+    """The calls as replays of CUDA graphs, each of the first inputs, and the names of those that stay as they are."""
+    found, launched = {}, []
+    for name, call in calls.items():
+        try:
+            if name in case.eager:
+                raise RuntimeError("known not to be capturable")
+            graph = captured(call, pool.entries[0])
+            found[name] = lambda *inputs, graph=graph: graph()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            found[name] = call
+            launched.append(name)
+    return found, launched
+
+
 def run_case(case: Case, *, seconds: float = 2.0) -> Result:
-    """Check a case, then measure it."""
+    """Check a case, then measure it. Where the device has no memory for it, that is the error."""
+    try:
+        return _run_case(case, seconds)
+    except torch.OutOfMemoryError as error:
+        return Result(case.family, case.name, short(case.dtype), error=first_line(error)[:120])
+    finally:
+        if case.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _run_case(case: Case, seconds: float) -> Result:
     torch.manual_seed(0)
     inputs = case.inputs()
     case = present(case, inputs)
@@ -413,7 +491,8 @@ def run_case(case: Case, *, seconds: float = 2.0) -> Result:
         return result
     if case.memory:
         for name, provider in case.providers.items():
-            used = extra_memory(functools.partial(provider, *inputs))
+            measure = extra_memory_on_cuda if case.device == "cuda" else extra_memory
+            used = measure(functools.partial(provider, *inputs))
             if used is not None:
                 result.memory[name] = used
     del inputs
@@ -424,6 +503,8 @@ def run_case(case: Case, *, seconds: float = 2.0) -> Result:
     pool = Pool(case)
     for position, call in enumerate(calls.values()):
         call(*pool(0, position))
+    if case.graph and case.device == "cuda":
+        calls, result.launched = replayed(case, calls, pool)
     times = interleave(calls, pool, seconds=seconds, clock=clock(case.device))
     if case.limit:
         entry = pool.entries[0]
@@ -459,6 +540,8 @@ def machine(command: str, device: str = "cpu") -> dict:
         "cache": cache_bytes(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": facts["triton"],
+        "cuda": torch.version.cuda,
         "pyvtk": facts["pyvtk"],
         "python": platform.python_version(),
         "commit": (git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""))
@@ -504,6 +587,8 @@ def _bar_cell(name: str, bar: Bar) -> str:
         return f"{sign} limit ≥ {100 * bar.required:.0f} %"
     if name == MEMORY:
         return f"{sign} memory ≤ {100 * bar.required:.0f} %"
+    if name == TIME:
+        return f"{sign} ≤ {duration(bar.required)}"
     if name == TILE:
         return f"{sign} tile-ideal ≥ {100 * bar.required:.0f} %"
     return f"{sign} {name} ≥ {bar.required:g}x"
@@ -530,6 +615,8 @@ def table(results: list[Result]) -> str:
                 share = r.pairs.needed / r.pairs.dense
                 ideal = f"needs {share:.1%} of the dense pairs, visits {1 / r.tile_ideal:.1%}"
                 rows.append(("", "", "", "", "", ideal, ""))
+            if r.launched:
+                rows.append(("", "", "", "", "", f"as launched, not as CUDA graphs: {', '.join(r.launched)}", ""))
             if r.absent:
                 reasons = "; ".join(f"{name} ({why})" for name, why in r.absent.items())
                 rows.append(("", "", "", "", "", f"absent: {reasons}", ""))
@@ -572,13 +659,22 @@ def cases(families: list[str] | None = None, text: str | None = None, device: st
     return found
 
 
-def run(chosen: list[Case], *, seconds: float, command: str, device: str = "cpu") -> Report:
-    """Measure cases one after the other under a progress bar (on a terminal)."""
+def run(
+    chosen: list[Case], *, seconds: float, command: str, device: str = "cpu", path: Path | None = None,
+    before: list[Result] = (),
+) -> Report:  # fmt: skip
+    """Measure cases one after the other under a progress bar (on a terminal).
+
+    Args:
+        path: the report is written there after every case.
+        before: results of another run, taken instead of measuring these cases again.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     torch.set_num_threads(1)
     report = Report(machine(command, device), [])
+    known = {(r.family, r.name, r.dtype): r for r in before if r.error is None}
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # refreshed by hand: a drawing thread would disturb the timings
@@ -586,7 +682,12 @@ def run(chosen: list[Case], *, seconds: float, command: str, device: str = "cpu"
         task = progress.add_task("", total=len(chosen))
         for case in chosen:
             progress.update(task, description=case.id[:70].ljust(70), refresh=True)
-            report.results.append(run_case(case, seconds=seconds))
+            found = known.get((case.family, case.name, short(case.dtype)))
+            if found is None and not console.is_terminal:
+                print(case.id, file=sys.stderr, flush=True)
+            report.results.append(found or run_case(case, seconds=seconds))
+            if path is not None:
+                path.write_text(report.to_json())
             progress.advance(task)
     return report
 
@@ -605,10 +706,11 @@ def main(args: argparse.Namespace) -> int:
     words = ["python -m pyvtk bench", *(args.families or []), *(["--quick"] if args.quick else [])]
     words += [f"--device {args.device}"] if args.device != "cpu" else []
     words += [f"--filter {args.filter!r}"] if args.filter else []
-    report = run(chosen, seconds=0.2 if args.quick else 2.0, command=" ".join(words), device=args.device)
+    path = Path(args.json) if args.json else None
+    before = Report.from_json(path.read_text()).results if args.resume and path is not None and path.is_file() else []
+    seconds = 0.2 if args.quick else 2.0
+    report = run(chosen, seconds=seconds, command=" ".join(words), device=args.device, path=path, before=before)
     print(header(report.machine), table(report.results), summary(report.results), sep="\n\n")
-    if args.json:
-        Path(args.json).write_text(report.to_json())
     if args.plots:
         from . import plots
 

@@ -10,6 +10,7 @@ import sys
 COMMANDS = {
     "info": ("pyvtk._info", "versions, instruction set, backends, and why one is missing"),
     "bench": ("pyvtk.bench", "measure against peers (from a source checkout)"),
+    "resources": ("pyvtk._resources", "registers, shared memory and occupancy of every CUDA kernel"),
     "demo": ("pyvtk.demo", "prune the tokens of a real photograph in a real model"),
 }
 

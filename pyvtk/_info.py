@@ -46,6 +46,8 @@ def _versions(facts: dict) -> list[tuple[str, str]]:
         lines.append(("instruction set", f"{facts['instruction_set']} (this machine runs {others})"))
         if cuda := build["cuda_architectures"]:
             lines.append(("CUDA code", f"for {cuda}, nvcc {build['cuda_compiler']}"))
+        elif facts["libraries"]["libpyvtk_cuda.so"] is None:
+            lines.append(("CUDA code", "built elsewhere"))
         else:
             lines.append(("CUDA code", "not built: nvcc was missing, or PYVTK_CUDA=0"))
     lines += [(library, error or "loaded") for library, error in facts["libraries"].items()]

@@ -151,14 +151,136 @@ def test_every_case_is_named_once():
     assert {case.family for case in harness.cases()} == set(harness.FAMILIES)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_attention_cases_are_named_once(device):
-    names = [case.id for case in harness.cases(["attention"], device=device)]
-    assert len(names) == len(set(names)) > 30
+def test_every_case_for_cuda_is_named_once():
+    cases = harness.cases(device="cuda")
+    names = [case.id for case in cases]
+    assert len(names) == len(set(names))
+    assert {case.family for case in cases} == set(harness.FAMILIES)
+    assert {case.device for case in cases} == {"cuda"}
 
 
-def test_only_some_families_have_cases_for_cuda():
-    assert {case.family for case in harness.cases(device="cuda")} == {"attention"}
+# The cases for CUDA on shapes that the CPU takes: their providers have to agree. What is compiled there is not here.
+TINY = {
+    "score": [
+        lambda b: b.last_token_select("x", (2, 4, 2, 1, 60, 16), 20, torch.bfloat16, {"time": 1.0}, "cuda"),
+        lambda b: b.last_token("x", (2, 4, 2, 1, 60, 16), torch.bfloat16, {"best": 1.0}, device="cuda"),
+        lambda b: b.last_token("x", (2, 4, 30, 16), torch.bfloat16, {}, "sum", b.tower, "cuda"),
+        lambda b: b.text_rows(5, torch.bfloat16, "cuda", keys=40),
+        lambda b: b.window(64, 8, torch.bfloat16, "cuda"),
+        lambda b: b.probes(80, torch.bfloat16, "cuda"),
+        lambda b: b.all_rows_beside_attention(70, {"dense": 1 / 0.7}, "cuda", (4, 2), 16),
+        lambda b: b.packed(torch.bfloat16, "cuda", tokens=50),
+        lambda b: b.training("x", (2, 4, 2, 3, 40, 16), torch.bfloat16, "cuda"),
+    ],
+    "select": [
+        lambda b: b.largest("x", 30, (3, 90), {"topk + sort": 2.0, "FlashInfer + sort": 1 / 1.2}, device="cuda"),
+        lambda b: b.largest("x", 30, (2, 3, 90), {"best": 1.0}, 8, "cuda"),
+        lambda b: b.segmented(3, "cuda"),
+        lambda b: b.ragged(3, "cuda"),
+    ],
+    "compact": [
+        lambda b: b.hidden("x", (2, 40, 16), 9, torch.bfloat16, {"limit": 0.85}, device="cuda"),
+        lambda b: b.hidden("x", (2, 40, 16), 9, torch.bfloat16, {"limit": 0.85}, into=False, device="cuda"),
+        lambda b: b.bundle(40, True, {"best": 1.0}, "cuda"),
+        lambda b: b.bundle(40, False, {"best": 1.0}, "cuda"),
+        lambda b: b.cache_in_place("x", (1, 2, 50, 8), 20, 3, False, {"index_select, copy back": 3.0}, "cuda"),
+        lambda b: b.cache_in_place("x", (2, 2, 50, 8), 20, 3, True, {"best": 1.0}, "cuda"),
+        lambda b: b.cache_into_new("x", (1, 2, 50, 8), 20, 3, {"loop of index_select": 3.0}, "cuda"),
+        lambda b: b.crops("cuda"),
+        lambda b: b.backward("x", (2, 40, 16), 9, torch.bfloat16, {"gather": 2.0}, "cuda"),
+        lambda b: b.training("x", (2, 40, 16), 9, torch.bfloat16, {"best": 1.0}, "cuda"),
+        lambda b: b.put_back("x", (2, 40, 16), 9, torch.bfloat16, {"best": 1.0}, "cuda"),
+    ],
+    "merge": [lambda b: b.merging("x", 2, 60, 7, 16, torch.bfloat16, {"best": 1.0}, "cuda")],
+}
+
+
+@pytest.mark.parametrize(("family", "number"), [(f, i) for f, makers in TINY.items() for i in range(len(makers))])
+def test_cases_for_cuda_on_tiny_shapes(monkeypatch, family, number):
+    module = bench.load(f"bench_{family}")
+    made = []
+    monkeypatch.setattr(harness, "compiled", lambda function: made.append(function) or function)
+    monkeypatch.setattr(module, "made_on", lambda device, inputs: inputs)
+    case = TINY[family][number](module)
+    assert case.device == "cuda"
+    torch.manual_seed(0)
+    inputs = case.inputs()
+    runs = harness.present(case, inputs)
+    assert harness.verify(runs, inputs) is None
+    assert bool(made) == any(name.startswith("compiled") for name in runs.providers)
+    assert case.limit.amount(*inputs) > 0 and case.limit.scale(*inputs) > 0
+    missing = set(case.providers) - set(runs.providers)
+    assert missing <= {"SDPA cuDNN", "FlashInfer + sort", "flash-colreduce"}, runs.absent
+
+
+def test_a_wrong_selection_is_refused(monkeypatch):
+    module = bench.load("bench_select")
+    monkeypatch.setattr(module, "made_on", lambda device, inputs: inputs)
+    case = module.largest("x", 30, (3, 90), {}, device="cuda")
+    case.providers["topk + sort"] = lambda scores: scores.topk(30, largest=False).indices.sort().values
+    assert harness.verify(case, case.inputs()) == "topk + sort: kept values are not the largest"
+
+
+def test_what_cannot_be_captured_is_named(monkeypatch):
+    def captured(call, arguments):
+        if call(*arguments) is None:
+            raise RuntimeError("capture failed")
+        return lambda: None
+
+    monkeypatch.setattr(harness, "captured", captured)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = {"pyvtk": lambda x: x, "peer": lambda x: None, "other": lambda x: x}
+    case = dataclasses.replace(doubling(), providers=calls, graph=True, eager=("other",))
+    found, launched = harness.replayed(case, calls, harness.Pool(case))
+    assert launched == ["peer", "other"] and found["peer"] is calls["peer"] and found["pyvtk"] is not calls["pyvtk"]
+    result = harness.Result("score", "tiny", "fp32", {"pyvtk": Timing(1, 1, 1, 3)}, launched=launched)
+    assert "as launched, not as CUDA graphs: peer, other" in harness.table([result])
+
+
+def test_time_bar():
+    case = doubling(bars={"time": 15e-6})
+    times = {"pyvtk": Timing(14e-6, 1, 1, 3), "peer": Timing(2, 2, 2, 3)}
+    result = harness.Result("score", "tiny", "fp32", times)
+    result.bars = harness.judge(case, result)
+    assert result.bars["time"].met and "✓ ≤ 15 µs" in harness.table([result])
+    times["pyvtk"].median = 16e-6
+    assert not harness.judge(case, result)["time"].met
+
+
+def test_bandwidth_limit_scales():
+    limit = harness.bandwidth_limit(lambda x: x.nbytes, "cpu")
+    x = torch.zeros(1 << 20)
+    limit.probe(x)
+    assert limit.amount(x) == 4 << 20 and limit.scale(x) == 1 / 16
+
+
+def test_out_of_memory_is_an_error_of_the_case():
+    def greedy():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    result = harness.run_case(dataclasses.replace(doubling(), inputs=greedy))
+    assert result.error == "CUDA out of memory" and not result.times
+
+
+def test_resumed_run_measures_only_what_is_missing(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("rich")
+    path, measured = tmp_path / "x.json", []
+    first, second = (dataclasses.replace(doubling(), name=name) for name in ("first", "second"))
+    monkeypatch.setattr(harness, "cases", lambda *_: [first, second])
+
+    def run_case(case, *, seconds):
+        if case is second and len(measured) == 1:
+            raise KeyboardInterrupt
+        measured.append(case.name)
+        return harness.Result(case.family, case.name, "fp32", {"pyvtk": Timing(1, 1, 1, 3)})
+
+    monkeypatch.setattr(harness, "run_case", run_case)
+    with pytest.raises(KeyboardInterrupt):
+        main(["bench", "--json", str(path), "--resume"])
+    measured.append("interrupted")
+    assert main(["bench", "--json", str(path), "--resume"]) == 0
+    assert measured == ["first", "interrupted", "second"]
+    assert [r.name for r in harness.Report.from_json(path.read_text()).results] == ["first", "second"]
 
 
 def test_rounds_rotate():

@@ -542,3 +542,13 @@ def test_wrong_calls_name_the_argument(message):
     with pytest.raises((ValueError, TypeError)) as error:
         WRONG[message]()
     assert str(error.value).startswith(message) and ", got " in str(error.value)
+
+
+def test_restore_onto_rows_that_lie_apart():
+    """The base's strides are its own; update and result are contiguous."""
+    selection = Selection.from_indices(torch.tensor([[1, 3], [0, 4]]), 6, ascending=True)
+    update, wide = torch.randn(2, 2, 5), torch.randn(2, 6, 8)
+    for gate in (None, 0.5):
+        actual = pyvtk.restore(selection, update, wide[..., :5], gate=gate)
+        assert torch.equal(actual, pyvtk.restore(selection, update, wide[..., :5].contiguous(), gate=gate))
+        assert torch.equal(actual[:, 2], wide[:, 2, :5])

@@ -27,23 +27,23 @@ constexpr float to_float(float16 x) {
 }
 
 template <class T>
-T from_float(float x);
+constexpr T from_float(float x);
 
 template <>
-inline float from_float<float>(float x) {
+constexpr float from_float<float>(float x) {
   return x;
 }
 
 // Round to nearest even; NaN stays a (quiet) NaN.
 template <>
-inline bfloat16 from_float<bfloat16>(float x) {
+constexpr bfloat16 from_float<bfloat16>(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
 template <>
-inline float16 from_float<float16>(float x) {
+constexpr float16 from_float<float16>(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "binding.h"
+#include "common/compact_binding.h"
 #include "cpu/compact_memory.h"
 #include "cpu/merge_binding.h"
 
@@ -13,10 +14,7 @@ namespace {
 
 using cpu::Arithmetic;
 using cpu::arithmetic_of;
-using cpu::Axis;
-using cpu::dense;
 using cpu::doubles;
-using cpu::element_size;
 using cpu::Gather;
 using cpu::kNanosecondsPerByte;
 using cpu::Links;
@@ -29,93 +27,16 @@ using cpu::store_doubles;
 // Outputs of this size do not stay in the second-level cache: writing past it saves reading them first.
 constexpr int64_t kStreamingBytes = 4 * 1024 * 1024;
 
-// A tensor taken apart: strides (in bytes) of the axes that a selection names, and the axes that are left.
-struct View {
-  int64_t batch = 0, head = 0, token = 0;
-  int64_t tokens = 0;
-  std::vector<int64_t> sizes, strides;
-};
-
-// `batch_dim` < 0: the tensor has no batch axis. An axis of size 1 repeats, through stride 0.
-View view_of(const Tensor& tensor, int64_t dim, int64_t batch_dim, bool heads, int64_t element) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  const auto rank = static_cast<int64_t>(sizes.size());
-  PYVTK_GUARD(0 <= dim && dim < rank && batch_dim < rank && dim != batch_dim, "dim ", dim, " and batch_dim ", batch_dim,
-              " do not fit a tensor of ", rank, " dimensions");
-  View view;
-  for (int64_t d = 0; d < rank; ++d) {
-    const int64_t size = sizes[static_cast<size_t>(d)];
-    const int64_t stride = strides[static_cast<size_t>(d)] * element;
-    if (d == dim) {
-      view.token = stride;
-      view.tokens = size;
-    } else if (d == batch_dim) {
-      view.batch = size == 1 ? 0 : stride;
-    } else if (heads && d == batch_dim + 1) {
-      view.head = stride;
-    } else {
-      view.sizes.push_back(size);
-      view.strides.push_back(stride);
-    }
-  }
-  return view;
-}
-
-// What the views of source, target and base (which may be the source once more) have in common.
-Shape shape_of(const View& source, const View& target, const View& base, int64_t element) {
-  PYVTK_GUARD(source.sizes == target.sizes && source.sizes == base.sizes, "tensors differ in an axis that only moves");
-  Shape shape;
-  shape.batch = {0, source.batch, target.batch, base.batch};
-  shape.head = {0, source.head, target.head, base.head};
-  shape.token = {0, source.token, target.token, base.token};
-  shape.element = shape.run = element;
-  shape.lines = 1;
-  bool together = true;
-  for (size_t axis = source.sizes.size(); axis-- > 0;) {
-    const Axis here{source.sizes[axis], source.strides[axis], target.strides[axis], base.strides[axis]};
-    if (here.size == 1) continue;
-    together = together && here.source == shape.run && here.target == shape.run && here.base == shape.run;
-    if (together) {
-      shape.run *= here.size;
-    } else {
-      shape.outer.insert(shape.outer.begin(), here);
-      shape.lines *= here.size;
-    }
-  }
-  return shape;
-}
-
-// A copy only where neither the last dimension nor the tokens lie next to each other, which no loop here likes.
-Tensor with_runs(const Tensor& tensor, int64_t dim) {
-  const int64_t last = tensor.dim() - 1;
-  if (dim == last || tensor.size(last) <= 1 || tensor.stride(last) == 1) return tensor;
-  return torch::stable::contiguous(tensor);
-}
-
 // The rows of a selection as output positions, checked against the length of the token axis.
-struct Selected {
-  Tensor indices, counts;  // keep the memory that rows point to
+struct Selected : SelectedRows {
   std::vector<Row> rows;
-  int64_t batch, heads;  // heads is 1 for a selection without a head axis
-  bool has_heads;
-  int64_t capacity;
   int64_t extent;  // the largest number of positions that a row owns
   int64_t sum = 0;
 
   // `total` given: rows follow each other on one axis of that length, and one more row owns its padded tail.
   Selected(const Tensor& indices_, const Tensor& counts_, bool align_right, int64_t tokens,
            std::optional<int64_t> total = std::nullopt)
-      : indices(dense(indices_)), counts(dense(counts_)) {
-    guard_dtype(indices, ScalarType::Long, "indices");
-    guard_dtype(counts, ScalarType::Int, "counts");
-    has_heads = indices.dim() == 3;
-    PYVTK_GUARD(has_heads || indices.dim() == 2, "indices has ", indices.dim(), " dimensions, expected 2 or 3");
-    batch = indices.size(0);
-    heads = has_heads ? indices.size(1) : 1;
-    capacity = indices.size(indices.dim() - 1);
-    PYVTK_GUARD(counts.numel() == batch * heads, "counts has ", counts.numel(), " elements, expected ", batch * heads);
-    extent = capacity;
+      : SelectedRows(indices_, counts_), extent(capacity) {
     const int64_t* index = data<int64_t>(indices);
     const int32_t* count = data<int32_t>(counts);
     rows.reserve(static_cast<size_t>(batch * heads) + 1);
@@ -165,72 +86,21 @@ void run(const std::vector<Job>& jobs, Work&& work) {
                });
 }
 
-// Where the token axis, and the fused axis of a packed result, stand in the output.
-struct Place {
-  int64_t dim, batch_dim;
-};
-Place place_of(int64_t dim, int64_t batch_dim, bool packed) {
-  if (!packed) return batch_dim < 0 ? Place{dim + 1, 0} : Place{dim, batch_dim};
-  return {batch_dim < 0 ? 0 : batch_dim - (dim < batch_dim), -1};
-}
-
-std::vector<int64_t> compacted_shape(const Tensor& tensor, const Selected& selected, int64_t dim, int64_t batch_dim,
-                                     std::optional<int64_t> total) {
-  const auto sizes = tensor.sizes();
-  std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  PYVTK_GUARD(0 <= dim && dim < tensor.dim() && batch_dim < tensor.dim(), "dim ", dim, " and batch_dim ", batch_dim,
-              " do not fit a tensor of ", tensor.dim(), " dimensions");
-  const Place place = place_of(dim, batch_dim, total.has_value());
-  if (total.has_value()) {
-    shape.erase(shape.begin() + dim);
-    if (batch_dim < 0) shape.insert(shape.begin(), 0);
-    shape[static_cast<size_t>(place.dim)] = *total;
-  } else {
-    shape[static_cast<size_t>(dim)] = selected.capacity;
-    if (batch_dim < 0) shape.insert(shape.begin(), 0);
-    shape[static_cast<size_t>(place.batch_dim)] = selected.batch;
-  }
-  return shape;
-}
-
-int64_t common_tokens(const std::vector<Tensor>& tensors, const std::vector<int64_t>& dims) {
-  PYVTK_GUARD(dims.size() == tensors.size(), "dims has ", dims.size(), " entries, expected ", tensors.size());
-  const int64_t tokens = tensors.empty() ? 0 : tensors[0].size(dims[0]);
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    PYVTK_GUARD(tensors[i].size(dims[i]) == tokens, "tensor ", i, " has ", tensors[i].size(dims[i]),
-                " tokens, expected ", tokens);
-  }
-  return tokens;
-}
-
 void compact_into(const Selected& selected, const std::vector<Tensor>& tensors, const std::vector<Tensor>& outs,
                   const std::vector<int64_t>& dims, const std::vector<int64_t>& batch_dims,
-                  const std::vector<double>& pads, bool packed) {
+                  const std::vector<double>& pads, std::optional<int64_t> total) {
   PYVTK_GUARD(outs.size() == tensors.size() && batch_dims.size() == tensors.size() && pads.size() == tensors.size(),
               "lists of different lengths");
   std::vector<Gather> jobs(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& tensor = tensors[i];
     Gather& job = jobs[i];
-    PYVTK_GUARD(outs[i].scalar_type() == tensor.scalar_type(), "out ", i, " has another dtype than its tensor");
-    const int64_t element = element_size(tensor);
-    const View source = view_of(tensor, dims[i], batch_dims[i], selected.has_heads, element);
-    const Place place = place_of(dims[i], batch_dims[i], packed);
-    const View target = view_of(outs[i], place.dim, place.batch_dim, selected.has_heads, element);
-    PYVTK_GUARD(target.tokens == (packed ? selected.rows.back().end : selected.capacity), "out ", i, " has ",
-                target.tokens, " positions");
-    PYVTK_GUARD(batch_dims[i] < 0 || source.batch == 0 || tensor.size(batch_dims[i]) == selected.batch, "tensor ", i,
-                " has another batch size than the selection");
-    job.shape = shape_of(source, target, source, element);
+    static_cast<MoveShape&>(job.shape) = compact_shape(tensor, outs[i], selected, dims[i], batch_dims[i], total);
     job.shape.divide(selected.count(), selected.extent);
     job.source = static_cast<const char*>(tensor.const_data_ptr());
     job.target = static_cast<char*>(outs[i].mutable_data_ptr());
-    job.pad = {};
-    if (pads[i] != 0) {
-      const Tensor pad = torch::stable::full({1}, pads[i], tensor.scalar_type());
-      std::memcpy(job.pad.data(), pad.const_data_ptr(), static_cast<size_t>(element));
-    }
-    job.streaming = outs[i].numel() * element >= kStreamingBytes && job.shape.run >= 256;
+    job.pad = pad_bytes(pads[i], tensor);
+    job.streaming = outs[i].numel() * element_size(tensor) >= kStreamingBytes && job.shape.run >= 256;
     if (outs[i].numel() == 0) job.shape.items = 0;
   }
   run(jobs, [&](const Gather& job, int64_t item) { cpu::gather(job, selected.rows, item); });
@@ -260,7 +130,7 @@ std::vector<Tensor> compact(Tensor indices, Tensor counts, bool align_right, std
   for (size_t i = 0; i < tensors.size(); ++i) {
     outs.push_back(new_result(tensors[i], compacted_shape(tensors[i], selected, dims[i], batch_dims[i], total)));
   }
-  compact_into(selected, tensors, outs, dims, batch_dims, pads, total.has_value());
+  compact_into(selected, tensors, outs, dims, batch_dims, pads, total);
   return outs;
 }
 
@@ -269,12 +139,7 @@ void compact_out(Tensor indices, Tensor counts, bool align_right, std::vector<Te
                  std::optional<int64_t> total, std::vector<Tensor> outs) {
   const Selected selected(indices, counts, align_right, common_tokens(tensors, dims), total);
   PYVTK_GUARD(outs.size() == tensors.size(), "lists of different lengths");
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const auto shape = compacted_shape(tensors[i], selected, dims[i], batch_dims[i], total);
-    const auto sizes = outs[i].sizes();
-    PYVTK_GUARD(std::equal(shape.begin(), shape.end(), sizes.begin(), sizes.end()), "out ", i, " has a wrong shape");
-  }
-  compact_into(selected, tensors, outs, dims, batch_dims, pads, total.has_value());
+  compact_into(selected, tensors, outs, dims, batch_dims, pads, total);
 }
 
 std::vector<Tensor> compact_backward(Tensor indices, Tensor counts, bool align_right, std::vector<Tensor> grads,
@@ -295,27 +160,9 @@ std::vector<Tensor> compact_backward(Tensor indices, Tensor counts, bool align_r
     PYVTK_GUARD(merged || batch_sizes[i] == selected.batch, "batch size ", batch_sizes[i], " of gradient ", i);
     PYVTK_GUARD(!merged || !selected.has_heads, "a selection with a head axis cannot repeat a batch");
     const Place place = place_of(dims[i], batch_dims[i], packed);
+    PYVTK_GUARD(place.dim < grads[i].dim(), "gradient ", i, " has too few dimensions");
     const Tensor grad = with_runs(grads[i], place.dim);
-    const auto sizes = grad.sizes();
-    std::vector<int64_t> shape(sizes.begin(), sizes.end());
-    PYVTK_GUARD(place.dim < grad.dim() && place.batch_dim < grad.dim(), "gradient ", i, " has too few dimensions");
-    if (packed) {
-      shape.erase(shape.begin() + place.dim);
-      if (unbatched) {
-        shape.insert(shape.begin() + dims[i], num_tokens);
-      } else {
-        // the lower of the two axes first, so that the other one's number holds
-        const bool token_first = dims[i] < batch_dims[i];
-        shape.insert(shape.begin() + std::min(dims[i], batch_dims[i]), token_first ? num_tokens : batch_sizes[i]);
-        shape.insert(shape.begin() + std::max(dims[i], batch_dims[i]), token_first ? batch_sizes[i] : num_tokens);
-      }
-    } else if (unbatched) {
-      shape.erase(shape.begin());
-      shape[static_cast<size_t>(dims[i])] = num_tokens;
-    } else {
-      shape[static_cast<size_t>(batch_dims[i])] = batch_sizes[i];
-      shape[static_cast<size_t>(dims[i])] = num_tokens;
-    }
+    const auto shape = shape_before(grad, dims[i], batch_dims[i], batch_sizes[i], num_tokens, total);
     Tensor result = new_empty(grad, shape, grad.scalar_type());
     const int64_t element = element_size(grad);
     const View source = view_of(grad, place.dim, place.batch_dim, selected.has_heads, element);
@@ -324,7 +171,7 @@ std::vector<Tensor> compact_backward(Tensor indices, Tensor counts, bool align_r
                 " positions");
     Scatter& job = jobs[i];
     job = {};
-    job.shape = shape_of(source, target, source, element);
+    static_cast<MoveShape&>(job.shape) = shape_of(source, target, source, element);
     job.shape.divide(merged ? 1 : selected.batch * selected.heads, num_tokens);
     if (result.numel() == 0) job.shape.items = 0;
     if (!links[merged]) links[merged] = std::make_unique<Links>(cpu::links_of(selected.rows, num_tokens, merged));
@@ -382,7 +229,8 @@ Tensor restore(Tensor indices, Tensor counts, bool align_right, OptionalTensor u
   std::vector<Scatter> jobs(1);
   Scatter& job = jobs[0];
   job = {};
-  job.shape = shape_of(source, target, target, element);
+  const View over = base.has_value() ? view_of(*base, dim, batch_dim, selected.has_heads, element) : target;
+  static_cast<MoveShape&>(job.shape) = shape_of(source, target, over, element);
   job.shape.divide(packed_source ? 1 : selected.count(), num_tokens);
   if (result.numel() == 0) job.shape.items = 0;
   job.source = update.has_value() ? static_cast<const char*>(update->const_data_ptr()) : nullptr;
@@ -433,7 +281,7 @@ std::tuple<Tensor, Tensor> restore_backward(Tensor indices, Tensor counts, bool 
   std::vector<Recall> jobs(1);
   Recall& job = jobs[0];
   job = {};
-  job.shape = shape_of(source, target, base, element);
+  static_cast<MoveShape&>(job.shape) = shape_of(source, target, base, element);
   job.shape.divide(selected.count(), selected.capacity);
   job.shape.items = result.numel() == 0 ? 0 : selected.count() * job.shape.blocks;
   job.source = static_cast<const char*>(grad.const_data_ptr());
@@ -479,6 +327,7 @@ void compact_kv_(Tensor indices, Tensor counts, std::vector<Tensor> caches) {
     guard_last_contiguous(cache, "cache");
     PYVTK_GUARD(cache.size(0) == selected.batch && (!selected.has_heads || cache.size(1) == selected.heads),
                 "cache has other rows than the selection");
+    PYVTK_GUARD(selected.capacity <= cache.size(2), "cache has fewer tokens than the selection's capacity");
     const int64_t element = element_size(cache);
     const int64_t heads = cache.size(1);
     const Slices one{static_cast<char*>(cache.mutable_data_ptr()),

@@ -14,6 +14,7 @@
 #include <emmintrin.h>
 #endif
 
+#include "common/compact_shape.h"
 #include "cpu/links.h"
 
 namespace pyvtk::cpu {
@@ -32,20 +33,10 @@ struct Row {
   int64_t first, last;  // those of them that hold a token; the others are padding
 };
 
-// An axis that the tensors of a job share: its strides in bytes. `base` is a third tensor, where there is one.
-struct Axis {
-  int64_t size, source, target, base;
-};
-
 // How the tensors of a job lie in memory, and how its work is cut into items.
-struct Shape {
-  Axis batch, head, token;  // strides only
-  std::vector<Axis> outer;  // all other axes, except those that make up the run
-  int64_t lines;            // product of the sizes of `outer`
-  int64_t run;              // bytes that lie together in every tensor
-  int64_t element;          // bytes of an element
-  int64_t block = 0;        // positions per work item
-  int64_t blocks = 0;       // blocks per line
+struct Shape : MoveShape {
+  int64_t block = 0;   // positions per work item
+  int64_t blocks = 0;  // blocks per line
   int64_t items = 0;
 
   // `extent` is the largest number of positions that a row owns.

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "binding.h"
+#include "common/compact_binding.h"
 #include "cpu/links.h"
 
 namespace pyvtk::cpu {
@@ -20,12 +21,6 @@ struct Arithmetic {
 };
 
 Arithmetic arithmetic_of(ScalarType dtype);
-
-inline Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-inline int64_t element_size(const Tensor& tensor) { return static_cast<int64_t>(tensor.element_size()); }
 
 // A gate or a weight as doubles, whatever float type it came in.
 inline std::vector<double> doubles(const Tensor& tensor) {

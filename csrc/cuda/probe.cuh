@@ -6,8 +6,10 @@
 
 namespace pyvtk::cuda {
 
-__global__ void probe_kernel(int32_t* out,  // [count]
-                             int64_t count) {
+inline constexpr int kProbeThreads = 256;
+
+__global__ void __launch_bounds__(kProbeThreads) probe_kernel(int32_t* out,  // [count]
+                                                              int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < count) out[i] = 1;
 }
@@ -15,9 +17,8 @@ __global__ void probe_kernel(int32_t* out,  // [count]
 inline cudaError_t probe(int32_t* out,  // [count]
                          int64_t count, cudaStream_t stream) {
   if (count == 0) return cudaSuccess;
-  constexpr int kThreads = 256;
-  return launch(probe_kernel, static_cast<unsigned>((count + kThreads - 1) / kThreads), kThreads, 0, stream, out,
-                count);
+  const auto blocks = static_cast<unsigned>((count + kProbeThreads - 1) / kProbeThreads);
+  return launch(probe_kernel, blocks, kProbeThreads, 0, stream, out, count);
 }
 
 }  // namespace pyvtk::cuda

@@ -16,6 +16,10 @@
 // A variable in shared memory: PYVTK_SHARED(histogram, uint32_t[256]);
 #define PYVTK_SHARED(name, ...) __shared__ std::type_identity_t<__VA_ARGS__> name
 
+// Before a loop that is to be unrolled in full, or not at all.
+#define PYVTK_UNROLL _Pragma("unroll")
+#define PYVTK_NOT_UNROLLED _Pragma("unroll 1")
+
 namespace pyvtk::cuda {
 
 // The shared memory whose size the launch gives. Aligned for every kind of copy, bulk ones included.
@@ -67,6 +71,18 @@ __device__ __forceinline__ void copy_async_wait() {
 // __syncthreads of `threads` threads (a multiple of 32) that share an id of 1..15; 0 is that of __syncthreads.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// What is computed of the word is not computed ahead of a loop, where it would take registers. No instruction.
+__device__ __forceinline__ void stay_in_loop(unsigned& word) { asm volatile("" : "+r"(word)); }
+
+// Two float16 numbers, side by side in memory, as float.
+__device__ __forceinline__ float2 widen_half2(unsigned halves) {
+  float2 wide;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+      : "=f"(wide.x), "=f"(wide.y)
+      : "r"(halves));
+  return wide;
 }
 
 // Matrices of one warp

@@ -419,13 +419,21 @@ __device__ inline void sort_by_block(unsigned long long* values, int64_t size) {
   __syncthreads();
 }
 
-// kPlain: no masks, no segments, no top_p; ascending.
-template <class Scores, bool kPlain>
-__global__ void __launch_bounds__(32 * kMostWarps, 1) select_kernel(const SelectProblem problem,
-                                                                    const Scores scores,       // problem.scores
-                                                                    int words_of_longest_row,  // of 32 tokens
-                                                                    int most_ranks) {          // in shared memory
-  const int64_t number = blockIdx.x;
+// What a block needs of shared memory besides the declared: room for sets of tokens, and for ranks.
+struct SelectMemory {
+  int words;  // of 32 tokens, of the longest row
+  int ranks;  // rows of more tokens read their scores again
+  int64_t bytes;
+};
+
+// Chooses row `number`, with all threads of the block, and writes its indices, count and overflow. Scores may have been
+// written by this block before a barrier. Between two calls there has to be a barrier.
+//   kPlain: no masks, no segments, no top_p; ascending
+//   scores: problem.scores
+//   shared: [memory.bytes]
+template <bool kPlain, class Scores>
+__device__ __forceinline__ void select_row(const SelectProblem& problem, const Scores scores, int64_t number,
+                                           SelectMemory memory, uint32_t* shared) {
   SelectRow<Scores> row{};
   if (problem.cu_seqlens) {
     // Offsets that the host has not seen must not lead outside of the scores.
@@ -447,14 +455,14 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) select_kernel(const Select
   row.end = min(row.begin + words_per_warp, row.words);
   // Clearing and summing more bins than there are tokens would cost more than it narrows.
   row.bits = min(max(32 - __clz(row.size) - 2, 5), kMostBits);
-  row.stay = dynamic_shared<uint32_t>();
-  uint32_t* after = row.stay + words_of_longest_row;
+  row.stay = shared;
+  uint32_t* after = row.stay + memory.words;
   if (!kPlain) {
     row.fixed = after;
-    row.candidate = row.fixed + words_of_longest_row;
-    after = row.candidate + words_of_longest_row;
+    row.candidate = row.fixed + memory.words;
+    after = row.candidate + memory.words;
   }
-  row.ranks = row.size <= most_ranks ? after : nullptr;
+  row.ranks = row.size <= memory.ranks ? after : nullptr;
 
   if constexpr (kPlain) {
     choose_from_all(row, problem, number);
@@ -500,6 +508,12 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) select_kernel(const Select
   }
 }
 
+template <class Scores, bool kPlain>
+__global__ void __launch_bounds__(32 * kMostWarps, 1)
+    select_kernel(const SelectProblem problem, const Scores scores, const SelectMemory memory) {
+  select_row<kPlain>(problem, scores, blockIdx.x, memory, dynamic_shared<uint32_t>());
+}
+
 // Threads for rows of so many tokens. Eight to sixteen tokens a thread: with fewer threads latency of memory shows,
 // with more that of barriers.
 inline int select_threads(int64_t tokens) {
@@ -508,17 +522,18 @@ inline int select_threads(int64_t tokens) {
   return 32 * kMostWarps;
 }
 
-template <bool kPlain, class Scores>
-cudaError_t launch_select(const SelectProblem& problem, Scores scores, int64_t longest_row, cudaStream_t stream) {
-  int device = 0, shared_bytes = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (status != cudaSuccess) return status;
-  const int64_t available = shared_bytes - kDeclaredSharedBytes;
+// Whether nothing but num_keep and threshold decides, over all tokens.
+inline bool is_plain(const SelectProblem& problem) {
+  return !problem.keep && !problem.drop && !problem.candidates && !problem.segments && !problem.top_p &&
+         !problem.by_score;
+}
+
+// False if sets of tokens do not fit `available` bytes.
+inline bool select_memory(const SelectProblem& problem, bool plain, int64_t available, SelectMemory& memory) {
+  const int64_t longest_row = problem.tokens;
   const int64_t words = ceil_div<int64_t>(longest_row, 32);
-  const int64_t bytes_of_sets = (kPlain ? 1 : 3) * 4 * words;
-  if (bytes_of_sets > available) return cudaErrorInvalidValue;
+  const int64_t bytes_of_sets = (plain ? 1 : 3) * 4 * words;
+  if (bytes_of_sets > available) return false;
   int64_t ranks = longest_row;
   if (problem.cu_seqlens) {
     // The longest sample is not known here. Rows far beyond the average read their scores again.
@@ -526,15 +541,38 @@ cudaError_t launch_select(const SelectProblem& problem, Scores scores, int64_t l
     ranks = longest_row < 4096 ? longest_row : min(longest_row, max(4 * average, int64_t{4096}));
   }
   if (bytes_of_sets + 4 * ranks > available) ranks = 0;
-  const int64_t bytes = bytes_of_sets + 4 * ranks;
+  memory = {static_cast<int>(words), static_cast<int>(ranks), bytes_of_sets + 4 * ranks};
+  return true;
+}
+
+// Shared memory of a block that this device gives at most, all kinds together.
+inline cudaError_t shared_bytes_of_device(int& bytes) {
+  int device = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
+// Above 48 KiB a kernel has to ask.
+template <class... Parameters>
+cudaError_t allow_shared(void (*kernel)(Parameters...), int64_t dynamic_bytes, int64_t declared_bytes) {
+  if (dynamic_bytes + declared_bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_bytes));
+}
+
+template <bool kPlain, class Scores>
+cudaError_t launch_select(const SelectProblem& problem, Scores scores, cudaStream_t stream) {
+  int shared_bytes = 0;
+  cudaError_t status = shared_bytes_of_device(shared_bytes);
+  if (status != cudaSuccess) return status;
+  SelectMemory memory;
+  if (!select_memory(problem, kPlain, shared_bytes - kDeclaredSharedBytes, memory)) return cudaErrorInvalidValue;
   auto* const kernel = &select_kernel<Scores, kPlain>;
-  if (bytes + kDeclaredSharedBytes > 48 * 1024) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (status != cudaSuccess) return status;
-  }
-  const int64_t typical_row = problem.cu_seqlens ? ceil_div<int64_t>(problem.tokens, problem.rows) : longest_row;
+  status = allow_shared(kernel, memory.bytes, kDeclaredSharedBytes);
+  if (status != cudaSuccess) return status;
+  const int64_t typical_row = problem.cu_seqlens ? ceil_div<int64_t>(problem.tokens, problem.rows) : problem.tokens;
   return launch(kernel, dim3(static_cast<unsigned>(problem.rows)), dim3(select_threads(typical_row)),
-                static_cast<size_t>(bytes), stream, problem, scores, static_cast<int>(words), static_cast<int>(ranks));
+                static_cast<size_t>(memory.bytes), stream, problem, scores, memory);
 }
 
 // All rows of a problem whose scores are of type T; writes their indices, counts and overflow. Sets of tokens have to
@@ -546,15 +584,13 @@ cudaError_t select(const SelectProblem& problem, cudaStream_t stream) {
   if (problem.rows > std::numeric_limits<int32_t>::max() || problem.tokens > std::numeric_limits<int32_t>::max() - 32) {
     return cudaErrorInvalidValue;
   }
-  const bool plain =
-      !problem.keep && !problem.drop && !problem.candidates && !problem.segments && !problem.top_p && !problem.by_score;
-  if (plain) {
-    return launch_select<true>(problem, ScoresOf<T>{static_cast<const T*>(problem.scores)}, problem.tokens, stream);
+  if (is_plain(problem)) {
+    return launch_select<true>(problem, ScoresOf<T>{static_cast<const T*>(problem.scores)}, stream);
   }
   const ScoreType type = std::is_same_v<T, float>      ? ScoreType::float32
                          : std::is_same_v<T, bfloat16> ? ScoreType::bfloat16
                                                        : ScoreType::float16;
-  return launch_select<false>(problem, AnyScores{problem.scores, type}, problem.tokens, stream);
+  return launch_select<false>(problem, AnyScores{problem.scores, type}, stream);
 }
 
 }  // namespace pyvtk::cuda

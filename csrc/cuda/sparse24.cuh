@@ -23,7 +23,7 @@ constexpr int64_t at_least(int64_t a, int64_t b) { return a < b ? b : a; }
 // The end of a product
 // ----------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float number_at(const void* numbers, Sparse24Number type, int64_t at) {
+__device__ __forceinline__ float epilogue_number(const void* numbers, Sparse24Number type, int64_t at) {
   if (type == Sparse24Number::float32) return static_cast<const float*>(numbers)[at];
   if (type == Sparse24Number::bfloat16) return to_float(static_cast<const bfloat16*>(numbers)[at]);
   return to_float(static_cast<const float16*>(numbers)[at]);
@@ -49,9 +49,9 @@ __device__ __forceinline__ float activated(Sparse24Activation activation, float 
 __device__ inline void finish(const Sparse24Epilogue& end, int64_t features, int64_t row, int64_t feature, float z) {
   if (end.x_scales != nullptr) z *= end.x_scales[row];
   if (end.scales != nullptr) z *= end.scales[feature];
-  if (end.bias != nullptr) z += number_at(end.bias, end.bias_type, feature);
+  if (end.bias != nullptr) z += epilogue_number(end.bias, end.bias_type, feature);
   z = activated(end.activation, z);
-  if (end.mul != nullptr) z *= number_at(end.mul, end.out_type, row * end.mul_stride + feature);
+  if (end.mul != nullptr) z *= epilogue_number(end.mul, end.out_type, row * end.mul_stride + feature);
   const int64_t at = row * features + feature;
   if (end.out_type == Sparse24Number::float32) {
     static_cast<float*>(end.out)[at] = z;
@@ -121,8 +121,8 @@ struct SumOf<int8_t> {
 };
 
 template <class X, int kSelector, class Sum>
-__device__ __forceinline__ void multiply(Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
-                                         uint32_t metadata) {
+__device__ __forceinline__ void mma_sparse(Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                           uint32_t metadata) {
   if constexpr (sizeof(X) == 1) {
     mma_sp_m16n8k64(d, a, b, metadata);
   } else {
@@ -173,10 +173,10 @@ struct ManyTile {
 // 16 bytes of a row of `size` elements from element `at` on, zeros past the end; for rows that are aligned to no more
 // than their elements.
 template <class T>
-__device__ uint4 gather(const T* row, int64_t at, int64_t size) {
+__device__ uint4 gather_piece(const T* row, int64_t at, int64_t size) {
   uint32_t words[4] = {0, 0, 0, 0};
   constexpr int kOfWord = 4 / sizeof(T);
-#pragma unroll
+  PYVTK_UNROLL
   for (int i = 0; i < 16 / static_cast<int>(sizeof(T)); ++i) {
     uint32_t bits = 0;
     if (at + i < size) {
@@ -201,7 +201,7 @@ __device__ void fetch_stage(const Sparse24Launch& call, unsigned char* stage, in
   constexpr int kOfPiece = 16 / static_cast<int>(sizeof(X));
   const auto x_row = [&](int row) { return x + at_most(first_row + row, problem.rows - 1) * problem.x_stride; };
   if (call.x_aligned) {
-#pragma unroll
+    PYVTK_UNROLL
     for (int i = 0; i < Tile::kRows * 8 / Tile::kThreads; ++i) {
       const int row = me / 8 + i * (Tile::kThreads / 8), piece = me % 8;
       const int64_t k = depth + piece * kOfPiece;
@@ -209,10 +209,10 @@ __device__ void fetch_stage(const Sparse24Launch& call, unsigned char* stage, in
       copy_async<16>(stage + Tile::x_at(row, piece), x_row(row) + (valid ? k : 0), valid);
     }
   } else {
-#pragma unroll 1
+    PYVTK_NOT_UNROLLED
     for (int i = me; i < Tile::kRows * 8; i += Tile::kThreads) {
       *reinterpret_cast<uint4*>(stage + Tile::x_at(i / 8, i % 8)) =
-          gather(x_row(i / 8), depth + i % 8 * kOfPiece, problem.depth);
+          gather_piece(x_row(i / 8), depth + i % 8 * kOfPiece, problem.depth);
     }
   }
   const V* values = static_cast<const V*>(problem.values);
@@ -221,7 +221,7 @@ __device__ void fetch_stage(const Sparse24Launch& call, unsigned char* stage, in
   constexpr int kOfValues = 16 / static_cast<int>(sizeof(V));
   const auto values_row = [&](int row) { return values + at_most(first_feature + row, problem.features - 1) * kept; };
   if (call.values_aligned) {
-#pragma unroll
+    PYVTK_UNROLL
     for (int i = 0; i < Tile::kFeatures * kPieces / Tile::kThreads; ++i) {
       const int row = me / kPieces + i * (Tile::kThreads / kPieces), piece = me % kPieces;
       const int64_t k = depth / 2 + piece * kOfValues;
@@ -229,10 +229,10 @@ __device__ void fetch_stage(const Sparse24Launch& call, unsigned char* stage, in
       copy_async<16>(stage + Tile::values_at(row, piece), values_row(row) + (valid ? k : 0), valid);
     }
   } else {
-#pragma unroll 1
+    PYVTK_NOT_UNROLLED
     for (int i = me; i < Tile::kFeatures * kPieces; i += Tile::kThreads) {
       *reinterpret_cast<uint4*>(stage + Tile::values_at(i / kPieces, i % kPieces)) =
-          gather(values_row(i / kPieces), depth / 2 + i % kPieces * kOfValues, kept);
+          gather_piece(values_row(i / kPieces), depth / 2 + i % kPieces * kOfValues, kept);
     }
   }
   const int64_t stride = ceil_div<int64_t>(problem.depth, 8);
@@ -245,14 +245,14 @@ __device__ void fetch_stage(const Sparse24Launch& call, unsigned char* stage, in
       copy_async<Tile::kMetadataBytes>(to, from);
       continue;
     }
-#pragma unroll
+    PYVTK_UNROLL
     for (int word = 0; word < Tile::kMetadataBytes / 4; ++word) {
       if (left >= 4 * word + 4 && call.metadata_alignment >= 4) {
         copy_async<4>(to + 4 * word, from + 4 * word);
         continue;
       }
       uint32_t bits = 0;  // past the end: the first two of each group, of values that are zeros
-#pragma unroll
+      PYVTK_UNROLL
       for (int i = 0; i < 4; ++i) bits |= (4 * word + i < left ? from[4 * word + i] : 0x44u) << (8 * i);
       reinterpret_cast<uint32_t*>(to)[word] = bits;
     }
@@ -264,10 +264,10 @@ __device__ void multiply_stage(const unsigned char* stage, Sum (&sums)[4][Tile::
   const int lane = lane_of_warp(), group = lane / 4, thread = lane % 4;
   const int feature = warp_of_block() % 2 * 64, row = warp_of_block() / 2 * (Tile::kRows / 2);
   uint32_t metadata[4];
-#pragma unroll
+  PYVTK_UNROLL
   for (int step = 0; step < Tile::kSteps; ++step) {
     uint32_t a[4][4];
-#pragma unroll
+    PYVTK_UNROLL
     for (int tile = 0; tile < 4; ++tile) {
       const int first = feature + tile * 16;
       const unsigned char* codes = stage + Tile::kMetadataAt;
@@ -282,23 +282,23 @@ __device__ void multiply_stage(const unsigned char* stage, Sum (&sums)[4][Tile::
       if constexpr (sizeof(V) == sizeof(X)) {
         ldmatrix(a[tile], stage + Tile::values_at(first + lane / 8 % 2 * 8 + lane % 8, 2 * step + lane / 16));
       } else {
-#pragma unroll
+        PYVTK_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int at = Tile::values_at(first + group + i % 2 * 8, step) + i / 2 * 8 + thread * 2;
           a[tile][i] = widened<X>(*reinterpret_cast<const uint16_t*>(stage + at));
         }
       }
     }
-#pragma unroll
+    PYVTK_UNROLL
     for (int tile = 0; tile < Tile::kRowTiles; ++tile) {
       uint32_t b[4];
       ldmatrix(b, stage + Tile::x_at(row + tile * 8 + lane % 8, 4 * step + lane / 8));
-#pragma unroll
+      PYVTK_UNROLL
       for (int i = 0; i < 4; ++i) {
         if (step == 0) {
-          multiply<X, 0>(sums[i][tile], a[i], b, metadata[i]);
+          mma_sparse<X, 0>(sums[i][tile], a[i], b, metadata[i]);
         } else {
-          multiply<X, 1>(sums[i][tile], a[i], b, metadata[i]);
+          mma_sparse<X, 1>(sums[i][tile], a[i], b, metadata[i]);
         }
       }
     }
@@ -311,7 +311,7 @@ __device__ void write_sums(const Sparse24Launch& call, const Sum* sums, int tile
                            int64_t first_feature, int parts, int part_stride) {
   const Sparse24Problem& problem = call.problem;
   Sum* workspace = static_cast<Sum*>(call.workspace) + int64_t{blockIdx.z} * problem.rows * problem.features;
-#pragma unroll 1
+  PYVTK_NOT_UNROLLED
   for (int i = static_cast<int>(threadIdx.x); i < tile_rows * kFeatures; i += static_cast<int>(blockDim.x)) {
     const int64_t row = first_row + i / kFeatures, feature = first_feature + i % kFeatures;
     if (row >= problem.rows) return;
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(128, 2) sparse24_many_kernel(const __grid_cons
     copy_async_commit();
   };
   Sum sums[4][Tile::kRowTiles][4] = {};
-#pragma unroll 1
+  PYVTK_NOT_UNROLLED
   for (int i = 1 - Tile::kStages; i < stages; ++i) {  // the first only fetch
     if (i >= 0) {
       copy_async_wait<Tile::kStages - 2>();
@@ -357,11 +357,11 @@ __global__ void __launch_bounds__(128, 2) sparse24_many_kernel(const __grid_cons
   Sum* staged = reinterpret_cast<Sum*>(shared);  // [kRows][kSumStride]
   const int lane = lane_of_warp(), group = lane / 4, thread = lane % 4;
   const int feature = warp_of_block() % 2 * 64 + group, row = warp_of_block() / 2 * (kRows / 2) + 2 * thread;
-#pragma unroll
+  PYVTK_UNROLL
   for (int i = 0; i < 4; ++i) {
-#pragma unroll
+    PYVTK_UNROLL
     for (int tile = 0; tile < Tile::kRowTiles; ++tile) {
-#pragma unroll
+      PYVTK_UNROLL
       for (int j = 0; j < 4; ++j) {
         staged[(row + tile * 8 + j % 2) * Tile::kSumStride + feature + i * 16 + j / 2 * 8] = sums[i][tile][j];
       }
@@ -437,12 +437,12 @@ __device__ __forceinline__ void load_weights(const Sparse24Problem& problem, Few
     return row < last ? row : last;
   };
   const int64_t row_bytes = problem.depth / 2 * static_cast<int>(sizeof(V));
-#pragma unroll
+  PYVTK_UNROLL
   for (int tile = 0; tile < Tile::kFeatureTiles; ++tile) {
-#pragma unroll
+    PYVTK_UNROLL
     for (int half = 0; half < 2; ++half) {
       const unsigned char* row = static_cast<const unsigned char*>(problem.values) + row_of(tile, half) * row_bytes;
-#pragma unroll
+      PYVTK_UNROLL
       for (int i = 0; i < Tile::kChunks; ++i) {
         weights.values[tile][i][half] = {0, 0, 0, 0};
         if (chunk + i < chunks) {
@@ -452,7 +452,7 @@ __device__ __forceinline__ void load_weights(const Sparse24Problem& problem, Few
     }
   }
   const int64_t stride = problem.depth / 8, mine = chunk + thread % Tile::kChunks;
-#pragma unroll
+  PYVTK_UNROLL
   for (int half = 0; half < 2; ++half) {
     const uint8_t* from =
         problem.metadata + row_of(thread / Tile::kChunks, half) * stride + mine * (Tile::kMetadataWords * 4);
@@ -480,7 +480,7 @@ __device__ __forceinline__ uint32_t nibbles(const uint32_t (&words)[kWords], int
     return ((low | low >> 12) & 0xffu) | ((high | high >> 12) & 0xffu) << 8;
   } else {
     uint32_t found = 0;
-#pragma unroll
+    PYVTK_UNROLL
     for (int i = 0; i < kWords; ++i) found |= (words[i] >> (4 * which) & 15u) << (4 * i);
     return found;
   }
@@ -490,25 +490,25 @@ template <class X, class V, class Tile, class Sum>
 __device__ __forceinline__ void multiply_panel(const FewWeights<Tile>& weights, const unsigned char* panel,
                                                int first_chunk, Sum (&sums)[Tile::kFeatureTiles][Tile::kRowTiles][4]) {
   const int lane = lane_of_warp(), thread = lane % 4;
-#pragma unroll
+  PYVTK_UNROLL
   for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
     uint32_t metadata[Tile::kFeatureTiles][2];  // register i: of products 2 i and 2 i + 1 (int8: product i)
-#pragma unroll
+    PYVTK_UNROLL
     for (int tile = 0; tile < Tile::kFeatureTiles; ++tile) {
       uint32_t codes[2][Tile::kMetadataWords];
-#pragma unroll
+      PYVTK_UNROLL
       for (int half = 0; half < 2; ++half) {
-#pragma unroll
+        PYVTK_UNROLL
         for (int i = 0; i < Tile::kMetadataWords; ++i) {
           codes[half][i] =
               __shfl_sync(kAllLanes, weights.metadata[half][i], (lane & ~3) + tile * Tile::kChunks + chunk);
         }
       }
-#pragma unroll
+      PYVTK_UNROLL
       for (int i = 0; i < (sizeof(X) == 1 ? 2 : Tile::kProducts / 2); ++i) {
         if constexpr (sizeof(X) == 1) {
           uint32_t bytes = 0;
-#pragma unroll
+          PYVTK_UNROLL
           for (int word = 0; word < 4; ++word) {
             const uint32_t from = thread & 1 ? codes[1][word] : codes[0][word];
             bytes |= (from >> (8 * (2 * i + thread / 2)) & 0xffu) << (8 * word);
@@ -519,12 +519,12 @@ __device__ __forceinline__ void multiply_panel(const FewWeights<Tile>& weights, 
         }
       }
     }
-#pragma unroll
+    PYVTK_UNROLL
     for (int product = 0; product < Tile::kProducts; ++product) {
       uint32_t a[Tile::kFeatureTiles][4];
-#pragma unroll
+      PYVTK_UNROLL
       for (int tile = 0; tile < Tile::kFeatureTiles; ++tile) {
-#pragma unroll
+        PYVTK_UNROLL
         for (int half = 0; half < 2; ++half) {
           const uint4& four = weights.values[tile][chunk][half];
           if constexpr (Tile::kWiden) {
@@ -538,17 +538,17 @@ __device__ __forceinline__ void multiply_panel(const FewWeights<Tile>& weights, 
         }
       }
       const int piece = ((first_chunk + chunk) * Tile::kProducts + product) * 4 + lane / 8;
-#pragma unroll
+      PYVTK_UNROLL
       for (int rows = 0; rows < Tile::kRowTiles; ++rows) {
         uint32_t b[4];
         ldmatrix(b, panel + Tile::x_at(rows * 8 + lane % 8, piece));
-#pragma unroll
+        PYVTK_UNROLL
         for (int tile = 0; tile < Tile::kFeatureTiles; ++tile) {
           const uint32_t codes = metadata[tile][sizeof(X) == 1 ? product : product / 2];
           if (product % 2 == 0) {
-            multiply<X, 0>(sums[tile][rows], a[tile], b, codes);
+            mma_sparse<X, 0>(sums[tile][rows], a[tile], b, codes);
           } else {
-            multiply<X, 1>(sums[tile][rows], a[tile], b, codes);
+            mma_sparse<X, 1>(sums[tile][rows], a[tile], b, codes);
           }
         }
       }
@@ -599,7 +599,7 @@ __global__ void __launch_bounds__(256, FewTile<X, V, kRowTiles>::kBlocks)
     fetch_x(0);
     copy_async_commit();
   }
-#pragma unroll 1
+  PYVTK_NOT_UNROLLED
   for (int i = 0; i < panels; ++i) {
     copy_async_wait<0>();
     __syncthreads();  // the panel is there for all, and all are done with the other one
@@ -613,11 +613,11 @@ __global__ void __launch_bounds__(256, FewTile<X, V, kRowTiles>::kBlocks)
   }
   __syncthreads();
   Sum* staged = reinterpret_cast<Sum*>(shared) + depth_warp * Tile::kRows * Tile::kSumStride;
-#pragma unroll
+  PYVTK_UNROLL
   for (int tile = 0; tile < Tile::kFeatureTiles; ++tile) {
-#pragma unroll
+    PYVTK_UNROLL
     for (int rows_tile = 0; rows_tile < kRowTiles; ++rows_tile) {
-#pragma unroll
+      PYVTK_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int feature = (feature_warp * Tile::kFeatureTiles + tile) * 16 + j / 2 * 8 + lane / 4;
         staged[(rows_tile * 8 + lane % 4 * 2 + j % 2) * Tile::kSumStride + feature] = sums[tile][rows_tile][j];

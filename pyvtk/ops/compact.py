@@ -72,9 +72,9 @@ def _restore_backward_fake(indices, counts, align_right, grad, update, gate, dim
 
 _SELECTION = "Tensor indices, Tensor counts, bool align_right"
 _COMPACT = f"({_SELECTION}, Tensor[] tensors, int[] dims, int[] batch_dims, float[] pads, SymInt? total) -> Tensor[]"
-backends.define("compact", _COMPACT, fake=_compact_fake)
+backends.define("compact", _COMPACT, fake=_compact_fake, triton="compact")
 # The same without a gradient: torch's autograd wrapper is Python, and costs more than moving a few tokens.
-backends.define("compact_forward", _COMPACT, fake=_compact_fake)
+backends.define("compact_forward", _COMPACT, fake=_compact_fake, triton="compact")
 backends.define(
     "compact_out",
     f"({_SELECTION}, Tensor[] tensors, int[] dims, int[] batch_dims, float[] pads, SymInt? total, "
@@ -86,6 +86,7 @@ backends.define(
     f"({_SELECTION}, Tensor[] grads, int[] dims, int[] batch_dims, SymInt[] batch_sizes, SymInt num_tokens, "
     "SymInt? total) -> Tensor[]",
     fake=_compact_backward_fake,
+    triton="compact",
 )
 # Without update, the rows are cleared.
 backends.define(
@@ -103,6 +104,7 @@ backends.define(
     "compact_kv_",
     "(Tensor indices, Tensor counts, Tensor(a!)[] caches) -> ()",
     fake=lambda indices, counts, caches: None,
+    triton="compact",
 )
 
 
@@ -114,35 +116,42 @@ def _compact_setup(ctx, inputs, output):
     ctx.num_tokens = tensors[0].shape[dims[0]]
 
 
-def _compact_grad(ctx, grads):
-    wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3]) if needed and grads[i] is not None]
-    result = [None] * len(grads)
-    found = torch.ops.pyvtk.compact_backward(
-        *ctx.saved_tensors,
-        ctx.align_right,
-        [grads[i] for i in wanted],
-        [ctx.dims[i] for i in wanted],
-        [ctx.batch_dims[i] for i in wanted],
-        [ctx.batch_sizes[i] for i in wanted],
-        ctx.num_tokens,
-        ctx.total,
-    )
-    for i, grad in zip(wanted, found):
-        result[i] = grad
-    return None, None, None, result, None, None, None, None
+def _register_compact(suffix: str) -> None:
+    """Gradients of compact and of its gradient, by operators of the same backend."""
+    name, backward_name = f"compact{suffix}", f"compact_backward{suffix}"
+
+    def grad(ctx, grads):
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3]) if needed and grads[i] is not None]
+        result = [None] * len(grads)
+        found = getattr(torch.ops.pyvtk, backward_name)(
+            *ctx.saved_tensors,
+            ctx.align_right,
+            [grads[i] for i in wanted],
+            [ctx.dims[i] for i in wanted],
+            [ctx.batch_dims[i] for i in wanted],
+            [ctx.batch_sizes[i] for i in wanted],
+            ctx.num_tokens,
+            ctx.total,
+        )
+        for i, gradient in zip(wanted, found):
+            result[i] = gradient
+        return None, None, None, result, None, None, None, None
+
+    def grad_of_grad(ctx, grads):
+        # The adjoint of the adjoint: gather once more.
+        align_right, dims, batch_dims, total = ctx.rest
+        pads = [0.0] * len(grads)
+        forward = getattr(torch.ops.pyvtk, name)
+        result = forward(*ctx.saved_tensors, align_right, grads, dims, batch_dims, pads, total)
+        return None, None, None, list(result), None, None, None, None, None
+
+    torch.library.register_autograd(f"pyvtk::{name}", grad, setup_context=_compact_setup)
+    torch.library.register_autograd(f"pyvtk::{backward_name}", grad_of_grad, setup_context=_compact_backward_setup)
 
 
 def _compact_backward_setup(ctx, inputs, output):
     indices, counts, *ctx.rest = inputs[0], inputs[1], inputs[2], inputs[4], inputs[5], inputs[8]
     ctx.save_for_backward(indices, counts)
-
-
-def _compact_backward_grad(ctx, grads):
-    # The adjoint of the adjoint: gather once more.
-    align_right, dims, batch_dims, total = ctx.rest
-    pads = [0.0] * len(grads)
-    result = torch.ops.pyvtk.compact(*ctx.saved_tensors, align_right, grads, dims, batch_dims, pads, total)
-    return None, None, None, list(result), None, None, None, None, None
 
 
 def _restore_setup(ctx, inputs, output):
@@ -166,10 +175,8 @@ def _restore_grad(ctx, grad):
     return None, None, None, grad_update, grad_base, None if gate is None else grad_gate, None, None, None
 
 
-torch.library.register_autograd("pyvtk::compact", _compact_grad, setup_context=_compact_setup)
-torch.library.register_autograd(
-    "pyvtk::compact_backward", _compact_backward_grad, setup_context=_compact_backward_setup
-)
+_register_compact("")
+_register_compact("_triton")
 torch.library.register_autograd("pyvtk::restore", _restore_grad, setup_context=_restore_setup)
 
 
@@ -325,7 +332,7 @@ def compact(
         total: length of that axis, padded or cut off; None: as long as needed (one host synchronisation).
         pad_value: for slots without a token, one value or one per tensor.
         out: where to write, of the results' shapes and dtypes; not where a tensor requires grad.
-        backend: "compiled", "reference", or None for the best one.
+        backend: "compiled", "triton", "reference", or None for the best one.
 
     Returns:
         A tensor, or a tuple if there are several: the token axis has become selection.capacity (the batch axis as long
@@ -371,22 +378,26 @@ def compact(
     else:
         checks.integer("compact", "total", total)
 
-    compiled = backends.pick("compact", backend, tensors[0]) == "compiled"
+    chosen = backends.pick("compact", backend, tensors[0])
+    ops = torch.ops.pyvtk
     call = (indices, counts, selection.align == "right", tensors, dims, batch_dims, pads, total)
     if out is not None:
         outs = _check_out(out, indices, tensors, dims, batch_dims, total)
-        if compiled:
-            torch.ops.pyvtk.compact_out.default(*call, outs)
+        if chosen == "compiled":
+            ops.compact_out.default(*call, outs)
         else:
-            for target, result in zip(outs, reference.compact(*call)):
+            results = ops.compact_forward_triton(*call) if chosen == "triton" else reference.compact(*call)
+            for target, result in zip(outs, results):
                 target.copy_(result)
         return out
-    if not compiled:
+    if chosen == "reference":
         results = reference.compact(*call)
     elif torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
-        results = torch.ops.pyvtk.compact(*call)
+        results = ops.compact(*call) if chosen == "compiled" else ops.compact_triton(*call)
+    elif chosen == "compiled":
+        results = ops.compact_forward.default(*call)
     else:
-        results = torch.ops.pyvtk.compact_forward.default(*call)
+        results = ops.compact_forward_triton(*call)
     return results[0] if count == 1 else tuple(results)
 
 
@@ -413,7 +424,8 @@ def restore(
         A tensor like ``base``. Where a token was selected twice, the last slot replaces; with a gate, both add.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit. RuntimeError: an index outside the token axis (CPU).
+        TypeError, ValueError: an argument that does not fit. RuntimeError: an index outside the token axis, on the
+            CPU; on CUDA such a slot is ignored.
     """
     _check_selection("restore", selection)
     checks.tensor("restore", "update", update)
@@ -472,14 +484,15 @@ def compact_kv_(selection: Selection, *caches: Tensor, backend: str | None = Non
         selection: ascending, align="left"; [batch, capacity], or per head of the caches.
         caches: [batch, heads, tokens, channels] each, any strides with a contiguous last dimension. What lies behind
             ``capacity`` stays as it is. To free memory, use ``compact(..., dim=2)`` instead.
-        backend: "compiled", "reference", or None for the best one.
+        backend: "compiled", "triton", "reference", or None for the best one.
 
     Returns:
         A view [batch, heads, capacity, channels] of each cache; a tuple if there are several.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
-        RuntimeError: an index outside the token axis, or indices that do not ascend (CPU).
+        RuntimeError: an index outside the token axis, or indices that do not ascend, on the CPU. On CUDA rows of such
+            an index are zeros, and those of indices that do not ascend are undefined; nothing else is touched.
     """
     op = "compact_kv_"
     _check_selection(op, selection)
@@ -514,9 +527,11 @@ def compact_kv_(selection: Selection, *caches: Tensor, backend: str | None = Non
     if len(caches) > 1:
         _check_apart(op, "caches", caches)
 
-    if backends.pick(op, backend, caches[0]) == "compiled":
-        torch.ops.pyvtk.compact_kv_(selection.indices, selection.counts, list(caches))
-    else:
+    chosen = backends.pick(op, backend, caches[0])
+    if chosen == "reference":
         reference.compact_kv_(selection.indices, selection.counts, list(caches))
+    else:
+        move = torch.ops.pyvtk.compact_kv_ if chosen == "compiled" else torch.ops.pyvtk.compact_kv__triton
+        move(selection.indices, selection.counts, list(caches))
     views = tuple(cache[:, :, : selection.capacity] for cache in caches)
     return views[0] if len(views) == 1 else views

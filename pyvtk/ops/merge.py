@@ -74,7 +74,8 @@ def merge_tokens(
         [batch, num_groups, channels] in x's dtype. Differentiable in x, weights and sizes; the same bits on every run.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit. RuntimeError: a group >= num_groups (CPU).
+        TypeError, ValueError: an argument that does not fit. RuntimeError: a group >= num_groups, on the CPU; on CUDA
+            such a token is left out.
     """
     op = "merge_tokens"
     checks.tensor(op, "x", x, 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -73,8 +75,11 @@ def _fake_backward(
     )
 
 
-backends.define("attention_scores", _SCHEMA, fake=_fake, dtypes=backends.HALF_AND_SINGLE)
-backends.define("attention_scores_backward", _BACKWARD_SCHEMA, fake=_fake_backward, dtypes=backends.HALF_AND_SINGLE)
+backends.define("attention_scores", _SCHEMA, fake=_fake, dtypes=backends.HALF_AND_SINGLE, triton="score")
+backends.define(
+    "attention_scores_backward", _BACKWARD_SCHEMA, fake=_fake_backward, dtypes=backends.HALF_AND_SINGLE,
+    triton="score_backward",
+)  # fmt: skip
 
 
 def _fake_plain(q, k, causal, scale, query_reduce, head_reduce):
@@ -91,6 +96,8 @@ backends.define(
     dtypes=backends.HALF_AND_SINGLE,
 )
 _plain = torch.ops.pyvtk.attention_scores_plain.default
+_compiled = torch.ops.pyvtk.attention_scores.default
+_triton = torch.ops.pyvtk.attention_scores_triton.default
 _BEYOND_PLAIN = ("q_positions", "k_positions", "q_mask", "k_mask", "k_bias", "head_weights", "lse", "cu_seqlens_q")
 
 
@@ -131,7 +138,8 @@ def _to_heads(grad: Tensor, winners: Tensor | None, q_heads: int, head_reduce: s
     return spread / per_out if head_reduce.endswith("mean") else spread
 
 
-def _backward(ctx, grad_scores, grad_lse, *_):
+def _backward(operator: str, ctx, grad_scores, grad_lse, *_):
+    """Gradients of all inputs, by the operator of this name."""
     *inputs, lse, divisors, query_winners, head_winners = ctx.saved_tensors
     (q, k, q_positions, k_positions, q_mask, k_mask, k_bias, head_weights, lse_given, *cu_seqlens) = inputs
     q_heads = q.shape[1]
@@ -158,7 +166,7 @@ def _backward(ctx, grad_scores, grad_lse, *_):
     pair_max_heads = (k.shape[1] if ctx.head_reduce == "max" else 1) if pairwise_max else 0
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    grad_q, grad_k, grad_bias, grad_lse_given, grad_weights = torch.ops.pyvtk.attention_scores_backward(
+    grad_q, grad_k, grad_bias, grad_lse_given, grad_weights = getattr(torch.ops.pyvtk, operator)(
         linear.contiguous(), grad_max, max_query, grad_lse, lse, q, k, q_positions, k_positions, q_mask, k_mask,
         k_bias, head_weights, *cu_seqlens, *ctx.range, lse_given is not None, ctx.scale, ctx.logit, pair_max_heads,
     )  # fmt: skip
@@ -173,7 +181,14 @@ def _backward(ctx, grad_scores, grad_lse, *_):
     )  # fmt: skip
 
 
-torch.library.register_autograd("pyvtk::attention_scores", _backward, setup_context=_setup_context)
+def _register_gradient(name: str, backward_name: str) -> None:
+    """Let operator ``backward_name`` form the gradients of ``name``."""
+    backward = functools.partial(_backward, backward_name)
+    torch.library.register_autograd(f"pyvtk::{name}", backward, setup_context=_setup_context)
+
+
+_register_gradient("attention_scores", "attention_scores_backward")
+_register_gradient("attention_scores_triton", "attention_scores_backward_triton")
 
 
 def _per_token(op: str, name: str, value, shape: tuple, meaning: str, dtypes: tuple, like: Tensor, one_row=False):
@@ -445,10 +460,10 @@ def attention_scores(
     elif plain is not None:
         scores = _plain(q, k, *plain)
     else:
+        operator = _triton if chosen == "triton" else _compiled
         scores, lse_out, *_ = backends.call(
-            torch.ops.pyvtk.attention_scores.default, (q, k, k_bias, lse, head_weights),
-            q, k, *kernel_arguments(options), return_lse,
-        )  # fmt: skip
+            operator, (q, k, k_bias, lse, head_weights), q, k, *kernel_arguments(options), return_lse
+        )
     packed = cu_seqlens_q is not None
     scores = shape_scores(scores, packed, not isinstance(query_reduce, str), head_reduce)
     if not return_lse:

@@ -13,6 +13,8 @@ from pyvtk.reference import select as selecting
 from pyvtk.selection import Selection, assemble
 
 OP = "score_and_select"
+# The CUDA kernels are made for few queries; packed, of all samples together, since lengths are on the device.
+MOST_QUERIES_ON_CUDA = 64
 
 
 def _fake(q, k, *arguments):
@@ -76,6 +78,18 @@ def _setup_context(ctx, inputs, output):
 torch.library.register_autograd(f"pyvtk::{OP}", lambda ctx, *grads: (None,) * 34, setup_context=_setup_context)
 
 
+def _serves(q: Tensor, packed: bool, backend: str | None) -> bool:
+    """Whether the CUDA operator takes so many queries; an error if it does not and was asked for by name."""
+    queries = q.shape[0] if packed else q.shape[2]
+    serves = queries <= MOST_QUERIES_ON_CUDA and q.shape[1] > 0
+    if not serves and backend == "compiled":
+        raise RuntimeError(
+            f"{OP}: backend 'compiled' cannot run: its CUDA kernels take 1 head or more and at most "
+            f"{MOST_QUERIES_ON_CUDA} queries (of all samples together if packed), got q of shape {tuple(q.shape)}"
+        )
+    return serves
+
+
 def score_and_select(
     q: Tensor,
     k: Tensor,
@@ -128,7 +142,9 @@ def score_and_select(
             head_reduce None or by group also [batch, heads, keys].
         return_scores: also return the scores, as attention_scores does. They carry a gradient if q or k want one; the
             selection never does.
-        backend: "compiled", "reference", or None for the first that can run.
+        backend: "compiled": one operator does both; on CUDA for at most 64 queries (of all samples together if packed)
+            and scores without a gradient. "triton": the scores by Triton, the selection by the first backend that can
+            run. "reference". None: "compiled" if it can run, else scores and selection each by the first that can.
 
     Returns:
         Selection over the keys: rows [batch], or [batch, heads] with head_reduce None or by group; with return_scores
@@ -159,9 +175,11 @@ def score_and_select(
         shape = (q.shape[0], score.out_heads(q.shape[1], k.shape[1], options["head_reduce"]), keys)
     else:
         shape = (q.shape[0], keys)
-    chosen = backends.pick(OP, backend, q, q.dtype)
+    fused = backend != "triton" and backends.pick(OP, backend, q, q.dtype) == "compiled"
+    if fused and not q.is_cpu:
+        fused = _serves(q, packed, backend)
     if (
-        chosen == "compiled" and type(num_keep) is int and num_keep >= 0 and threshold is None and top_p is None
+        fused and type(num_keep) is int and num_keep >= 0 and threshold is None and top_p is None
         and keep is None and drop is None and candidates is None and segments is None and num_segments is None
         and capacity is None and others == "drop" and align == "left" and order == "index"
     ):  # fmt: skip
@@ -181,7 +199,7 @@ def score_and_select(
     wants_gradient = return_scores and torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in differentiable
     )  # fmt: skip
-    if chosen == "compiled" and not wants_gradient:
+    if fused and not wants_gradient:
         scoring_arguments = score.kernel_arguments(options)
         if torch.compiler.is_compiling():
             with torch.no_grad():
@@ -189,18 +207,23 @@ def score_and_select(
         else:
             *outputs, scores = backends.call(_operator, (), q, k, *scoring_arguments, *arguments)
     else:
-        # Scores with a gradient come from their own operator, whose bits are the same.
-        if chosen == "compiled":
-            scores = torch.ops.pyvtk.attention_scores(q, k, *score.kernel_arguments(options), False)[0]
-        else:
+        # Each on its own. Scores with a gradient come from their own operator; on the CPU its bits are the same.
+        how = backends.pick("attention_scores", backend, q, q.dtype)
+        if how == "reference":
             scores, _ = scoring.attention_scores(q, k, **options)
+        else:
+            operator = (
+                torch.ops.pyvtk.attention_scores if how == "compiled" else torch.ops.pyvtk.attention_scores_triton
+            )
+            scores = backends.call(operator.default, differentiable, q, k, *score.kernel_arguments(options), False)[0]
         chosen_scores = score.shape_scores(scores.detach(), packed, False, head_reduce)
         key_start, key_stop = (0, keys) if packed else (options["key_start"], options["key_stop"])
         whole = reference.whole_axis(chosen_scores, keys, key_start)
         competing = reference.competing(arguments[6], options["k_mask"], keys, key_start, key_stop, whole)
         if competing is not None:
             competing = competing.contiguous()  # it may be one row for all samples
-        run = torch.ops.pyvtk.select.default if chosen == "compiled" else selecting.select
+        how = backends.pick("select", None if backend == "triton" else backend, whole, whole.dtype)
+        run = torch.ops.pyvtk.select.default if how == "compiled" else selecting.select
         outputs = run(whole, *arguments[:6], competing, *arguments[7:])
     selection = select.selection_of(tuple(outputs), keys, arguments, exact)
     if not return_scores:

@@ -9,6 +9,9 @@
   static constexpr ::cuda_emulation::SharedVariable name##_variable{#name, sizeof(__VA_ARGS__), alignof(__VA_ARGS__)}; \
   auto& name = *static_cast<std::type_identity_t<__VA_ARGS__>*>(::cuda_emulation::shared(name##_variable))
 
+#define PYVTK_UNROLL
+#define PYVTK_NOT_UNROLLED
+
 namespace pyvtk::cuda {
 
 template <class T>
@@ -35,6 +38,11 @@ void copy_async_wait() {
 
 inline void named_barrier(int id, int threads, CUDA_EMULATION_HERE) {
   cuda_emulation::barrier(id, threads, 0, "named_barrier", where);
+}
+
+inline void stay_in_loop(unsigned&) {}
+inline float2 widen_half2(unsigned halves) {
+  return {to_float(float16{static_cast<uint16_t>(halves)}), to_float(float16{static_cast<uint16_t>(halves >> 16)})};
 }
 
 template <int kMatrices>

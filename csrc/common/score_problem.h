@@ -1,4 +1,5 @@
-// One attention_scores call on raw pointers: what score.h computes and where it writes. Torch-free.
+// One attention_scores call on raw pointers: what kernels compute and where they write. Torch-free; one definition for
+// all devices and instruction sets.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -6,7 +7,7 @@
 
 #include "common/types.h"
 
-namespace pyvtk::cpu {
+namespace pyvtk {
 
 enum class QueryReduce { mean, sum, max, visible_mean };
 enum class HeadReduce { none, mean, sum, max, group_mean, group_sum, group_max };
@@ -20,7 +21,7 @@ struct ScoreProblem {
   const void* k;  // [batch, kv_heads, keys, dim], packed [total_k, kv_heads, dim]
   int64_t k_batch_stride, k_head_stride, k_row_stride;
   int64_t batch, q_heads, kv_heads, queries, keys, dim;  // queries and keys: of all samples together if packed
-  int64_t max_queries, max_keys;                         // of one sample
+  int64_t max_queries, max_keys;                         // of one sample, or a bound on it
 
   // all contiguous and optional (nullptr)
   const int32_t* q_positions;   // [batch, queries], packed [total_q]
@@ -152,4 +153,4 @@ struct ScoreGradient {
   float* head_weights;  // [batch, q_heads], or nullptr
 };
 
-}  // namespace pyvtk::cpu
+}  // namespace pyvtk

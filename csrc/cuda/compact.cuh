@@ -1,0 +1,904 @@
+// Moves the rows that a selection names, for any number of tensors in one launch. pyvtk/reference/compact.py is the
+// definition; the CPU's way is cpu/compact.h.
+//
+// A tensor is rows of a selection (batch, head) x lines x positions x one run of bytes (common/compact_shape.h), and a
+// run is units of the widest access that all its addresses allow. (line, position, unit) counted through is one axis,
+// cut into tiles of kTile: a block moves a tile, kMoveItems units a thread, all loads before the first store. Two long
+// rows and a thousand short ones fill a device alike, small tensors ride along with large ones, and no unit is idle for
+// the sake of a shape. The tensors are described in the parameters of the kernel: nothing is copied to the device
+// first, and a CUDA graph holds them.
+//
+// What the host does not know stays on the device: counts, offsets of packed rows, whether indices repeat. An index
+// outside of the token axis is padding; no address is formed from it.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "common/compact_shape.h"
+#include "common/types.h"
+#include "cuda/block.cuh"
+#include "cuda/numbers.cuh"
+#include "cuda/ptx.cuh"
+
+namespace pyvtk::cuda {
+
+inline constexpr int kMoveThreads = 256;
+inline constexpr int kMoveItems = 4;  // 64 bytes in flight for each thread: a few blocks hide the latency of memory
+inline constexpr uint32_t kTile = kMoveThreads * kMoveItems;
+inline constexpr int kMostAxes = 4;
+inline constexpr int kFewMoves = 8;    // parameters of less than 4 KiB cost a launch nothing
+inline constexpr int kManyMoves = 64;  // 22 KiB: CUDA 12.1 takes 32 since sm_70
+inline constexpr int kMostCaches = 64;
+inline constexpr uint32_t kTailBlocks = 64;
+inline constexpr int64_t kMostCounted = std::numeric_limits<int32_t>::max() - 2 * int64_t{kTile};
+
+// Division by a number that the host knows: a multiplication. Exact for numerators below 2^31.
+struct Divider {
+  uint32_t divisor = 1;
+  uint32_t multiplier = 1;
+  uint32_t shift = 0;
+};
+
+constexpr Divider divider_of(int64_t divisor) {
+  uint32_t shift = 0;
+  while ((int64_t{1} << shift) < divisor) ++shift;
+  const uint64_t d = static_cast<uint64_t>(divisor);
+  const uint64_t multiplier = (((uint64_t{1} << shift) - d) << 32) / d + 1;
+  return {static_cast<uint32_t>(divisor), static_cast<uint32_t>(multiplier), shift};
+}
+
+struct Split {
+  uint32_t quotient, rest;
+};
+__device__ __forceinline__ Split split(const Divider& by, uint32_t number) {
+  const uint32_t high = static_cast<uint32_t>((uint64_t{number} * by.multiplier) >> 32);
+  const uint32_t quotient = (high + number) >> by.shift;
+  return {quotient, number - quotient * by.divisor};
+}
+
+// Strides in bytes.
+struct Strides {
+  int64_t source, target, base;
+};
+struct OuterAxis {
+  Divider size;
+  Strides strides;
+};
+
+enum class Number : int32_t { none, float32, float64, float16, bfloat16 };  // what rows can be added as
+
+// One tensor of a launch.
+struct Move {
+  const char* source;  // nullptr: rows are cleared (restore)
+  char* target;
+  const char* base;  // positions that no row lands on; nullptr: zeros
+  Strides batch, head, token;
+  OuterAxis outer[kMostAxes];
+  int32_t axes;
+  uint32_t lines;
+  Divider units;  // of a run
+  Divider positions;
+  int32_t width;   // bytes of a unit
+  Number number;   // of scatter
+  int32_t merged;  // of scatter: all rows share one target
+  uint32_t tiles_of_row;
+  Divider tiles;        // the same, if not 0
+  uint32_t row_blocks;  // tiles of all rows; what follows are blocks of the tail
+  alignas(16) unsigned char pad[16];
+};
+
+template <int kMost>
+struct Moves {
+  int32_t count;
+  uint32_t first_block[kMost];
+  Move moves[kMost];
+};
+static_assert(sizeof(Moves<kFewMoves>) + 256 <= 4096 && sizeof(Moves<kManyMoves>) + 256 <= 32764);
+
+// The selection. `total` >= 0: rows follow each other on an axis of that length.
+struct SelectedOnDevice {
+  const int64_t* indices;  // [rows, capacity]
+  const int32_t* counts;   // [rows]
+  int32_t rows;            // batch * heads
+  int32_t capacity;
+  int32_t tokens;
+  int32_t total;
+  Divider heads;
+  bool align_right;
+};
+
+// false: too large.
+inline bool describe(int64_t rows, int64_t heads, int64_t capacity, int64_t tokens, int64_t total, bool align_right,
+                     const int64_t* indices, const int32_t* counts, SelectedOnDevice& selected) {
+  for (int64_t size : {rows, heads, capacity, tokens, total}) {
+    if (size > kMostCounted) return false;
+  }
+  selected = {indices,
+              counts,
+              static_cast<int32_t>(rows),
+              static_cast<int32_t>(capacity),
+              static_cast<int32_t>(tokens),
+              static_cast<int32_t>(total),
+              divider_of(heads > 0 ? heads : 1),
+              align_right};
+  return true;
+}
+
+// Slots of a row that hold a token.
+struct Slots {
+  int32_t begin, end;
+};
+__device__ __forceinline__ Slots slots_of(const SelectedOnDevice& selected, int32_t row) {
+  const int32_t kept = min(max(__ldg(selected.counts + row), 0), selected.capacity);
+  return selected.align_right ? Slots{selected.capacity - kept, selected.capacity} : Slots{0, kept};
+}
+
+// What stands in a slot; -1 in padding. Not yet a token: index_or_none.
+__device__ __forceinline__ int64_t index_in(const SelectedOnDevice& selected, int32_t row, Slots slots, int32_t slot) {
+  const bool valid = slot >= slots.begin && slot < slots.end;
+  return valid ? __ldg(selected.indices + int64_t{row} * selected.capacity + slot) : -1;
+}
+__device__ __forceinline__ int32_t index_or_none(const SelectedOnDevice& selected, int64_t index) {
+  return index >= 0 && index < selected.tokens ? static_cast<int32_t>(index) : -1;
+}
+__device__ __forceinline__ int32_t token_of(const SelectedOnDevice& selected, int32_t row, Slots slots, int32_t slot) {
+  return index_or_none(selected, index_in(selected, row, slots, slot));
+}
+
+// Where a row begins on the packed axis: what is kept of the rows before it; at most `total`. All lanes of a warp
+// together.
+__device__ __forceinline__ int32_t packed_begin(const SelectedOnDevice& selected, int32_t row) {
+  int64_t kept = 0;
+  for (int32_t r = lane_of_warp(); r < row; r += 32) {
+    const Slots slots = slots_of(selected, r);
+    kept += slots.end - slots.begin;
+  }
+  return static_cast<int32_t>(min(sum_of_warp(kept), int64_t{selected.total}));
+}
+
+// A place in the tile of a row.
+struct Spot {
+  uint32_t line, position, unit;
+};
+// `number` of all units of a row, from its beginning: usually a small number.
+__device__ __forceinline__ Spot spot_at(const Move& move, uint64_t number) {
+  if (number <= static_cast<uint64_t>(kMostCounted)) {
+    const Split run = split(move.units, static_cast<uint32_t>(number));
+    const Split line = split(move.positions, run.quotient);
+    return {line.quotient, line.rest, run.rest};
+  }
+  const uint64_t run = number / move.units.divisor;
+  return {static_cast<uint32_t>(run / move.positions.divisor), static_cast<uint32_t>(run % move.positions.divisor),
+          static_cast<uint32_t>(number % move.units.divisor)};
+}
+__device__ __forceinline__ Spot spot_after(const Move& move, Spot spot, uint32_t units) {
+  const Split run = split(move.units, spot.unit + units);
+  const Split line = split(move.positions, spot.position + run.quotient);
+  return {spot.line + line.quotient, line.rest, run.rest};
+}
+
+__device__ __forceinline__ void add(Strides& sum, const Strides& strides, int64_t at) {
+  sum.source += at * strides.source;
+  sum.target += at * strides.target;
+  sum.base += at * strides.base;
+}
+// Of a row.
+__device__ __forceinline__ Strides row_offset(const Move& move, const SelectedOnDevice& selected, int32_t row) {
+  Strides offset{};
+  const Split at = split(selected.heads, static_cast<uint32_t>(row));
+  add(offset, move.batch, at.quotient);
+  add(offset, move.head, at.rest);
+  return offset;
+}
+// Of a spot, all but its position.
+__device__ __forceinline__ Strides line_offset(const Move& move, Spot spot, uint32_t width) {
+  const int64_t unit = static_cast<int64_t>(uint64_t{spot.unit} * width);
+  Strides offset{unit, unit, unit};
+  // most tensors have no axes: unrolled, the loop would be most of the code
+  PYVTK_NOT_UNROLLED
+  for (int axis = move.axes - 1; axis >= 0; --axis) {
+    const Split at = split(move.outer[axis].size, spot.line);
+    add(offset, move.outer[axis].strides, at.rest);
+    spot.line = at.quotient;
+  }
+  return offset;
+}
+
+// The move that a block works on, and its number among the move's blocks.
+struct Work {
+  int32_t move;
+  uint32_t block;
+};
+template <int kMost>
+__device__ __forceinline__ Work work_of_block(const Moves<kMost>& moves) {
+  int32_t low = 0, high = moves.count;
+  while (high - low > 1) {
+    const int32_t middle = (low + high) / 2;
+    (moves.first_block[middle] <= blockIdx.x ? low : high) = middle;
+  }
+  return {low, blockIdx.x - moves.first_block[low]};
+}
+
+// f.template operator()<Unit>() with the type of a unit
+template <class F>
+__device__ __forceinline__ void with_unit(int32_t width, F&& f) {
+  switch (width) {
+    case 16:
+      return f(uint4{});
+    case 8:
+      return f(uint2{});
+    case 4:
+      return f(uint32_t{});
+    case 2:
+      return f(uint16_t{});
+    default:
+      return f(uint8_t{});
+  }
+}
+
+// Inverse of a selection --------------------------------------------------------------------------------------------
+
+// Which slots land on a token. Rows of one table each, also where they share a target: then a row's table is small
+// beside what it is about.
+struct Inverse {
+  int32_t* first;     // [rows, tokens]: the first slot of a token, -1 if there is none; without `next` the last one
+  int32_t* next;      // [rows, capacity]: the next slot of the same token, -1 after the last; nullptr: not wanted
+  int32_t* repeated;  // [rows]: whether `next` was written, since a token stands twice in the row
+  int32_t* shift;     // [rows]: position = slot + shift, on the packed axis; nullptr: positions are slots
+};
+
+// How many int32 the tables take, and the tables in that memory.
+inline int64_t inverse_size(const SelectedOnDevice& selected, bool chains) {
+  return int64_t{selected.rows} * (int64_t{selected.tokens} + (chains ? selected.capacity : 0) + 2);
+}
+inline Inverse inverse_in(int32_t* memory, const SelectedOnDevice& selected, bool chains) {
+  Inverse inverse{};
+  inverse.repeated = memory;
+  inverse.shift = selected.total >= 0 ? memory + selected.rows : nullptr;
+  inverse.first = memory + 2 * int64_t{selected.rows};
+  inverse.next = chains ? inverse.first + int64_t{selected.rows} * selected.tokens : nullptr;
+  return inverse;
+}
+
+inline constexpr int kInverseThreads = 32 * kMostWarps;
+
+// A block inverts a row. Which slot wins does not depend on the order of atomics; a row without repeated tokens, in
+// whatever order, needs no more. In a row with some, one warp links the slots of each token, from the last to the
+// first, 32 at a time.
+__global__ void __launch_bounds__(kInverseThreads) inverse_kernel(SelectedOnDevice selected, Inverse inverse) {
+  const auto row = static_cast<int32_t>(blockIdx.x);
+  const int thread = static_cast<int>(threadIdx.x);
+  int32_t* const first = inverse.first + int64_t{row} * selected.tokens;
+  for (int32_t token = thread; token < selected.tokens; token += kInverseThreads) first[token] = -1;
+  Slots slots = slots_of(selected, row);
+  if (inverse.shift) {
+    const int32_t begin = packed_begin(selected, row);
+    if (thread == 0) inverse.shift[row] = begin - slots.begin;
+    slots.end = min(slots.end, slots.begin + (selected.total - begin));
+  }
+  __syncthreads();
+  int repeated = 0;
+  for (int32_t slot = slots.begin + thread; slot < slots.end; slot += kInverseThreads) {
+    const int32_t token = token_of(selected, row, slots, slot);
+    if (token >= 0 && atomicMax(first + token, slot) >= 0) repeated = 1;
+  }
+  repeated = __syncthreads_or(repeated);
+  if (thread == 0) inverse.repeated[row] = repeated;
+  if (!repeated || !inverse.next) return;
+
+  for (int32_t token = thread; token < selected.tokens; token += kInverseThreads) first[token] = -1;
+  __syncthreads();
+  if (warp_of_block() > 0) return;
+  const int lane = lane_of_warp();
+  for (int32_t group = slots.begin + (slots.end - 1 - slots.begin) / 32 * 32; group >= slots.begin; group -= 32) {
+    const int32_t slot = group + lane;
+    const int32_t token = token_of(selected, row, slots, slot);
+    const unsigned same = __match_any_sync(kAllLanes, token);
+    const unsigned before = (1u << lane) - 1, after = same & ~before & ~(1u << lane);
+    if (token >= 0) {
+      inverse.next[int64_t{row} * selected.capacity + slot] =
+          after ? group + __ffs(static_cast<int>(after)) - 1 : first[token];
+    }
+    __syncwarp();
+    if (token >= 0 && !(same & before)) first[token] = slot;
+    __syncwarp();
+  }
+}
+
+inline cudaError_t invert(const SelectedOnDevice& selected, const Inverse& inverse, cudaStream_t stream) {
+  if (selected.rows == 0) return cudaSuccess;
+  return launch(inverse_kernel, dim3(static_cast<unsigned>(selected.rows)), dim3(kInverseThreads), 0, stream, selected,
+                inverse);
+}
+
+// compact -----------------------------------------------------------------------------------------------------------
+
+// Whether this slot is the one whose update replaced the token (restore): the last of them.
+__device__ __forceinline__ bool wins(const SelectedOnDevice& selected, const Inverse& inverse, bool merged, int32_t row,
+                                     int32_t slot, int32_t token) {
+  if (__ldg(inverse.first + int64_t{row} * selected.tokens + token) != slot) return false;
+  if (merged) {
+    for (int32_t later = row + 1; later < selected.rows; ++later) {
+      if (__ldg(inverse.first + int64_t{later} * selected.tokens + token) >= 0) return false;
+    }
+  }
+  return true;
+}
+
+// winners: only slots that replaced a token, for the gradient of restore
+enum class Gather { padded, packed, winners };
+
+// target[row, slot] = source[row, token of the slot], or the pad. Positions are slots.
+template <class Unit, Gather kKind>
+__device__ __forceinline__ void gather_tile(const Move& move, const SelectedOnDevice& selected, const Inverse& inverse,
+                                            int32_t row, uint32_t tile) {
+  const Slots slots = slots_of(selected, row);
+  constexpr bool kPacked = kKind == Gather::packed;
+  const int32_t shift = kPacked ? packed_begin(selected, row) - slots.begin : 0;
+  const Spot start = spot_at(move, uint64_t{tile} * kTile);
+  const Strides here = row_offset(move, selected, row);
+  Spot spots[kMoveItems];
+  int64_t indices[kMoveItems];
+  for (int k = 0; k < kMoveItems; ++k) {
+    spots[k] = spot_after(move, start, threadIdx.x + static_cast<uint32_t>(k) * kMoveThreads);
+    const auto slot = static_cast<int32_t>(spots[k].position);
+    const bool written = spots[k].line < move.lines &&
+                         (!kPacked || (slot >= slots.begin && slot < slots.end && slot + shift < selected.total));
+    if (!written) spots[k].line = move.lines;
+    indices[k] = written ? index_in(selected, row, slots, slot) : -1;
+  }
+  const Unit* const pad = reinterpret_cast<const Unit*>(move.pad);
+  constexpr uint32_t kPads = 16 / sizeof(Unit);
+  char* to[kMoveItems];
+  Unit values[kMoveItems];
+  for (int k = 0; k < kMoveItems; ++k) {
+    const Spot spot = spots[k];
+    to[k] = nullptr;
+    if (spot.line >= move.lines) continue;
+    const auto slot = static_cast<int32_t>(spot.position);
+    int32_t token = index_or_none(selected, indices[k]);
+    if (kKind == Gather::winners && token >= 0 && !wins(selected, inverse, move.merged, row, slot, token)) token = -1;
+    const Strides offset = line_offset(move, spot, sizeof(Unit));
+    to[k] = move.target + here.target + offset.target + int64_t{slot + shift} * move.token.target;
+    const char* const from = move.source + here.source + offset.source + int64_t{token} * move.token.source;
+    values[k] = token >= 0 ? __ldg(reinterpret_cast<const Unit*>(from)) : pad[spot.unit % kPads];
+  }
+  for (int k = 0; k < kMoveItems; ++k) {
+    if (to[k]) *reinterpret_cast<Unit*>(to[k]) = values[k];
+  }
+}
+
+// Pads what the rows leave of the packed axis.
+template <class Unit>
+__device__ __forceinline__ void pad_tail(const Move& move, const SelectedOnDevice& selected, uint32_t block,
+                                         uint32_t blocks) {
+  const int32_t begin = packed_begin(selected, selected.rows);
+  const uint32_t length = static_cast<uint32_t>(selected.total - begin);
+  const uint64_t count = uint64_t{length} * move.lines * move.units.divisor;
+  const Unit* const pad = reinterpret_cast<const Unit*>(move.pad);
+  constexpr uint32_t kPads = 16 / sizeof(Unit);
+  for (uint64_t i = uint64_t{block} * kMoveThreads + threadIdx.x; i < count; i += uint64_t{blocks} * kMoveThreads) {
+    const uint64_t run = i / move.units.divisor;
+    const Spot spot{static_cast<uint32_t>(run / length), static_cast<uint32_t>(run % length),
+                    static_cast<uint32_t>(i % move.units.divisor)};
+    const Strides offset = line_offset(move, spot, sizeof(Unit));
+    char* const target = move.target + offset.target + (int64_t{begin} + spot.position) * move.token.target;
+    *reinterpret_cast<Unit*>(target) = pad[spot.unit % kPads];
+  }
+}
+
+template <int kMost, Gather kKind>
+__global__ void __launch_bounds__(kMoveThreads)
+    gather_kernel(const __grid_constant__ Moves<kMost> moves, const SelectedOnDevice selected, const Inverse inverse) {
+  const Work work = work_of_block(moves);
+  const Move& move = moves.moves[work.move];
+  with_unit(move.width, [&](auto unit) {
+    using Unit = decltype(unit);
+    if (kKind != Gather::packed || work.block < move.row_blocks) {
+      const Split at = split(move.tiles, work.block);
+      gather_tile<Unit, kKind>(move, selected, inverse, static_cast<int32_t>(at.quotient), at.rest);
+    } else {
+      const uint32_t next = work.move + 1 < moves.count ? moves.first_block[work.move + 1] : gridDim.x;
+      pad_tail<Unit>(move, selected, work.block - move.row_blocks,
+                     next - moves.first_block[work.move] - move.row_blocks);
+    }
+  });
+}
+
+// restore, and the gradient of compact --------------------------------------------------------------------------------
+
+// How rows are put together that land on tokens.
+struct Landing {
+  Inverse inverse;
+  const void* gates;  // [rows, capacity]: every row is multiplied by its gate and added, to base too; nullptr: with
+                      // `next` rows are added where several land on a token, without it the last one replaces
+  bool gates_double;  // gates are float64, else float32
+};
+
+// The slot that lands on a token: the only one, or the one that replaces; or that there are several to be added.
+struct Landed {
+  int32_t row;
+  int32_t slot;  // -1: none
+  bool several;
+};
+// Over all rows.
+__device__ __forceinline__ Landed landed_on(const SelectedOnDevice& selected, const Landing& landing, int32_t token) {
+  const Inverse& inverse = landing.inverse;
+  Landed landed{0, -1, false};
+  PYVTK_NOT_UNROLLED
+  for (int32_t row = 0; row < selected.rows; ++row) {
+    const int32_t slot = __ldg(inverse.first + int64_t{row} * selected.tokens + token);
+    if (slot < 0) continue;
+    const bool again = landed.slot >= 0;
+    landed.row = row;
+    landed.slot = slot;
+    if (inverse.next && (again || landing.gates ||
+                         (inverse.repeated[row] && inverse.next[int64_t{row} * selected.capacity + slot] >= 0))) {
+      landed.several = true;
+      break;
+    }
+  }
+  return landed;
+}
+
+// target = base + sum of gate * source over all slots of the token: rows in order, slots in order, rounded once. The
+// offsets are those of the line and the unit.
+template <class T, int kCount>
+__device__ __forceinline__ void sum_landed(const Move& move, const SelectedOnDevice& selected, const Landing& landing,
+                                           int32_t first_row, int32_t last_row, int32_t token, char* target,
+                                           const char* base, int64_t source_offset) {
+  const Inverse& inverse = landing.inverse;
+  Wide<T> sum[kCount] = {};
+  if (base) add_pack<T, kCount>(sum, Wide<T>{1}, load_pack<T, kCount>(base));
+  for (int32_t row = first_row; row < last_row; ++row) {
+    int32_t slot = __ldg(inverse.first + int64_t{row} * selected.tokens + token);
+    if (slot < 0) continue;
+    const char* const source = move.source + source_offset + row_offset(move, selected, row).source;
+    const int32_t shift = inverse.shift ? inverse.shift[row] : 0;
+    do {
+      const int64_t at = int64_t{row} * selected.capacity + slot;
+      const double weight = landing.gates ? number_at(landing.gates, landing.gates_double, at) : 1.0;
+      add_pack<T, kCount>(sum, static_cast<Wide<T>>(weight),
+                          load_pack<T, kCount>(source + int64_t{slot + shift} * move.token.source));
+      slot = inverse.repeated[row] ? inverse.next[at] : -1;
+    } while (slot >= 0);
+  }
+  Pack<T, kCount> pack;
+  for (int i = 0; i < kCount; ++i) pack.numbers[i] = from_wide<T>(sum[i]);
+  store_pack<T, kCount>(target, pack);
+}
+
+// The same for a unit of any width.
+template <class T>
+__device__ __forceinline__ void sum_unit(const Move& move, const SelectedOnDevice& selected, const Landing& landing,
+                                         int32_t first_row, int32_t last_row, int32_t token, char* target,
+                                         const char* base, int64_t source_offset) {
+  if (move.width == 16) {
+    constexpr int kCount = 16 / sizeof(T);
+    sum_landed<T, kCount>(move, selected, landing, first_row, last_row, token, target, base, source_offset);
+    return;
+  }
+  constexpr int kBytes = sizeof(T);
+  for (int at = 0; at < move.width; at += kBytes) {
+    sum_landed<T, 1>(move, selected, landing, first_row, last_row, token, target + at, base ? base + at : nullptr,
+                     source_offset + at);
+  }
+}
+
+// target[token] = what lands there, for the tokens of a tile. Positions are tokens; `row` is -1 where all rows share
+// one target. A bit for each item of this thread where rows have to be added: sums come later, so that moves do not
+// wait for them.
+template <class Unit>
+__device__ __forceinline__ unsigned scatter_tile(const Move& move, const SelectedOnDevice& selected,
+                                                 const Landing& landing, const Strides& here, Spot start, int32_t row) {
+  const Inverse& inverse = landing.inverse;
+  const bool chained = row >= 0 && inverse.next && (landing.gates || inverse.repeated[row]);
+  Spot spots[kMoveItems];
+  int32_t slots[kMoveItems];
+  for (int k = 0; k < kMoveItems; ++k) {
+    spots[k] = spot_after(move, start, threadIdx.x + static_cast<uint32_t>(k) * kMoveThreads);
+    const bool exists = row >= 0 && spots[k].line < move.lines;
+    slots[k] = exists ? __ldg(inverse.first + int64_t{row} * selected.tokens + spots[k].position) : -1;
+  }
+  char* to[kMoveItems];
+  Unit values[kMoveItems];
+  unsigned several = 0;
+  for (int k = 0; k < kMoveItems; ++k) {
+    const Spot spot = spots[k];
+    to[k] = nullptr;
+    values[k] = Unit{};
+    if (spot.line >= move.lines) continue;
+    const auto token = static_cast<int32_t>(spot.position);
+    Landed landed{row, slots[k], false};
+    if (row < 0) {
+      landed = landed_on(selected, landing, token);
+    } else if (chained && landed.slot >= 0) {
+      landed.several = landing.gates || inverse.next[int64_t{row} * selected.capacity + landed.slot] >= 0;
+    }
+    if (landed.several) {
+      several |= 1u << k;
+      continue;
+    }
+    const Strides offset = line_offset(move, spot, sizeof(Unit));
+    to[k] = move.target + here.target + offset.target + int64_t{token} * move.token.target;
+    const char* from = nullptr;
+    if (landed.slot < 0) {
+      if (move.base) from = move.base + here.base + offset.base + int64_t{token} * move.token.base;
+    } else if (move.source) {
+      const int32_t shift = inverse.shift ? inverse.shift[landed.row] : 0;
+      from = move.source + row_offset(move, selected, landed.row).source + offset.source +
+             int64_t{landed.slot + shift} * move.token.source;
+    }
+    if (from) values[k] = __ldg(reinterpret_cast<const Unit*>(from));
+  }
+  for (int k = 0; k < kMoveItems; ++k) {
+    if (to[k]) *reinterpret_cast<Unit*>(to[k]) = values[k];
+  }
+  return several;
+}
+
+template <int kMost>
+__global__ void __launch_bounds__(kMoveThreads)
+    scatter_kernel(const __grid_constant__ Moves<kMost> moves, const SelectedOnDevice selected, const Landing landing) {
+  const Work work = work_of_block(moves);
+  const Move& move = moves.moves[work.move];
+  const Split at = split(move.tiles, work.block);
+  const int32_t row = move.merged ? -1 : static_cast<int32_t>(at.quotient);
+  const int32_t first_row = max(row, 0), last_row = move.merged ? selected.rows : row + 1;
+  const Spot start = spot_at(move, uint64_t{at.rest} * kTile);
+  const Strides here = move.merged ? Strides{} : row_offset(move, selected, row);
+  unsigned several = 0;
+  with_unit(move.width,
+            [&](auto unit) { several = scatter_tile<decltype(unit)>(move, selected, landing, here, start, row); });
+  PYVTK_NOT_UNROLLED
+  for (; several; several &= several - 1) {
+    const auto k = static_cast<uint32_t>(__ffs(static_cast<int>(several)) - 1);
+    const Spot spot = spot_after(move, start, threadIdx.x + k * kMoveThreads);
+    const auto token = static_cast<int32_t>(spot.position);
+    const Strides offset = line_offset(move, spot, static_cast<uint32_t>(move.width));
+    char* const target = move.target + here.target + offset.target + int64_t{token} * move.token.target;
+    const char* const base =
+        move.base ? move.base + here.base + offset.base + int64_t{token} * move.token.base : nullptr;
+    const auto sum = [&](auto number) {
+      sum_unit<decltype(number)>(move, selected, landing, first_row, last_row, token, target, base, offset.source);
+    };
+    switch (move.number) {
+      case Number::float32:
+        sum(float{});
+        break;
+      case Number::float64:
+        sum(double{});
+        break;
+      case Number::float16:
+        sum(float16{});
+        break;
+      case Number::bfloat16:
+        sum(bfloat16{});
+        break;
+      default:
+        break;
+    }
+  }
+}
+
+// The gradient of restore with gates: target[row, slot] = gate * source[token], and the gate's own gradient, the dot
+// product of source[token] and base[row, slot] over all lines. A warp has a slot.
+template <class T, int kCount>
+__global__ void __launch_bounds__(kMoveThreads)
+    recall_kernel(const __grid_constant__ Move move, const SelectedOnDevice selected, const void* gates,
+                  bool gates_double, void* grad_gates) {
+  const int64_t item = int64_t{blockIdx.x} * (kMoveThreads / 32) + warp_of_block();
+  if (item >= int64_t{selected.rows} * selected.capacity) return;
+  const auto row = static_cast<int32_t>(item / selected.capacity),
+             slot = static_cast<int32_t>(item % selected.capacity);
+  const int32_t token = token_of(selected, row, slots_of(selected, row), slot);
+  const Wide<T> gate = static_cast<Wide<T>>(token >= 0 ? number_at(gates, gates_double, item) : 0.0);
+  const Strides here = row_offset(move, selected, row);
+  Wide<T> products[kCount] = {};
+  for (uint32_t line = 0; line < move.lines; ++line) {
+    const Strides offset = line_offset(move, {line, 0, 0}, 0);
+    const char* const source = move.source + here.source + offset.source + int64_t{max(token, 0)} * move.token.source;
+    const char* const base = move.base + here.base + offset.base + int64_t{slot} * move.token.base;
+    char* const target = move.target + here.target + offset.target + int64_t{slot} * move.token.target;
+    for (int64_t at = int64_t{lane_of_warp()} * move.width; at < int64_t{move.units.divisor} * move.width;
+         at += 32 * move.width) {
+      Pack<T, kCount> out{};
+      if (token >= 0) {
+        const Pack<T, kCount> grad = load_pack<T, kCount>(source + at);
+        const Pack<T, kCount> update = load_pack<T, kCount>(base + at);
+        for (int i = 0; i < kCount; ++i) {
+          out.numbers[i] = from_wide<T>(fused(gate, to_wide(grad.numbers[i]), Wide<T>{0}));
+          products[i] = fused(to_wide(grad.numbers[i]), to_wide(update.numbers[i]), products[i]);
+        }
+      }
+      store_pack<T, kCount>(target + at, out);
+    }
+  }
+  double product = 0;
+  for (int i = 0; i < kCount; ++i) product += static_cast<double>(products[i]);
+  product = sum_of_warp(product);
+  if (lane_of_warp() > 0) return;
+  if (gates_double) {
+    static_cast<double*>(grad_gates)[item] = product;
+  } else {
+    static_cast<float*>(grad_gates)[item] = static_cast<float>(product);
+  }
+}
+
+// compact_kv_ ---------------------------------------------------------------------------------------------------------
+
+struct KvCache {
+  char* data;
+  int64_t batch, head, token;  // strides in bytes
+  uint32_t heads;
+  Divider units;  // of a slice of the run
+  uint32_t run;   // units of all slices together
+  uint16_t width;
+  uint16_t slices;
+};
+struct KvCaches {
+  int32_t count;
+  uint32_t first_block[kMostCaches];
+  KvCache caches[kMostCaches];
+};
+static_assert(sizeof(KvCaches) + 128 <= 4096, "what old drivers take as parameters");
+
+// Moves the kept rows of one slice to its front and zeroes rows [count, capacity). (slot, unit) are counted through and
+// walked kTile at a time: all loads of a chunk, a barrier, then all stores. No barrier follows the stores, and yet
+// nothing is overwritten that is still to be read:
+//   A store to (slot s, unit u) could only harm a load of token s, unit u, made for the slot s' with token(s') = s.
+//   Rows ascend, so slots never lie behind their tokens: s' <= token(s') = s. Hence (s', u) does not come after (s, u)
+//   in the count; its load belongs to the same chunk, which the barrier has ended, or to an earlier one.
+// A selection that does not ascend gives wrong rows, yet only reads tokens and writes slots of this slice.
+template <class Unit>
+__device__ __forceinline__ void compact_slice(const KvCache& cache, const SelectedOnDevice& selected, int32_t row,
+                                              char* data, uint32_t first_unit) {
+  const Slots slots = slots_of(selected, row);
+  const auto capacity = static_cast<uint32_t>(selected.capacity);
+  for (uint32_t chunk_slot = 0, chunk_unit = 0; chunk_slot < capacity;) {
+    Split at[kMoveItems];
+    int64_t indices[kMoveItems];
+    for (int k = 0; k < kMoveItems; ++k) {
+      at[k] = split(cache.units, chunk_unit + threadIdx.x + static_cast<uint32_t>(k) * kMoveThreads);
+      at[k].quotient += chunk_slot;
+      at[k].rest += first_unit;
+      const bool exists = at[k].quotient < capacity && at[k].rest < cache.run;
+      indices[k] = exists ? index_in(selected, row, slots, static_cast<int32_t>(at[k].quotient)) : -1;
+    }
+    Unit values[kMoveItems];
+    char* to[kMoveItems];
+    for (int k = 0; k < kMoveItems; ++k) {
+      const int32_t token = index_or_none(selected, indices[k]), slot = static_cast<int32_t>(at[k].quotient);
+      to[k] = nullptr;
+      values[k] = Unit{};
+      if (at[k].quotient >= capacity || at[k].rest >= cache.run || token == slot) continue;
+      char* const column = data + static_cast<int64_t>(uint64_t{at[k].rest} * sizeof(Unit));
+      to[k] = column + int64_t{slot} * cache.token;
+      if (token >= 0) values[k] = *reinterpret_cast<const Unit*>(column + int64_t{token} * cache.token);
+    }
+    __syncthreads();
+    for (int k = 0; k < kMoveItems; ++k) {
+      if (to[k]) *reinterpret_cast<Unit*>(to[k]) = values[k];
+    }
+    const Split next = split(cache.units, chunk_unit + kTile);
+    chunk_slot += next.quotient;
+    chunk_unit = next.rest;
+  }
+}
+
+__global__ void __launch_bounds__(kMoveThreads)
+    compact_kv_kernel(const __grid_constant__ KvCaches caches, const SelectedOnDevice selected, bool per_head) {
+  int32_t low = 0, high = caches.count;
+  while (high - low > 1) {
+    const int32_t middle = (low + high) / 2;
+    (caches.first_block[middle] <= blockIdx.x ? low : high) = middle;
+  }
+  const KvCache& cache = caches.caches[low];
+  const uint32_t block = blockIdx.x - caches.first_block[low];
+  const uint32_t slice = block % cache.slices, pair = block / cache.slices;
+  const uint32_t batch = pair / cache.heads, head = pair % cache.heads;
+  char* const data = cache.data + int64_t{batch} * cache.batch + int64_t{head} * cache.head;
+  with_unit(cache.width, [&](auto unit) {
+    compact_slice<decltype(unit)>(cache, selected, static_cast<int32_t>(per_head ? pair : batch), data,
+                                  slice * cache.units.divisor);
+  });
+}
+
+// Launchers -----------------------------------------------------------------------------------------------------------
+
+// Describes a tensor; `positions` are slots (of a target of gather) or tokens (of scatter). false: too many axes or too
+// large.
+inline bool describe(const MoveShape& shape, int64_t positions, const void* source, void* target, const void* base,
+                     Move& move) {
+  move = {};
+  move.source = static_cast<const char*>(source);
+  move.target = static_cast<char*>(target);
+  move.base = static_cast<const char*>(base);
+  uint64_t all = static_cast<uint64_t>(shape.run) | reinterpret_cast<uintptr_t>(source) |
+                 reinterpret_cast<uintptr_t>(target) | reinterpret_cast<uintptr_t>(base);
+  const auto strides = [&](const Axis& axis) {
+    const Strides found{source ? axis.source : 0, axis.target, base ? axis.base : 0};
+    all |= static_cast<uint64_t>(found.source | found.target | found.base);
+    return found;
+  };
+  move.batch = strides(shape.batch);
+  move.head = strides(shape.head);
+  move.token = strides(shape.token);
+  if (shape.outer.size() > kMostAxes) return false;
+  for (const Axis& axis : shape.outer) {
+    if (axis.size > kMostCounted) return false;
+    move.outer[move.axes++] = {divider_of(axis.size > 0 ? axis.size : 1), strides(axis)};
+  }
+  move.width = width_of(all);
+  const int64_t units = shape.run / move.width;
+  if (shape.lines > kMostCounted || positions > kMostCounted || units > kMostCounted) return false;
+  move.lines = static_cast<uint32_t>(shape.lines);
+  move.units = divider_of(units > 0 ? units : 1);
+  move.positions = divider_of(positions > 0 ? positions : 1);
+  const double tiles = static_cast<double>(shape.lines) * static_cast<double>(positions) * static_cast<double>(units);
+  if (tiles / kTile >= static_cast<double>(kMostCounted)) return false;
+  move.tiles_of_row = static_cast<uint32_t>(ceil_div<uint64_t>(
+      static_cast<uint64_t>(shape.lines) * static_cast<uint64_t>(positions) * static_cast<uint64_t>(units), kTile));
+  move.tiles = divider_of(move.tiles_of_row > 0 ? move.tiles_of_row : 1);
+  return true;
+}
+
+namespace detail {
+
+// Runs send(moves, blocks), where Moves<kFewMoves> or Moves<kManyMoves> take what there is, as often as needed.
+// blocks_of(move): how many blocks a move takes.
+template <class BlocksOf, class Send>
+cudaError_t in_launches(const Move* moves, int64_t count, BlocksOf&& blocks_of, Send&& send) {
+  const auto take = [&](auto& batch, int most, int64_t& next) {
+    uint64_t blocks = 0;
+    batch.count = 0;
+    for (; next < count && batch.count < most; ++next) {
+      const uint64_t more = blocks_of(moves[next]);
+      if (more == 0) continue;
+      if (more > static_cast<uint64_t>(kMostCounted)) return cudaErrorInvalidValue;
+      if (blocks + more > static_cast<uint64_t>(kMostCounted)) break;
+      batch.first_block[batch.count] = static_cast<uint32_t>(blocks);
+      batch.moves[batch.count++] = moves[next];
+      blocks += more;
+    }
+    return batch.count == 0 ? cudaSuccess : send(batch, static_cast<unsigned>(blocks));
+  };
+  for (int64_t next = 0; next < count;) {
+    cudaError_t status = cudaSuccess;
+    if (count - next <= kFewMoves) {
+      Moves<kFewMoves> batch;
+      status = take(batch, kFewMoves, next);
+    } else {
+      Moves<kManyMoves> batch;
+      status = take(batch, kManyMoves, next);
+    }
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
+inline uint64_t row_blocks(const Move& move, int64_t rows) {
+  return uint64_t{move.tiles_of_row} * static_cast<uint64_t>(rows);
+}
+
+}  // namespace detail
+
+// compact: moves whose positions are slots. Sets their row_blocks.
+inline cudaError_t gather(Move* moves, int64_t count, const SelectedOnDevice& selected, cudaStream_t stream) {
+  const bool packed = selected.total >= 0;
+  const auto tail_blocks = [&](const Move& move) -> uint64_t {
+    if (!packed || selected.total == 0) return 0;
+    const uint64_t lines = uint64_t{move.lines} * static_cast<uint64_t>(selected.total);
+    return std::min<uint64_t>(ceil_div<uint64_t>(lines, kTile) * move.units.divisor, kTailBlocks);
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    if (detail::row_blocks(moves[i], selected.rows) > uint64_t{kMostCounted}) {
+      return cudaErrorInvalidValue;
+    }
+    moves[i].row_blocks = static_cast<uint32_t>(detail::row_blocks(moves[i], selected.rows));
+  }
+  return detail::in_launches(
+      moves, count, [&](const Move& move) { return move.row_blocks + tail_blocks(move); },
+      [&]<int kMost>(const Moves<kMost>& batch, unsigned blocks) {
+        return launch(packed ? gather_kernel<kMost, Gather::packed> : gather_kernel<kMost, Gather::padded>,
+                      dim3(blocks), dim3(kMoveThreads), 0, stream, batch, selected, Inverse{});
+      });
+}
+
+// The gradient of restore without gates: one move, whose positions are slots; `inverse` without chains.
+inline cudaError_t gather_winners(Move move, const SelectedOnDevice& selected, const Inverse& inverse,
+                                  cudaStream_t stream) {
+  if (detail::row_blocks(move, selected.rows) > uint64_t{kMostCounted}) return cudaErrorInvalidValue;
+  move.row_blocks = static_cast<uint32_t>(detail::row_blocks(move, selected.rows));
+  return detail::in_launches(
+      &move, 1, [](const Move& one) { return uint64_t{one.row_blocks}; },
+      [&]<int kMost>(const Moves<kMost>& batch, unsigned blocks) {
+        if constexpr (kMost == kFewMoves) {
+          return launch(gather_kernel<kMost, Gather::winners>, dim3(blocks), dim3(kMoveThreads), 0, stream, batch,
+                        selected, inverse);
+        } else {
+          return cudaErrorInvalidValue;
+        }
+      });
+}
+
+// restore and the gradient of compact: moves whose positions are tokens.
+inline cudaError_t scatter(const Move* moves, int64_t count, const SelectedOnDevice& selected, const Landing& landing,
+                           cudaStream_t stream) {
+  return detail::in_launches(
+      moves, count, [&](const Move& move) { return detail::row_blocks(move, move.merged ? 1 : selected.rows); },
+      [&]<int kMost>(const Moves<kMost>& batch, unsigned blocks) {
+        return launch(scatter_kernel<kMost>, dim3(blocks), dim3(kMoveThreads), 0, stream, batch, selected, landing);
+      });
+}
+
+// The gradient of restore with gates. `move`: positions are slots, base is the update.
+template <class T>
+cudaError_t recall(Move move, const SelectedOnDevice& selected, const void* gates, bool gates_double, void* grad_gates,
+                   cudaStream_t stream) {
+  const int64_t items = int64_t{selected.rows} * selected.capacity;
+  if (items == 0) return cudaSuccess;
+  const int64_t blocks = ceil_div<int64_t>(items, kMoveThreads / 32);
+  if (blocks > kMostCounted) return cudaErrorInvalidValue;
+  const dim3 grid(static_cast<unsigned>(blocks)), threads(kMoveThreads);
+  if (move.width == 16) {
+    return launch(recall_kernel<T, static_cast<int>(16 / sizeof(T))>, grid, threads, 0, stream, move, selected, gates,
+                  gates_double, grad_gates);
+  }
+  const int64_t numbers = int64_t{move.units.divisor} * move.width / static_cast<int64_t>(sizeof(T));
+  if (numbers > kMostCounted || move.width < static_cast<int>(sizeof(T))) return cudaErrorInvalidValue;
+  if (move.tiles_of_row > 0) move.units = divider_of(numbers);
+  move.width = sizeof(T);
+  return launch(recall_kernel<T, 1>, grid, threads, 0, stream, move, selected, gates, gates_double, grad_gates);
+}
+
+// compact_kv_, for caches described by data, strides, heads and `run`, which counts bytes here. All have
+// selected.tokens tokens; per_head: rows of the selection are (batch, head), else batch.
+inline cudaError_t compact_kv(const KvCache* caches, int64_t count, const SelectedOnDevice& selected, int64_t batch,
+                              bool per_head, cudaStream_t stream) {
+  if (batch == 0 || selected.capacity == 0) return cudaSuccess;
+  if (selected.capacity > selected.tokens) return cudaErrorInvalidValue;
+  int device = 0, multiprocessors = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  int64_t pairs = 0;
+  for (int64_t i = 0; i < count; ++i) pairs += caches[i].run > 0 ? batch * int64_t{caches[i].heads} : 0;
+  // A walk has no more in flight than one chunk, so many of them have to run at a time; below 64 bytes a slice would
+  // waste what memory fetches at once.
+  const int64_t wanted = ceil_div<int64_t>(8 * int64_t{multiprocessors}, std::max<int64_t>(pairs, 1));
+  for (int64_t next = 0; next < count;) {
+    KvCaches some;
+    some.count = 0;
+    uint64_t blocks = 0;
+    for (; next < count && some.count < kMostCaches; ++next) {
+      KvCache cache = caches[next];
+      if (cache.run == 0 || cache.heads == 0) continue;
+      const int32_t width =
+          width_of(reinterpret_cast<uintptr_t>(cache.data) |
+                   static_cast<uint64_t>(cache.batch | cache.head | cache.token | int64_t{cache.run}));
+      const int64_t units = int64_t{cache.run} / width;
+      const int64_t slices = std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(cache.run / 64, 1, 1024));
+      const int64_t per_slice = ceil_div<int64_t>(units, slices);
+      cache.units = divider_of(per_slice);
+      cache.run = static_cast<uint32_t>(units);
+      cache.width = static_cast<uint16_t>(width);
+      cache.slices = static_cast<uint16_t>(ceil_div<int64_t>(units, per_slice));
+      const uint64_t more = static_cast<uint64_t>(batch) * cache.heads * cache.slices;
+      if (more > static_cast<uint64_t>(kMostCounted)) return cudaErrorInvalidValue;
+      if (blocks + more > static_cast<uint64_t>(kMostCounted)) break;
+      some.first_block[some.count] = static_cast<uint32_t>(blocks);
+      some.caches[some.count++] = cache;
+      blocks += more;
+    }
+    if (some.count == 0) continue;
+    status = launch(compact_kv_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kMoveThreads), 0, stream, some,
+                    selected, per_head);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace pyvtk::cuda

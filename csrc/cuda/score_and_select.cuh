@@ -1,0 +1,451 @@
+// score_and_select for few queries (64 at most). pyvtk/reference/score.py and select.py are the definitions.
+//
+//   score_rows_kernel    reads q and k: logits, or what a softmax needs to know of them      (score_few.cuh)
+//   score_lse_kernel     denominators, where there are too many rows for what follows to make them on the side
+//   score_columns_kernel reads k again for samples that keep no logits
+//   score_finish_kernel  a block per (run of keys, unit): softmax, reductions, scores; of each unit the last block to
+//                        arrive chooses the tokens that stay
+//   select_kernel        chooses them instead where rows are long                            (select.cuh)
+//
+// The usual call is the first and the fourth of these. One launch could do it all, were the arrivals zero from the
+// start: but a memset is a launch as well, and one block alone would normalise and add up what here the whole device
+// does. So the first kernel zeroes the arrivals for the other, and the end of a launch orders all that it wrote.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "common/score_problem.h"
+#include "common/select_problem.h"
+#include "cuda/block.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/score_few.cuh"
+#include "cuda/select.cuh"
+
+namespace pyvtk::cuda {
+
+inline constexpr int kKeysOfThread = 4;
+inline constexpr int kKeysOfGroup = 32 * kKeysOfThread;  // that a warp has, and others with it
+inline constexpr int kRowsAhead = 4;                     // logits of so many rows are read before they are used
+inline constexpr int64_t kSelectedAtOnce = 4096;         // tokens of a row that score_finish_kernel chooses from
+inline constexpr int64_t kStatisticsAtOnce = 2048;       // of a unit, that each of its blocks puts together by itself
+inline constexpr int64_t kWantedBlocks = 1024;           // some for each multiprocessor of the largest devices
+inline constexpr int64_t kMostRuns = 64;                 // of a sample: its statistics are read more than once
+inline constexpr int kFinishDeclaredBytes = kDeclaredSharedBytes + 4 * kFewWarps * kKeysOfGroup + 1024;
+
+// What score_finish_kernel has to do.
+struct FinishProblem {
+  KeyRuns runs;        // of all keys, also those that are not scored
+  int splits;          // warps that share keys, each with other heads (or queries): 1, 2, 4 or 8
+  float* whole;        // [rows, keys] as select's scores: -inf outside of the scored range; nullptr: not needed
+  uint8_t* competing;  // [rows, keys] as select's candidates: those that k_mask shows, inside of the range; or nullptr
+  PerToken<uint8_t> candidates;  // given
+  SelectMemory memory;
+};
+
+enum class Then { nothing, select, select_with_masks };
+
+// A thread's keys: number, place among the scored ones, who sees them.
+struct FinishKeys {
+  int key[kKeysOfThread];
+  int position[kKeysOfThread];
+  bool scored[kKeysOfThread];
+  bool there[kKeysOfThread];  // scored, and k_mask shows it
+  int seen_by[kKeysOfThread];
+
+  __device__ __forceinline__ bool sees(int64_t reach, int i) const { return there[i] && position[i] <= reach; }
+};
+
+// Block: (run of keys, unit).
+template <Then kThen>
+__global__ void __launch_bounds__(kFewThreads, 2)
+    score_finish_kernel(const FewProblem few, const FinishProblem finish, const SelectProblem select) {
+  PYVTK_SHARED(reaches, int64_t[kFewQueries]);
+  PYVTK_SHARED(parts, float[kFewWarps][kKeysOfGroup]);
+  PYVTK_SHARED(is_last, bool);
+  const ScoreProblem& p = few.score;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int unit = static_cast<int>(blockIdx.x % static_cast<unsigned>(few.units));
+  const int64_t run = blockIdx.x / static_cast<unsigned>(few.units);
+  const int64_t number = sample_of_run(few, finish.runs, run);
+  if (number < 0) return;
+  const FewSample s = few_sample(few, number);
+  const int64_t place = run - first_run_of(few, finish.runs, s);
+  const int heads = static_cast<int>(p.q_heads) / few.units, first_head = unit * heads;
+  const bool keeps = s.queries <= few.kept;
+
+  float* const lses = dynamic_shared<float>();  // [heads, queries], if logits are kept and no lse is in memory
+  const float* lse_in_memory = p.lse_given ? p.lse_given : few.lse;
+  const bool makes_lses = keeps && !p.logit && !lse_in_memory;
+  if (makes_lses) {
+    lse_of_rows(few, s, first_head, 0, heads * s.queries, [&](int row, float lse) { lses[row] = lse; });
+  }
+  for (int query = thread; query < s.queries; query += kFewThreads) reaches[query] = reach_of(p, s, query);
+  __syncthreads();
+
+  const int group = warp_of_block() / finish.splits, split = warp_of_block() % finish.splits;
+  const int begin = static_cast<int>(place) * finish.runs.keys + group * kKeysOfGroup + lane_of_warp();
+  FinishKeys mine;
+  PYVTK_UNROLL
+  for (int i = 0; i < kKeysOfThread; ++i) {
+    const int key = mine.key[i] = begin + 32 * i;
+    mine.scored[i] = key >= s.key_start && key < s.key_stop;
+    mine.there[i] = mine.scored[i] && exists(p, s, key);
+    mine.position[i] = mine.there[i] ? position_of(p, s, key) : 0;
+    mine.seen_by[i] = 0;
+  }
+  int valid = 0;
+  for (int query = 0; query < s.queries; ++query) {
+    const int64_t reach = reaches[query];
+    valid += reach != kSeesNothing;
+    PYVTK_UNROLL
+    for (int i = 0; i < kKeysOfThread; ++i) mine.seen_by[i] += mine.sees(reach, i);
+  }
+
+  // What is known of a key once queries are reduced.
+  const auto divided = [&](float x, int i) {
+    if (few.query_max) return mine.seen_by[i] > 0 ? x : 0.0f;
+    if (few.mean) return x / static_cast<float>(max(valid, 1));
+    return few.visible_mean ? x / static_cast<float>(max(mine.seen_by[i], 1)) : x;
+  };
+  const auto write = [&](int out, float x, int i) {
+    if (mine.key[i] >= s.keys) return;
+    const int64_t number_of_out = int64_t{unit} * few.outs_of_unit + out, outs = few.units * few.outs_of_unit;
+    if (p.logit && mine.seen_by[i] == 0) x = -kInfinity;
+    if (mine.scored[i]) p.scores[plane_of(p, s, outs, number_of_out) + mine.key[i] - s.key_start] = x;
+    const int64_t row = p.cu_seqlens_k ? number : number * outs + number_of_out;
+    const int64_t at = (p.cu_seqlens_k ? s.column : row * p.keys) + mine.key[i];
+    if (finish.whole) finish.whole[at] = mine.scored[i] ? x : -kInfinity;
+    if (finish.competing) {
+      const uint8_t* given = finish.candidates.data;
+      if (given) given += p.cu_seqlens_k ? s.column : row / finish.candidates.rows_each * p.keys;
+      finish.competing[at] = mine.there[i] && (!given || given[mine.key[i]]);
+    }
+  };
+
+  // Two nested reductions: queries of each head, then heads; or, if the order of the two matters and is the other one,
+  // heads of each query, then queries. The outer one is shared among warps. Columns have the inner one behind them.
+  const bool inner_max = few.pairwise ? few.head_max : few.query_max;
+  const bool outer_max = few.pairwise ? few.query_max : few.head_max;
+  const int inner = !keeps ? 1 : few.pairwise ? heads : s.queries;
+  const int outer = keeps ? (few.pairwise ? s.queries : heads) : few.columns_of_unit;
+  const int rows = inner * max((outer - split + finish.splits - 1) / finish.splits, 0);
+  float of_inner[kKeysOfThread], of_outer[kKeysOfThread];
+  PYVTK_UNROLL
+  for (int i = 0; i < kKeysOfThread; ++i) {
+    of_inner[i] = nothing(inner_max);
+    of_outer[i] = nothing(outer_max);
+  }
+  // An empty inner reduction is one all the same.
+  if (inner == 0 && few.outs_of_unit > 1) {
+    for (int out = split; out < outer; out += finish.splits) {
+      PYVTK_UNROLL
+      for (int i = 0; i < kKeysOfThread; ++i) write(out, 0.0f, i);
+    }
+  }
+  for (int first = 0; first < rows; first += kRowsAhead) {
+    float z[kRowsAhead][kKeysOfThread];
+    PYVTK_UNROLL
+    for (int ahead = 0; ahead < kRowsAhead; ++ahead) {
+      const int row = min(first + ahead, rows - 1), o = split + row / inner * finish.splits, j = row % inner;
+      const int64_t plane = !keeps ? plane_of(p, s, few.units * few.columns_of_unit, unit * few.columns_of_unit + o)
+                                   : kept_plane(few, s, first_head + (few.pairwise ? j : o), few.pairwise ? o : j);
+      const float* from = (keeps ? few.logits : few.columns) + plane - s.key_start;
+      PYVTK_UNROLL
+      for (int i = 0; i < kKeysOfThread; ++i) z[ahead][i] = mine.scored[i] ? from[mine.key[i]] : 0.0f;
+    }
+    PYVTK_UNROLL
+    for (int ahead = 0; ahead < kRowsAhead; ++ahead) {
+      if (first + ahead >= rows) break;
+      const int row = first + ahead, o = split + row / inner * finish.splits, j = row % inner;
+      const int head = few.pairwise ? j : o, query = few.pairwise ? o : j;
+      const int64_t reach = keeps ? reaches[query] : kSeesNothing;
+      if (keeps) {
+        const float weight = weight_of(p, s, first_head + head);
+        const float lse = p.logit      ? 0.0f
+                          : makes_lses ? lses[head * s.queries + query]
+                                       : lse_in_memory[s.lse + (first_head + head) * s.lse_head_stride + query];
+        PYVTK_UNROLL
+        for (int i = 0; i < kKeysOfThread; ++i) {
+          if (mine.sees(reach, i))
+            of_inner[i] = reduced(inner_max, of_inner[i], value_of(p.logit, z[ahead][i], lse, weight));
+        }
+      } else {
+        PYVTK_UNROLL
+        for (int i = 0; i < kKeysOfThread; ++i) of_inner[i] = z[ahead][i];
+      }
+      if (j + 1 < inner) continue;
+      PYVTK_UNROLL
+      for (int i = 0; i < kKeysOfThread; ++i) {
+        const float x = of_inner[i];
+        of_inner[i] = nothing(inner_max);
+        if (few.outs_of_unit > 1) {
+          write(o, divided(x, i), i);
+        } else if (!few.pairwise) {
+          of_outer[i] = reduced(outer_max, of_outer[i], divided(x, i));
+        } else if (!keeps) {
+          of_outer[i] = x;
+        } else if (mine.sees(reach, i)) {
+          of_outer[i] = reduced(outer_max, of_outer[i], few.head_mean ? x / static_cast<float>(heads) : x);
+        }
+      }
+    }
+  }
+
+  if (few.outs_of_unit == 1) {
+    PYVTK_UNROLL
+    for (int i = 0; i < kKeysOfThread; ++i) parts[warp_of_block()][lane_of_warp() + 32 * i] = of_outer[i];
+    __syncthreads();
+    if (split == 0) {
+      PYVTK_UNROLL
+      for (int i = 0; i < kKeysOfThread; ++i) {
+        float x = of_outer[i];
+        for (int other = 1; other < finish.splits; ++other) {
+          x = reduced(outer_max, x, parts[warp_of_block() + other][lane_of_warp() + 32 * i]);
+        }
+        if (few.pairwise) {
+          x = divided(x, i);
+        } else if (inner == 0) {
+          x = 0.0f;  // no queries
+        } else if (few.head_mean) {
+          x /= static_cast<float>(heads);
+        }
+        write(0, x, i);
+      }
+    }
+  }
+
+  if constexpr (kThen != Then::nothing) {
+    __syncthreads();  // all of the block have written
+    if (thread == 0) {
+      __threadfence();
+      const uint32_t blocks = static_cast<uint32_t>(runs_of(finish.runs, s.keys));
+      is_last = atomicAdd(&few.arrivals[number * few.units + unit], 1u) + 1 == blocks;
+      __threadfence();
+    }
+    __syncthreads();
+    if (!is_last) return;
+    const ScoresOf<float> scores{static_cast<const float*>(select.scores)};
+    const int64_t first_row = p.cu_seqlens_k ? number : (number * few.units + unit) * few.outs_of_unit;
+    for (int out = 0; out < few.outs_of_unit; ++out) {
+      select_row<kThen == Then::select>(select, scores, first_row + out, finish.memory, dynamic_shared<uint32_t>());
+      __syncthreads();
+    }
+  }
+}
+
+// Launchers ----------------------------------------------------------------------------------------------------------
+
+// One call, and how it is done. plan_score_and_select() fills it in; then workspace and results are to be set.
+struct ScoreAndSelectPlan {
+  FewProblem few;
+  FinishProblem finish;
+  SelectProblem select;  // of the result; scores and candidates as score_finish_kernel leaves them
+  int rows_of_block;     // of score_rows_kernel: 1, 4 or 8
+  bool needs_lse;        // otherwise it is given, or logits are scored
+  bool separate_lse;
+  bool columns;       // some samples may keep no logits
+  bool select_later;  // in a launch of its own
+  Then then;
+  KeyRuns column_runs;
+  int64_t workspace_bytes;
+};
+
+namespace detail {
+
+// Cuts a workspace into arrays that are aligned to 16 bytes; without memory it only counts.
+class Workspace {
+ public:
+  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class T>
+  T* take(bool needed, int64_t size) {
+    if (!needed) return nullptr;
+    T* const at = memory_ ? reinterpret_cast<T*>(memory_ + bytes_) : nullptr;
+    bytes_ += ceil_div<int64_t>(size * static_cast<int64_t>(sizeof(T)), 16) * 16;
+    return at;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace detail
+
+// Points the plan into a workspace of plan.workspace_bytes bytes, aligned to 16; nullptr: counts them.
+inline void set_workspace(ScoreAndSelectPlan& plan, void* memory) {
+  FewProblem& few = plan.few;
+  const ScoreProblem& p = few.score;
+  const int64_t samples = p.packed() ? 1 : p.batch, scored = p.scored(), all = samples * p.keys * p.out_heads();
+  detail::Workspace space(memory);
+  few.num_arrivals = plan.then == Then::nothing ? 0 : p.batch * few.units;
+  few.arrivals = space.take<uint32_t>(few.num_arrivals > 0, few.num_arrivals);
+  few.statistics = space.take<float2>(plan.needs_lse, few.runs.total * p.q_heads * few.queries);
+  few.lse = space.take<float>(plan.separate_lse, samples * p.q_heads * p.queries);
+  few.logits = space.take<float>(few.kept > 0, samples * p.q_heads * few.kept * scored);
+  few.columns = space.take<float>(plan.columns, samples * few.units * few.columns_of_unit * scored);
+  plan.finish.whole = space.take<float>(scored != p.keys, all);
+  plan.finish.competing = space.take<uint8_t>(p.k_mask || scored != p.keys, all);
+  plan.workspace_bytes = std::max<int64_t>(space.bytes(), 16);
+  if (plan.finish.whole) plan.select.scores = plan.finish.whole;
+  if (plan.finish.competing) plan.select.candidates = {plan.finish.competing, 1};
+}
+
+// How a problem is done; cudaErrorInvalidValue if these kernels cannot do it. Nothing depends on the device, so that
+// results do not either.
+//   p: scores may still be missing
+//   select: its rows are those of p; scores are not looked at
+//   element: bytes of an element of k
+inline cudaError_t plan_score_and_select(const ScoreProblem& p, const SelectProblem& select, int64_t element,
+                                         ScoreAndSelectPlan& plan) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 4096;
+  if (p.max_queries > kFewQueries || p.num_reducers != 1 || p.dim < 8 || p.dim > 256 || p.dim % 8 != 0 ||
+      p.q_heads < 1 || p.keys > kMost || p.q_heads * kFewQueries > kMost) {
+    return cudaErrorInvalidValue;
+  }
+  plan = {};
+  plan.select = select;
+  FewProblem& few = plan.few;
+  few.score = p;
+  const int64_t vector = 16 / element;
+  few.aligned = reinterpret_cast<uintptr_t>(p.k) % 16 == 0 && p.k_row_stride % vector == 0 &&
+                p.k_head_stride % vector == 0 && p.k_batch_stride % vector == 0;
+  few.query_max = p.needs_max();
+  few.mean = p.has(QueryReduce::mean);
+  few.visible_mean = p.has(QueryReduce::visible_mean);
+  few.head_max = p.head_max();
+  few.head_mean = p.head_mean();
+  few.pairwise = p.pairwise();
+  few.merges_heads = p.merges_heads();
+  few.group = static_cast<int>(p.group());
+  few.queries = static_cast<int>(p.max_queries);
+  few.units = static_cast<int>(p.out_heads() == 1 ? 1 : p.kv_heads);
+  few.outs_of_unit = static_cast<int>(p.out_heads() / few.units);
+  few.columns_of_unit = static_cast<int>(p.slots() / few.units);
+  few.segments = static_cast<int>(p.dim / vector);
+  for (few.lanes_log2 = 1; kSegments << few.lanes_log2 < few.segments;) ++few.lanes_log2;
+  few.lanes_of_key = 1 << few.lanes_log2;
+
+  // Logits are kept where they take no more memory than k, or for four queries.
+  const int64_t kept = std::clamp<int64_t>(p.dim * element / (4 * p.group()), 4, kFewQueries);
+  few.kept = static_cast<int>(p.packed() ? std::min(kept, p.max_queries) : p.max_queries <= kept ? p.max_queries : 0);
+  plan.columns = p.max_queries > few.kept;
+  plan.needs_lse = !p.logit && !p.lse_given;
+
+  // Packed samples are taken for about equally long; longer ones take their blocks longer.
+  const int64_t rows = few.group * (p.packed() ? ceil_div(p.queries, std::max<int64_t>(p.batch, 1)) : p.queries);
+  plan.rows_of_block = rows <= 1 ? 1 : rows <= 4 ? 4 : 8;
+  few.row_tiles = static_cast<int>(std::max<int64_t>(ceil_div<int64_t>(rows, plan.rows_of_block), 1));
+  const bool only_scored = p.range_denominator || p.lse_given || p.logit;
+  const int64_t window = only_scored && !p.packed() ? p.scored() : p.keys;
+  const int64_t round = kFewWarps * 32 / few.lanes_of_key * kKeysOfLane;
+  const int64_t samples = p.packed() ? 1 : p.batch;
+  const int64_t wanted =
+      std::max(ceil_div(window * samples * p.kv_heads * few.row_tiles, kWantedBlocks), ceil_div(window, kMostRuns));
+  few.runs = key_runs(p, window, std::max<int64_t>(ceil_div(wanted, round), 1) * round);
+  plan.column_runs = key_runs(p, p.scored(), round);
+  // A block has to put the statistics of all its rows together, of each run.
+  const int64_t runs = p.packed() ? p.keys / few.runs.keys + 1 : few.runs.of_sample;
+  const int64_t kept_rows = p.q_heads / few.units * few.kept;
+  plan.separate_lse = plan.needs_lse && (plan.columns || kept_rows * runs > kStatisticsAtOnce);
+
+  const int64_t outer = few.pairwise ? (few.kept > 0 ? few.kept : 1) : p.q_heads / few.units;
+  for (plan.finish.splits = 1; plan.finish.splits < std::min<int64_t>(outer, kFewWarps);) plan.finish.splits *= 2;
+  plan.finish.runs = key_runs(p, p.keys, kFewWarps / plan.finish.splits * kKeysOfGroup);
+  plan.finish.candidates = select.candidates;
+
+  plan.select_later = p.keys > kSelectedAtOnce;
+  const bool competing = p.k_mask || p.scored() != p.keys;
+  const bool plain = is_plain(select) && !competing;
+  plan.then = plan.select_later ? Then::nothing : plain ? Then::select : Then::select_with_masks;
+  set_workspace(plan, nullptr);
+  return cudaSuccess;
+}
+
+namespace detail {
+
+template <class T, int kRows>
+cudaError_t launch_rows(const ScoreAndSelectPlan& plan, unsigned blocks, cudaStream_t stream) {
+  const size_t bytes = sizeof(float) * kRows * static_cast<size_t>(pitch_of<T>(plan.few));
+  return launch(&score_rows_kernel<T, kRows>, dim3(blocks), dim3(kFewThreads), bytes, stream, plan.few);
+}
+
+template <class T>
+cudaError_t launch_columns(const ScoreAndSelectPlan& plan, unsigned blocks, cudaStream_t stream) {
+  const FewProblem& few = plan.few;
+  int64_t floats = kRowsOfColumns * pitch_of<T>(few);
+  if (few.pairwise) floats += int64_t{few.queries} * plan.column_runs.keys;
+  const auto kernel = &score_columns_kernel<T>;
+  const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
+  const cudaError_t status = allow_shared(kernel, bytes, 1024);
+  if (status != cudaSuccess) return status;
+  return launch(kernel, dim3(blocks), dim3(kFewThreads), static_cast<size_t>(bytes), stream, few, plan.column_runs);
+}
+
+template <Then kThen>
+cudaError_t launch_finish(ScoreAndSelectPlan& plan, unsigned blocks, cudaStream_t stream) {
+  const FewProblem& few = plan.few;
+  const bool makes_lses = plan.needs_lse && !plan.separate_lse;
+  int64_t bytes = makes_lses ? 4 * (few.score.q_heads / few.units) * few.kept : 0;
+  if (kThen != Then::nothing) {
+    int shared_bytes = 0;
+    const cudaError_t status = shared_bytes_of_device(shared_bytes);
+    if (status != cudaSuccess) return status;
+    const int64_t available = shared_bytes - kFinishDeclaredBytes;
+    if (!select_memory(plan.select, kThen == Then::select, available, plan.finish.memory)) return cudaErrorInvalidValue;
+    bytes = std::max(bytes, plan.finish.memory.bytes);
+  }
+  const auto kernel = &score_finish_kernel<kThen>;
+  const cudaError_t status = allow_shared(kernel, bytes, kFinishDeclaredBytes);
+  if (status != cudaSuccess) return status;
+  return launch(kernel, dim3(blocks), dim3(kFewThreads), static_cast<size_t>(bytes), stream, few, plan.finish,
+                plan.select);
+}
+
+}  // namespace detail
+
+// Scores and selects as planned, for q and k of type T: writes scores, indices, counts and overflow.
+template <class T>
+cudaError_t score_and_select(ScoreAndSelectPlan plan, cudaStream_t stream) {
+  const FewProblem& few = plan.few;
+  const ScoreProblem& p = few.score;
+  if (p.batch == 0) return cudaSuccess;
+  if (!plan.finish.whole) plan.select.scores = p.scores;
+  const int64_t row_blocks = few.runs.total * p.kv_heads * few.row_tiles;
+  const int64_t column_blocks = plan.column_runs.total * (few.pairwise ? few.units : p.kv_heads);
+  const int64_t finish_blocks = plan.finish.runs.total * few.units;
+  const int64_t lse_blocks = ceil_div<int64_t>(p.q_heads * p.max_queries, 32);
+  if (std::max({row_blocks, column_blocks, finish_blocks, lse_blocks * p.batch}) >
+      std::numeric_limits<int32_t>::max()) {
+    return cudaErrorInvalidValue;
+  }
+  const auto blocks = [](int64_t number) { return static_cast<unsigned>(number); };
+
+  cudaError_t status = plan.rows_of_block == 1   ? detail::launch_rows<T, 1>(plan, blocks(row_blocks), stream)
+                       : plan.rows_of_block == 4 ? detail::launch_rows<T, 4>(plan, blocks(row_blocks), stream)
+                                                 : detail::launch_rows<T, 8>(plan, blocks(row_blocks), stream);
+  if (status == cudaSuccess && plan.separate_lse && lse_blocks > 0) {
+    status =
+        launch(&score_lse_kernel, dim3(blocks(lse_blocks * p.batch)), dim3(kFewThreads), 0, stream, few, lse_blocks);
+  }
+  if (status == cudaSuccess && plan.columns) {
+    status = detail::launch_columns<T>(plan, blocks(column_blocks), stream);
+  }
+  if (status != cudaSuccess) return status;
+  switch (plan.then) {
+    case Then::nothing:
+      status = detail::launch_finish<Then::nothing>(plan, blocks(finish_blocks), stream);
+      break;
+    case Then::select:
+      status = detail::launch_finish<Then::select>(plan, blocks(finish_blocks), stream);
+      break;
+    case Then::select_with_masks:
+      status = detail::launch_finish<Then::select_with_masks>(plan, blocks(finish_blocks), stream);
+      break;
+  }
+  if (status != cudaSuccess || !plan.select_later) return status;
+  return select<float>(plan.select, stream);
+}
+
+}  // namespace pyvtk::cuda

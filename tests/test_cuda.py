@@ -1,0 +1,742 @@
+"""What every operator promises on a GPU, over one list of calls: results, CUDA graphs, streams, threads, no host
+synchronisation, the same bits on every run, memory layouts, torch.compile.
+
+Skipped without CUDA. A call whose operator has no kernel for the device is skipped too; both backends run where both
+exist. ``PYVTK_GPU_DEVICE=cpu`` runs what needs no CUDA on the CPU's kernels: a test of these tests.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from support import assert_within_budget
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyvtk
+from pyvtk import ImageSpan, Selection, TokenLayout, backends
+
+DEVICE = os.environ.get("PYVTK_GPU_DEVICE") or "cuda"
+if DEVICE == "cuda" and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+cuda = pytest.mark.skipif(DEVICE != "cuda", reason="about CUDA alone")
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+NAN, INF = float("nan"), float("inf")
+
+
+@dataclass
+class Call:
+    """One call of a public function.
+
+    Attributes:
+        operator: whose kernels run it.
+        inputs: makes tensors (and Selections) on the CPU; called after the seed is set.
+        run: called with backend and the inputs. What it changes it has to clone.
+        exact: results agree with the reference bit for bit; else within the error budget.
+        compiles: among those that are tried under torch.compile: one or two of each operator.
+    """
+
+    operator: str
+    inputs: Callable[[], tuple]
+    run: Callable
+    exact: bool = True
+    compiles: bool = False
+
+
+# ---- the calls
+
+
+def scores(*shape, dtype=SINGLE, values=None, odd=False):
+    """Random scores; with ``values`` so many different ones; ``odd``: NaN, infinities and both zeros among them."""
+
+    def inputs():
+        x = torch.randn(shape) if values is None else torch.randint(values, shape).float()
+        if odd:
+            strange = torch.tensor([NAN, INF, -INF, 0.0, -0.0, -NAN])
+            x = torch.where(torch.rand(shape) < 0.4, strange[torch.randint(6, shape)], x)
+        return (x.to(dtype),)
+
+    return inputs
+
+
+def select(num_keep=None, *, names=(), **options):
+    """Further inputs are the tensor options ``names``."""
+
+    def run(backend, x, *tensors):
+        return pyvtk.select(x, num_keep, **options, **dict(zip(names, tensors)), backend=backend)
+
+    return run
+
+
+def masked(batch, tokens, *names, dtype=SINGLE, segments=None):
+    def inputs():
+        x = torch.randn(batch, tokens).to(dtype)
+        masks = [torch.rand(batch, tokens) < share for share in (0.1, 0.2, 0.6)[: len(names)]]
+        return x, *masks, *([torch.randint(-1, segments + 1, (batch, tokens))] if segments else [])
+
+    return inputs
+
+
+def packed_rows(lengths, dtype=SINGLE):
+    def inputs():
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        return torch.randn(sum(lengths)).to(dtype), ends, torch.tensor(lengths) // 3
+
+    return inputs
+
+
+def per_segment(backend, x, segments, num_keep):
+    return pyvtk.select(x, num_keep, segments=segments, capacity=200, backend=backend)
+
+
+SELECT = {
+    "one row": Call("select", scores(1, 2880), select(720), compiles=True),
+    "many rows": Call("select", scores(300, 33), select(7)),
+    "long rows": Call("select", scores(4, 16384), select(4096)),
+    "longest row": Call("select", scores(1, 131072, values=1000), select(20000)),
+    "heads": Call("select", scores(2, 4, 1001), select(100)),
+    "ties": Call("select", scores(5, 997, values=8), select(333)),
+    "all equal": Call("select", scores(3, 640, values=1), select(320)),
+    "odd values": Call("select", scores(6, 577, odd=True), select(500)),
+    "odd values, bf16": Call("select", scores(6, 577, odd=True, dtype=BRAIN), select(400)),
+    "fp16": Call("select", scores(3, 1025, dtype=HALF), select(257)),
+    "none": Call("select", scores(3, 100), select(0)),
+    "all": Call("select", scores(3, 100), select(100)),
+    "no rows": Call("select", scores(0, 100), select(10)),
+    "no tokens": Call("select", scores(3, 0), select(10)),
+    "threshold": Call("select", scores(4, 700), lambda b, x: pyvtk.select(x, 300, threshold=x[:, 0], backend=b)),
+    "top_p": Call("select", lambda: (torch.rand(4, 700), torch.rand(4)),
+                  lambda b, x, p: pyvtk.select(x, top_p=p, backend=b)),
+    "masks": Call("select", masked(5, 800, "keep", "drop", "candidates"),
+                  select(200, names=("keep", "drop", "candidates"), capacity=210), compiles=True),
+    "others stay": Call("select", masked(5, 800, "keep", "drop", "candidates", dtype=BRAIN),
+                        select(100, names=("keep", "drop", "candidates"), others="keep", align="right")),
+    "by score": Call("select", scores(5, 1200, values=50), select(600, order="score")),
+    "segments": Call("select", lambda: (torch.randn(3, 900), torch.randint(-1, 5, (3, 900)),
+                                        torch.randint(0, 60, (3, 4))), per_segment),
+    "packed": Call("select", packed_rows([5, 0, 577, 1, 1200, 64]),
+                   lambda b, x, cu, k: pyvtk.select(x, k, cu_seqlens=cu, capacity=400, backend=b)),
+}  # fmt: skip
+
+
+def chosen(rows, tokens, keep, *, ragged=False, align="left") -> Selection:
+    """A random ascending selection, with ``ragged`` of 0 to ``keep`` tokens."""
+    order = torch.rand(*rows, tokens).argsort(-1)
+    count = torch.randint(0, keep + 1, rows) if ragged else torch.full(rows, keep)
+    mask = torch.zeros(*rows, tokens, dtype=torch.bool).scatter(-1, order, torch.arange(tokens) < count[..., None])
+    return Selection.from_mask(mask, capacity=keep, align=align)
+
+
+def values(*shape, dtype=SINGLE) -> Tensor:
+    return torch.randint(-100, 100, shape).to(dtype)
+
+
+def moved(make, **options):
+    """inputs() of a selection and tensors, and the call that compacts them."""
+
+    def run(backend, selection, *tensors):
+        return pyvtk.compact(selection, *tensors, **options, backend=backend)
+
+    return make, run
+
+
+def bundle():
+    keys = [values(2, 4, 130, 64, dtype=BRAIN).transpose(1, 2).contiguous().transpose(1, 2) for _ in range(2)]
+    positions = torch.arange(130).expand(3, 2, 130)
+    return chosen((2,), 130, 41, ragged=True), values(2, 130, 96), positions, values(2, 130) > 0, *keys
+
+
+def gradient(call, wanted=1):
+    """``call`` and the gradients to the last ``wanted`` of its float inputs."""
+
+    def run(backend, *inputs):
+        *rest, weight = inputs
+        leaves = [x.detach().requires_grad_() for x in rest[len(rest) - wanted :]]
+        out = call(backend, *rest[: len(rest) - wanted], *leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, weight)
+
+    return run
+
+
+def in_place(backend, selection, *caches):
+    caches = [x.clone() for x in caches]  # preserves strides
+    pyvtk.compact_kv_(selection, *caches, backend=backend)
+    return caches
+
+
+def into_out(backend, selection, x):
+    out = torch.full((x.shape[0], selection.capacity, x.shape[2]), 7, dtype=x.dtype, device=x.device)
+    return pyvtk.compact(selection, x, out=out, backend=backend)
+
+
+COMPACT = {
+    "hidden": Call("compact", *moved(lambda: (chosen((2,), 640, 144), values(2, 640, 4096, dtype=BRAIN)))),
+    "odd width": Call("compact", *moved(lambda: (chosen((3,), 97, 31, ragged=True), values(3, 97, 65))), compiles=True),
+    "unaligned": Call("compact", *moved(lambda: (chosen((3,), 97, 31), values(3, 97, 129, dtype=HALF)[..., 1:]))),
+    "bytes": Call("compact", *moved(lambda: (chosen((3,), 97, 31), values(3, 97, 17, dtype=torch.uint8)))),
+    "double": Call("compact", *moved(lambda: (chosen((3,), 97, 31), values(3, 97, 6, dtype=torch.float64)))),
+    "a layer": Call("compact", *moved(bundle, dim=(1, 2, 1, 2, 2), batch_dim=(0, 1, 0, 0, 0),
+                                      pad_value=(0, -1, 1, 0, 3))),
+    "right": Call("compact", *moved(lambda: (chosen((3,), 97, 31, ragged=True, align="right"), values(3, 97, 8)))),
+    "packed": Call("compact", *moved(lambda: (chosen((4,), 77, 20, ragged=True), values(4, 77, 24)),
+                                     packed=True, total=60)),
+    "table": Call("compact", *moved(lambda: (chosen((4,), 77, 20), values(77, 24)), dim=0, batch_dim=None)),
+    "by head": Call("compact", *moved(lambda: (chosen((2, 4), 200, 50), values(2, 4, 200, 64)), dim=2)),
+    "nothing stays": Call("compact", *moved(lambda: (chosen((2,), 50, 0), values(2, 50, 8)))),
+    "no rows": Call("compact", *moved(lambda: (chosen((0,), 50, 5), values(0, 50, 8)))),
+    "into out": Call("compact_out", lambda: (chosen((3,), 97, 31, ragged=True), values(3, 97, 40)), into_out),
+    "gradient": Call("compact_backward", lambda: (chosen((3,), 97, 31, ragged=True), values(3, 97, 65),
+                                                  values(3, 31, 65)),
+                     gradient(lambda b, s, x: pyvtk.compact(s, x, backend=b))),
+    "restore": Call("restore", lambda: (chosen((3,), 97, 31, ragged=True), values(3, 31, 65), values(3, 97, 65)),
+                    lambda b, s, u, base: pyvtk.restore(s, u, base, backend=b), compiles=True),
+    "restore on zeros": Call("restore", lambda: (chosen((3,), 97, 31), values(3, 31, 64, dtype=BRAIN)),
+                             lambda b, s, u: pyvtk.restore(s, u, backend=b)),
+    "restore by head": Call("restore", lambda: (chosen((2, 4), 97, 31), values(2, 4, 31, 64), values(2, 4, 97, 64)),
+                            lambda b, s, u, base: pyvtk.restore(s, u, base, dim=2, backend=b)),
+    # small whole numbers, so that products and sums have no rounding
+    "restore with a gate": Call("restore", lambda: (chosen((3,), 97, 31, ragged=True), values(3, 97, 65),
+                                                    values(3, 31), values(3, 31, 65)),
+                                lambda b, s, base, gate, u: pyvtk.restore(s, u, base, gate=gate, backend=b)),
+    "restore's gradient": Call("restore_backward", lambda: (chosen((3,), 97, 31, ragged=True), values(3, 31, 65),
+                                                            values(3, 97, 65), values(3, 97, 65)),
+                               gradient(lambda b, s, u, base: pyvtk.restore(s, u, base, backend=b), 2)),
+    "gate's gradient": Call("restore_backward", lambda: (chosen((3,), 97, 31, ragged=True), values(3, 97, 65),
+                                                         values(3, 31), values(3, 31, 65), values(3, 97, 65)),
+                            gradient(lambda b, s, base, g, u: pyvtk.restore(s, u, base, gate=g, backend=b), 2)),
+    "caches": Call("compact_kv_", lambda: (chosen((2,), 300, 70, ragged=True),
+                                           *(values(2, 4, 300, 64, dtype=BRAIN) for _ in range(6))), in_place,
+                   compiles=True),
+    "caches by head": Call("compact_kv_", lambda: (chosen((2, 4), 300, 70), values(2, 4, 300, 72)), in_place),
+    "caches, tokens first": Call("compact_kv_", lambda: (chosen((2,), 300, 170),
+                                                         values(2, 300, 4, 40, dtype=HALF).transpose(1, 2)), in_place),
+    "caches, long": Call("compact_kv_", lambda: (chosen((1,), 9000, 8500), values(1, 2, 9000, 128, dtype=BRAIN)),
+                         in_place),
+}  # fmt: skip
+
+
+def grouped(batch, tokens, channels, groups, dtype=SINGLE, weights=False):
+    def inputs():
+        assignment = torch.randint(-1, groups, (batch, tokens))
+        extra = [torch.rand(batch, tokens)] if weights else []
+        return torch.randn(batch, tokens, channels).to(dtype), assignment, *extra
+
+    return inputs
+
+
+def merge(groups, reduce="mean"):
+    def run(backend, x, assignment, weights=None):
+        return pyvtk.merge_tokens(
+            x, assignment, num_groups=groups, weights=weights, sizes=weights, reduce=reduce, backend=backend
+        )
+
+    return run
+
+
+def merge_gradient(backend, assignment, x, weights, grad):
+    x, weights = (t.detach().requires_grad_() for t in (x, weights))
+    out = pyvtk.merge_tokens(x, assignment, num_groups=grad.shape[1], weights=weights, backend=backend)
+    return torch.autograd.grad(out, (x, weights), grad.to(out.dtype))
+
+
+MERGE = {
+    "mean": Call("merge_tokens", grouped(3, 577, 130, 144), merge(144), exact=False, compiles=True),
+    "sum, bf16": Call("merge_tokens", grouped(3, 300, 1024, 20, BRAIN), merge(20, "sum"), exact=False),
+    "weights": Call("merge_tokens", grouped(2, 100, 33, 9, HALF, True), merge(9), exact=False),
+    "one group": Call("merge_tokens", grouped(2, 2000, 8, 1), merge(1), exact=False),
+    "gradient": Call("merge_tokens_backward",
+                     lambda: (torch.randint(-1, 12, (2, 90)), torch.randn(2, 90, 40), torch.rand(2, 90) + 0.5,
+                              torch.randn(2, 12, 40)), merge_gradient, exact=False),
+}  # fmt: skip
+
+
+def heads(batch, q_heads, k_heads, queries, keys, dim, dtype=SINGLE):
+    """Queries as views of [batch, tokens, heads, dim], keys as a cache holds them."""
+
+    def inputs():
+        q = torch.randn(batch, queries, q_heads, dim).to(dtype).transpose(1, 2)
+        return q, torch.randn(batch, k_heads, keys, dim).to(dtype)
+
+    return inputs
+
+
+def scored(num_keep, names=(), **options):
+    """Indices, counts and scores of score_and_select."""
+
+    def run(backend, q, k, *tensors):
+        options_of_call = options | dict(zip(names, tensors))
+        return pyvtk.score_and_select(q, k, num_keep, **options_of_call, return_scores=True, backend=backend)
+
+    return run
+
+
+def also(make, *more):
+    """``make``'s inputs and further ones."""
+    return lambda: (*make(), *(extra() for extra in more))
+
+
+def joined(lengths_q, lengths_k, q_heads, k_heads, dim):
+    def inputs():
+        q, k = torch.randn(sum(lengths_q), q_heads, dim), torch.randn(sum(lengths_k), k_heads, dim)
+        return q, k, *(torch.tensor([0, *x]).cumsum(0).to(torch.int32) for x in (lengths_q, lengths_k))
+
+    return inputs
+
+
+def scored_packed(backend, q, k, cu_q, cu_k):
+    return pyvtk.score_and_select(
+        q, k, 30, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, capacity=30, return_scores=True, backend=backend
+    )
+
+
+SCORE_AND_SELECT = {
+    "last token": Call("score_and_select", heads(2, 32, 32, 1, 640, 128, BRAIN), scored(144), exact=False,
+                       compiles=True),
+    "groups": Call("score_and_select", heads(1, 28, 4, 1, 4096, 128, HALF), scored(1000), exact=False),
+    "fp32": Call("score_and_select", heads(2, 8, 2, 5, 777, 64), scored(100, causal=True), exact=False),
+    "window": Call("score_and_select", heads(2, 8, 4, 64, 1000, 80, BRAIN),
+                   scored(128, causal=True, query_reduce="sum", head_reduce="group_sum"), exact=False),
+    "by head": Call("score_and_select", heads(1, 6, 2, 3, 333, 72), scored(50, head_reduce=None), exact=False),
+    "maximum": Call("score_and_select", heads(1, 4, 4, 20, 500, 256, BRAIN),
+                    scored(50, query_reduce="max", head_reduce="max"), exact=False),
+    "range": Call("score_and_select", heads(3, 8, 8, 1, 900, 32), scored(64, key_range=(35, 611)), exact=False),
+    "masks": Call("score_and_select", also(heads(3, 8, 2, 2, 600, 128), lambda: torch.rand(3, 600) < 0.7,
+                                           lambda: torch.rand(3, 600) < 0.05),
+                  scored(99, ("k_mask", "keep"), capacity=120), exact=False),
+    "bias": Call("score_and_select", also(heads(3, 8, 2, 2, 600, 128), lambda: torch.randn(3, 600)),
+                 scored(99, ("k_bias",), top_p=0.9), exact=False),
+    "packed": Call("score_and_select", joined([1, 4, 2], [100, 577, 29], 8, 4, 64), scored_packed, exact=False),
+}  # fmt: skip
+
+
+def attention(names=(), **options):
+    def run(backend, q, k, *tensors):
+        return pyvtk.attention_scores(q, k, **options, **dict(zip(names, tensors)), backend=backend)
+
+    return run
+
+
+def score_gradient(backend, q, k, grad):
+    q, k = (x.detach().requires_grad_() for x in (q, k))
+    out = pyvtk.attention_scores(q, k, causal=True, backend=backend)
+    return torch.autograd.grad(out, (q, k), grad.to(out.dtype))
+
+
+SCORE = {
+    "last token": Call("attention_scores", heads(2, 8, 2, 1, 1000, 128, BRAIN), attention(), exact=False),
+    "all rows": Call("attention_scores", heads(1, 8, 2, 500, 500, 64, BRAIN), attention(causal=True), exact=False,
+                     compiles=True),
+    "fp32": Call("attention_scores", heads(2, 4, 4, 65, 129, 80), attention(head_reduce=None), exact=False),
+    "sum and max": Call("attention_scores", heads(1, 4, 2, 100, 300, 72, HALF),
+                        attention(query_reduce=("sum", "max"), causal=True, head_reduce="group_max"), exact=False),
+    "mask": Call("attention_scores", also(heads(2, 4, 2, 70, 200, 128), lambda: torch.rand(2, 200) < 0.8),
+                 attention(("k_mask",)), exact=False),
+    "gradient": Call("attention_scores_backward",
+                     also(heads(1, 4, 2, 90, 90, 64), lambda: torch.randn(1, 90)), score_gradient, exact=False),
+}  # fmt: skip
+
+
+def placed(q_heads, k_heads, dim, dtype=SINGLE):
+    """Queries, keys, values, and where the tokens stand: text around an image."""
+
+    def inputs():
+        layout = TokenLayout.from_images([90], [ImageSpan(0, 5, (1, 8, 10))])
+        shapes = ((1, count, 90, dim) for count in (q_heads, k_heads, k_heads))
+        return *(torch.randn(shape).to(dtype) for shape in shapes), layout.image_id, layout.coords
+
+    return inputs
+
+
+def neighbors(backend, q, k, v, image_id, coords):
+    plan = pyvtk.neighbor_plan(TokenLayout(image_id, coords), 2)
+    return pyvtk.neighbor_attention(q, k, v, plan, backend=backend)
+
+
+ATTENTION = {
+    "neighbours": Call("neighbor_attention", placed(4, 2, 64), neighbors, exact=False),
+    "neighbours, bf16": Call("neighbor_attention", placed(4, 2, 80, BRAIN), neighbors, exact=False),
+}
+
+FAMILIES = {
+    "select": SELECT, "compact": COMPACT, "merge": MERGE, "score_and_select": SCORE_AND_SELECT, "score": SCORE,
+    "attention": ATTENTION,
+}  # fmt: skip
+CALLS = {f"{family}: {name}": call for family, calls in FAMILIES.items() for name, call in calls.items()}
+
+
+# ---- running them
+
+
+def ways(call: Call) -> list[str | None]:
+    """None (what users get) where it is no fallback, and Triton where it is not that already."""
+    able = [way for way in ("compiled", "triton") if backends.why_not(call.operator, way, DEVICE) is None]
+    return [None, *able[1:]] if able else []
+
+
+def pairs(calls: dict[str, Call]):
+    able = [(name, way) for name, call in calls.items() for way in ways(call)]
+    found = [pytest.param(name, way, id=f"{name}, {way}" if way else name) for name, way in able]
+    return pytest.mark.parametrize(("name", "backend"), found)
+
+
+every = pairs(CALLS)
+compiling = pairs({name: call for name, call in CALLS.items() if call.compiles})
+
+
+def on(device, tree):
+    """On the device, with the same strides and offsets: Tensor.to() would close gaps."""
+
+    def one(x):
+        if not isinstance(x, Tensor) or x.device.type == torch.device(device).type:
+            return x
+        whole = x.untyped_storage().nbytes() // x.element_size()
+        return x.as_strided((whole,), (1,), 0).to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+    return pytree.tree_map(one, tree)
+
+
+def make(call: Call, seed: int = 0, device=DEVICE):
+    """Inputs of ``call`` for a seed."""
+    torch.manual_seed(seed)
+    return on(device, call.inputs())
+
+
+def same(actual, expected) -> bool:
+    """The same bits, NaN included."""
+    found, wanted = (pytree.tree_leaves(x) for x in (actual, expected))
+    return len(found) == len(wanted) and all(
+        torch.equal(a.nan_to_num(0.12345), b.nan_to_num(0.12345)) if isinstance(a, Tensor) else a == b
+        for a, b in zip(found, wanted)
+    )
+
+
+def in_float64(tree):
+    return pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
+
+
+def assert_right(call: Call, result, inputs) -> None:
+    """Against the reference on the CPU; a selection by scores of ours against select of these very scores."""
+    inputs, result = on("cpu", inputs), on("cpu", result)
+    if call.exact:
+        assert same(result, call.run("reference", *inputs))
+        return
+    oracle, plain = call.run("reference", *in_float64(inputs)), call.run("reference", *inputs)
+    if call.operator == "score_and_select":
+        selection, result = result
+        (_, oracle), (_, plain) = oracle, plain
+        chosen_again(call, selection, result, inputs)
+    for leaf, exact, other in zip(*(pytree.tree_leaves(x) for x in (result, oracle, plain)), strict=True):
+        assert_within_budget(leaf, exact, other)
+
+
+def chosen_again(call: Call, selection: Selection, found: Tensor, inputs) -> None:
+    """The same call with logits that are given: its scores replaced by ours, its selection has to be ours."""
+    from pyvtk.reference import score
+
+    before = score.attention_scores
+
+    def given(*arguments, **options):
+        out, lse = before(*arguments, **options)
+        return found.to(out.dtype).reshape(out.shape), lse
+
+    score.attention_scores = given
+    try:
+        again, scores_again = call.run("reference", *inputs)
+    finally:
+        score.attention_scores = before
+    assert same(scores_again, found)
+    assert same(selection.indices, again.indices) and same(selection.counts, again.counts)
+
+
+@every
+def test_equals_the_reference(name, backend):
+    call = CALLS[name]
+    for seed in range(2):
+        inputs = make(call, seed)
+        assert_right(call, call.run(backend, *inputs), inputs)
+
+
+@every
+def test_same_bits_on_every_run(name, backend):
+    inputs = make(CALLS[name])
+    first = CALLS[name].run(backend, *inputs)
+    assert all(same(CALLS[name].run(backend, *inputs), first) for _ in range(5))
+
+
+def fill(into, tree) -> None:
+    for target, source in zip(pytree.tree_leaves(into), pytree.tree_leaves(tree), strict=True):
+        if isinstance(target, Tensor) and 0 in target.stride() and target.numel() > 0:
+            assert same(target, source), "an expanded input has to stay as it is"
+        elif isinstance(target, Tensor):
+            target.copy_(source)
+
+
+@cuda
+@every
+def test_graph_replays_with_changed_inputs(name, backend):
+    call = CALLS[name]
+    inputs = make(call)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call.run(backend, *inputs)  # compiles and loads what is loaded once
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call.run(backend, *inputs)
+    for seed in (1, 2, 0):
+        others = make(call, seed)
+        fill(inputs, others)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same(result, call.run(backend, *others)), f"inputs {seed}"
+
+
+@cuda
+@every
+def test_two_streams_at_once(name, backend):
+    call = CALLS[name]
+    inputs = [make(call, seed) for seed in range(2)]
+    expected = [call.run(backend, *x) for x in inputs]
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in inputs], []
+    for _ in range(10):
+        for stream, x in zip(streams, inputs):
+            with torch.cuda.stream(stream):
+                results.append(call.run(backend, *x))
+    torch.cuda.synchronize()
+    assert all(same(result, expected[i % 2]) for i, result in enumerate(results))
+
+
+@every
+def test_two_threads_at_once(name, backend):
+    call = CALLS[name]
+    inputs = [make(call, seed) for seed in range(2)]
+    expected = [call.run(backend, *x) for x in inputs]
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    results, start = {}, threading.Barrier(2)
+
+    def work(i: int) -> None:
+        stream = torch.cuda.Stream() if DEVICE == "cuda" else None
+        start.wait()
+        with torch.cuda.stream(stream):
+            results[i] = [call.run(backend, *inputs[i]) for _ in range(10)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    assert sorted(results) == [0, 1], "a thread raised"
+    assert all(same(result, expected[i]) for i in results for result in results[i])
+
+
+@cuda
+@every
+def test_host_never_waits(name, backend):
+    call = CALLS[name]
+    inputs = make(call)
+    call.run(backend, *inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call.run(backend, *inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@every
+def test_another_device_is_current(name, backend):
+    call = CALLS[name]
+    inputs = make(call, device="cuda:1" if DEVICE == "cuda" else DEVICE)
+    result = call.run(backend, *inputs)
+    assert_right(call, result, inputs)
+    assert {x.device for x in pytree.tree_leaves(result) if isinstance(x, Tensor)} <= {
+        x.device for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)
+    }
+
+
+def spread(x: Tensor) -> Tensor:
+    """The same values, each row of the last dimension apart from the next, in memory full of other numbers."""
+    if not isinstance(x, Tensor) or x.dim() < 2 or x.numel() == 0:
+        return x
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), 77, dtype=torch.float64, device=x.device).to(x.dtype)
+    wide[..., : x.shape[-1]] = x
+    return wide[..., : x.shape[-1]]
+
+
+@every
+def test_rows_apart(name, backend):
+    """Selections stay contiguous, as they are by definition; positions and other tables are spread as well."""
+    call = CALLS[name]
+    inputs = make(call)
+    apart = tuple(x if isinstance(x, Selection) else spread(x) for x in inputs)
+    assert same(call.run(backend, *apart), call.run(backend, *inputs))
+
+
+# ---- more than 2^31 elements between rows
+
+
+def far(x: Tensor) -> Tensor:
+    """The same values [2, ...], the second sample more than 2^31 elements behind the first."""
+    step = (1 << 31) + 64
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # the memory between is never touched
+    try:
+        memory = torch.empty(step + x[0].numel(), dtype=x.dtype, device=x.device)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+    view = memory.as_strided(x.shape, (step, *x[0].contiguous().stride()))
+    view.copy_(x)
+    return view
+
+
+FAR = {
+    "select": Call("select", scores(2, 3000, dtype=BRAIN), select(500)),
+    "compact": Call("compact", *moved(lambda: (chosen((2,), 97, 31), values(2, 97, 64, dtype=BRAIN)))),
+    "bytes": Call("compact", *moved(lambda: (chosen((2,), 97, 31), values(2, 97, 64, dtype=torch.uint8)))),
+    "restore": Call("restore", lambda: (chosen((2,), 97, 31), values(2, 31, 64, dtype=BRAIN),
+                                        values(2, 97, 64, dtype=BRAIN)),
+                    lambda b, s, u, base: pyvtk.restore(s, u, base, backend=b)),
+    "caches": Call("compact_kv_", lambda: (chosen((2,), 97, 31), values(2, 2, 97, 64, dtype=BRAIN)),
+                   lambda b, s, x: pyvtk.compact_kv_(s, x, backend=b).clone()),
+    "merge": Call("merge_tokens", grouped(2, 97, 64, 9, BRAIN), merge(9), exact=False),
+    "score and select": Call("score_and_select", heads(2, 4, 2, 2, 300, 64, BRAIN), scored(50), exact=False),
+    "score": Call("attention_scores", heads(2, 4, 2, 80, 300, 64, BRAIN), attention(), exact=False),
+}  # fmt: skip
+
+
+@pairs(FAR)
+def test_offsets_beyond_two_to_the_31(name, backend):
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    call = FAR[name]
+    inputs = make(call)
+    # the last tensor of two samples in 16 bits or less: scores, hidden states, caches, keys
+    last = max(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.element_size() <= 2)
+    distant = tuple(far(x) if i == last else x for i, x in enumerate(inputs))
+    result = call.run(backend, *distant)
+    assert same(result, call.run(backend, *inputs))
+    assert_right(call, result, make(call))
+
+
+# ---- bad indices: on CUDA they are padding
+
+
+def bad() -> Selection:
+    """Rows that ascend; of seven slots three name tokens that do not exist."""
+    rows = torch.tensor([[-9, 0, 3, 5, 40, 41, 1 << 40], [-(1 << 40), 1, 2, 6, 39, 40, 1 << 33]])
+    return Selection.from_indices(rows, 40, ascending=True).to(DEVICE)
+
+
+@cuda
+@pytest.mark.skipif(not ways(Call("compact", None, None)), reason="compact has no kernel here")
+def test_bad_indices_touch_nothing():
+    selection = bad()
+    legal = (selection.indices >= 0) & (selection.indices < 40)
+    slots = selection.indices.clamp(0, 39)
+    around = torch.randn(4, 40, 64, device=DEVICE)
+    x = around[1:3]
+    moved_rows = pyvtk.compact(selection, x, pad_value=5)
+    wanted = x.gather(1, slots[..., None].expand(-1, -1, 64)).where(legal[..., None], torch.tensor(5.0, device=DEVICE))
+    assert same(moved_rows, wanted)
+    before = around.clone()
+    update = torch.randn(2, 7, 64, device=DEVICE)
+    put = pyvtk.restore(selection, update, x)
+    for row in range(2):
+        expected = x[row].clone()
+        expected[selection.indices[row][legal[row]]] = update[row][legal[row]]
+        assert same(put[row], expected)
+    assert same(around, before)
+    leaf = x.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(pyvtk.compact(selection, leaf).sum(), leaf)
+    assert grad.sum().item() == 64 * legal.sum().item()
+
+
+@cuda
+@pytest.mark.skipif(not ways(Call("compact_kv_", None, None)), reason="compact_kv_ has no kernel here")
+def test_bad_indices_stay_inside_the_cache():
+    around = torch.randn(4, 2, 40, 64, device=DEVICE)
+    before = around.clone()
+    pyvtk.compact_kv_(bad(), around[1:3])
+    torch.cuda.synchronize()
+    assert same(around[0], before[0]) and same(around[3], before[3])
+    assert same(around[1:3, :, 7:], before[1:3, :, 7:])
+
+
+@cuda
+@pytest.mark.skipif(not ways(Call("merge_tokens", None, None)), reason="merge_tokens has no kernel here")
+def test_bad_groups_are_left_out():
+    x = torch.randn(2, 50, 16, device=DEVICE)
+    assignment = torch.randint(0, 6, (2, 50), device=DEVICE)
+    wrong = assignment.clone()
+    wrong[:, ::7] = torch.tensor([6, 1 << 40], device=DEVICE)[:, None]
+    assignment[:, ::7] = -1
+    merged = [pyvtk.merge_tokens(x, a, num_groups=6) for a in (wrong, assignment)]
+    torch.cuda.synchronize()
+    assert same(*merged)
+
+
+@cuda
+@pytest.mark.skipif(not ways(Call("select", None, None)), reason="select has no kernel here")
+def test_bad_offsets_do_not_crash():
+    x = torch.randn(100, device=DEVICE)
+    for ends in ([0, 1000, 100], [0, 60, 30], [-5, 50, 100], [0, 1 << 30, -(1 << 30)]):
+        cu = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
+        selection = pyvtk.select(x, 10, cu_seqlens=cu, capacity=10)
+        torch.cuda.synchronize()
+        assert (selection.indices >= -1).all() and (selection.indices < 100).all()
+
+
+# ---- torch's own checks
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers which of our operators were called, and with what."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace == "pyvtk":
+            self.seen.append(
+                (function, pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, arguments))
+            )
+        return function(*arguments, **(options or {}))
+
+
+@every
+def test_opcheck(name, backend):
+    inputs = make(CALLS[name])
+    with Recorder() as recorder:
+        CALLS[name].run(backend, *inputs)
+    assert recorder.seen, "no operator of ours was called"
+    for function, arguments in recorder.seen:
+        torch.library.opcheck(function, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.compile
+@compiling
+def test_compiles_without_a_break(name, backend):
+    call = CALLS[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(call.run, fullgraph=True, dynamic=False)
+    for seed in range(2):
+        inputs = make(call, seed)
+        assert same(compiled(backend, *inputs), call.run(backend, *inputs))
+
+
+def test_something_ran():
+    """Else all of the above is empty, and green."""
+    assert any(ways(call) for call in CALLS.values()), "no operator has a kernel for this device"
