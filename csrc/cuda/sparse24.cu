@@ -149,9 +149,10 @@ Tensor linear_by_dense(const Tensor& x, const Tensor& weight, const OptionalTens
   return std::move(call.out);
 }
 
-// Where many rows go is decided here, by `choice` alone. Hopper's own sparse instruction (wgmma) is not used: cuSPARSELt
-// has it, but wants the weight in a format of its own, which this operator does not get. mma.sp runs there as well, and a
-// caller whose device is faster with a dense weight gives one, with kernel 2 from some number of rows on.
+// Where many rows go is decided here, by `choice` alone. Hopper's own sparse instruction (wgmma) is not used:
+// cuSPARSELt has it, but wants the weight in a format of its own, which this operator does not get. mma.sp runs there
+// as well, and a caller whose device is faster with a dense weight gives one, with kernel 2 from some number of rows
+// on.
 Tensor linear_operator(const Tensor& x, const Tensor& values, const Tensor& metadata, const OptionalTensor& scales,
                        const OptionalTensor& dense, const OptionalTensor& bias, const OptionalTensor& mul,
                        const std::string& activation, const std::vector<int64_t>& choice) {

@@ -411,8 +411,6 @@ struct FewTile {
   static constexpr int kPanelRow = kPanelChunks * kXBytes;  // bytes
   static constexpr int kPanelBytes = kRows * kPanelRow;
   static constexpr int kSumStride = kFeatures + 4;
-  // of a multiprocessor at once; widening would spill in the registers of two on the newest architectures
-  static constexpr int kBlocks = kRowTiles > 2 || kWiden ? 1 : 2;
   static constexpr int kSumBytes = kDepthWarps * kRows * kSumStride * 4;
   static constexpr int kSharedBytes = 2 * kPanelBytes > kSumBytes ? 2 * kPanelBytes : kSumBytes;
   static_assert(kSharedBytes <= 99 * 1024);
@@ -556,9 +554,10 @@ __device__ __forceinline__ void multiply_panel(const FewWeights<Tile>& weights, 
   }
 }
 
+// Without a number of blocks in the bounds: ptxas stays below 128 registers by itself up to 16 rows (two blocks of a
+// multiprocessor), but takes all if told 1, and spills if told 2 where int8 is widened on the newest architectures.
 template <class X, class V, int kRowTiles>
-__global__ void __launch_bounds__(256, FewTile<X, V, kRowTiles>::kBlocks)
-    sparse24_few_kernel(const __grid_constant__ Sparse24Launch call) {
+__global__ void __launch_bounds__(256) sparse24_few_kernel(const __grid_constant__ Sparse24Launch call) {
   using Tile = FewTile<X, V, kRowTiles>;
   using Sum = typename SumOf<X>::Type;
   const Sparse24Problem& problem = call.problem;
