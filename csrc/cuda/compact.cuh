@@ -21,13 +21,6 @@
 #include "cuda/numbers.cuh"
 #include "cuda/ptx.cuh"
 
-// Most tensors have no axes to loop over: unrolled, the loop would be most of the code.
-#ifdef __CUDACC__
-#define PYVTK_NOT_UNROLLED _Pragma("unroll 1")
-#else
-#define PYVTK_NOT_UNROLLED
-#endif
-
 namespace pyvtk::cuda {
 
 // Launch bounds name 3 blocks for each multiprocessor, so 80 registers: left alone, ptxas prefers a fifth block and
@@ -204,6 +197,7 @@ __device__ __forceinline__ Strides row_offset(const Move& move, const SelectedOn
 __device__ __forceinline__ Strides line_offset(const Move& move, Spot spot, uint32_t width) {
   const int64_t unit = static_cast<int64_t>(uint64_t{spot.unit} * width);
   Strides offset{unit, unit, unit};
+  // most tensors have no axes: unrolled, the loop would be most of the code
   PYVTK_NOT_UNROLLED
   for (int axis = move.axes - 1; axis >= 0; --axis) {
     const Split at = split(move.outer[axis].size, spot.line);

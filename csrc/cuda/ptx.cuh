@@ -7,14 +7,18 @@
 #else
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <type_traits>
 #include <utility>
+
+#include "common/types.h"
 
 // A variable in shared memory: PYVTK_SHARED(histogram, uint32_t[256]);
 #define PYVTK_SHARED(name, ...) __shared__ std::type_identity_t<__VA_ARGS__> name
 
-// Before a loop that is to be unrolled in full.
+// Before a loop that is to be unrolled in full, or not at all.
 #define PYVTK_UNROLL _Pragma("unroll")
+#define PYVTK_NOT_UNROLLED _Pragma("unroll 1")
 
 namespace pyvtk::cuda {
 
@@ -79,6 +83,133 @@ __device__ __forceinline__ float2 widen_half2(unsigned halves) {
       : "=f"(wide.x), "=f"(wide.y)
       : "r"(halves));
   return wide;
+}
+
+// Matrices of one warp
+// ---------------------------------------------------------------------------------------------------
+//
+// All lanes come. Lane l has g = l / 4 and t = l % 4; fragments are registers of 32 bits with the element of the lowest
+// index in the lowest bits. The maps are those of the PTX manual, and tested in tests/cuda_emulation/test_matrices.cpp:
+//
+// ldmatrix    of matrix i (8 rows of 16 bytes, row r where lane 8 i + r points) a lane gets bytes 4 t..4 t + 3 of row
+// g;
+//             transposed: of 16-bit elements, element [2 t][g] and [2 t + 1][g]
+// d [16, 8]   register i: row g + 8 (i / 2), column 2 t + i % 2
+// 16 bits (the k of a sparse a counts what is kept; b stands column by column):
+//   a [16, 16]  register i: row g + 8 (i % 2), k = 2 t + 8 (i / 2) and the next
+//   b [k, 8]    register i: k = 2 t + 8 i and the next, column g
+// 8 bits:
+//   a [16, 32]  register i: row g + 8 (i % 2), k = 4 t + 16 (i / 2) and the next three
+//   b [k, 8]    register i: k = 4 t + 16 i and the next three, column g
+// metadata of a sparse a, a nibble p0 | p1 << 2 (p0 < p1) for each group of four k, from the low bits:
+//   16 bits     from lanes t = 2 kSelector + c: groups 4 c..4 c + 3 of row g in the low half, of row g + 8 in the high
+//   8 bits      from all lanes: groups 8 (t / 2)..8 (t / 2) + 7 of row g + 8 (t % 2)
+
+template <int kMatrices>
+__device__ __forceinline__ void ldmatrix(uint32_t (&to)[kMatrices], const void* row) {
+  static_assert(kMatrices == 1 || kMatrices == 2 || kMatrices == 4);
+  if constexpr (kMatrices == 1) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                 : "=r"(to[0])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else if constexpr (kMatrices == 2) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+
+template <int kMatrices>
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&to)[kMatrices], const void* row) {
+  static_assert(kMatrices == 1 || kMatrices == 2 || kMatrices == 4);
+  if constexpr (kMatrices == 1) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                 : "=r"(to[0])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else if constexpr (kMatrices == 2) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(to[0]), "=r"(to[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+
+// d += a b; T: bfloat16 or float16
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#define PYVTK_MMA(type)                                                               \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    PYVTK_MMA("bf16");
+  } else {
+    static_assert(std::is_same_v<T, float16>);
+    PYVTK_MMA("f16");
+  }
+#undef PYVTK_MMA
+}
+
+// d += a b of a sparse a [16, 32], half of it kept; T: bfloat16 or float16. The name with ordered metadata is the one
+// that is fast everywhere: the positions of a pair ascend.
+template <class T, int kSelector>
+__device__ __forceinline__ void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                                uint32_t metadata) {
+  static_assert(kSelector == 0 || kSelector == 1);
+#define PYVTK_MMA(type)                                                                                   \
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type                \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                           \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),  \
+                 "r"(metadata), "n"(kSelector))
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    PYVTK_MMA("bf16");
+  } else {
+    static_assert(std::is_same_v<T, float16>);
+    PYVTK_MMA("f16");
+  }
+#undef PYVTK_MMA
+}
+
+// d += a b of a sparse a [16, 64], half of it kept, in int8
+__device__ __forceinline__ void mma_sp_m16n8k64(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                                uint32_t metadata) {
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0;"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata));
+}
+
+// Round to nearest even.
+template <class T>
+__device__ __forceinline__ T rounded(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    T result;
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+    } else {
+      static_assert(std::is_same_v<T, float16>);
+      asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(x));
+    }
+    return result;
+  }
 }
 
 }  // namespace pyvtk::cuda

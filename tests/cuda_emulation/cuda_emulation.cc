@@ -702,22 +702,27 @@ void check_aligned(const volatile void* address, size_t alignment, const char* n
             where);
 }
 
+void check_shared(const void* address, size_t bytes, const char* name, Location where) {
+  const Unwatched unwatched;
+  const Block& block = *thread_now->block;
+  const auto inside = [&](const SharedMemory& shared) {
+    const auto* begin = static_cast<const unsigned char*>(shared.memory);
+    const auto* at = static_cast<const unsigned char*>(address);
+    return at >= begin && at + bytes <= begin + shared.bytes;
+  };
+  if (!inside(block.dynamic) && std::none_of(block.variables.begin(), block.variables.end(),
+                                             [&](const auto& variable) { return inside(variable.second); })) {
+    stop_here(format("%s an address outside of the block's shared memory", name), where);
+  }
+}
+
 void copy_async(void* to, const void* from, size_t bytes, size_t bytes_read, Location where) {
   check_aligned(to, bytes, "copy_async to", where);
   if (bytes_read > 0) check_aligned(from, bytes, "copy_async from", where);
   // The copy may happen at any time until it is waited for: read and written now, and again then.
   show_copy(to, bytes, from, bytes_read);
+  check_shared(to, bytes, "copy_async to", where);
   const Unwatched unwatched;
-  Block& block = *thread_now->block;
-  const auto inside = [&](const SharedMemory& shared) {
-    const auto* begin = static_cast<unsigned char*>(shared.memory);
-    const auto* at = static_cast<unsigned char*>(to);
-    return at >= begin && at + bytes <= begin + shared.bytes;
-  };
-  if (!inside(block.dynamic) && std::none_of(block.variables.begin(), block.variables.end(),
-                                             [&](const auto& variable) { return inside(variable.second); })) {
-    stop_here("copy_async to an address outside of the block's shared memory", where);
-  }
   unsigned char here[16];
   std::memcpy(here, from, bytes_read);  // out of bounds shows here, where the copy is asked for
   poison(to, bytes);

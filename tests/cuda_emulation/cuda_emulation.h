@@ -142,6 +142,8 @@ void copy_async_commit();
 void copy_async_wait(int groups_left);
 
 void check_aligned(const volatile void* address, size_t alignment, const char* name, Location where);
+// That the bytes lie in one variable of the block's shared memory.
+void check_shared(const void* address, size_t bytes, const char* name, Location where);
 
 cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, void (*body)(void*), void* arguments);
 cudaError_t set_dynamic_shared_limit(const void* kernel, int bytes);

@@ -180,6 +180,46 @@ __global__ void misaligned_ldg_kernel(int* out,            // [4 * kThreads]
   out[threadIdx.x] = __ldg(reinterpret_cast<const int2*>(input + (kCorrect ? 0 : 1))).x;
 }
 
+template <bool kCorrect>
+__global__ void ldmatrix_kernel(int* out,            // [4 * kThreads]
+                                const int* input) {  // [4 * kThreads]
+  PYVTK_SHARED(rows, int[kThreads * 4 + 4]);
+  const unsigned me = threadIdx.x;
+  for (int i = 0; i < 4; ++i) rows[4 * me + i] = input[4 * me + i];
+  __syncwarp();
+  uint32_t mine[4];
+  ldmatrix(mine, rows + 4 * me + (kCorrect ? 0 : 2));
+  out[me] = static_cast<int>(mine[0]);
+}
+
+// The rows of a matrix come from all lanes of the warp.
+template <bool kCorrect>
+__global__ void race_of_ldmatrix_kernel(int* out,            // [4 * kThreads]
+                                        const int* input) {  // [4 * kThreads]
+  PYVTK_SHARED(rows, int4[kThreads]);
+  const unsigned me = threadIdx.x;
+  rows[me] = reinterpret_cast<const int4*>(input)[me];
+  if (kCorrect) __syncwarp();
+  uint32_t mine[4];
+  ldmatrix(mine, rows + me);
+  out[me] = static_cast<int>(mine[0]);
+}
+
+template <bool kCorrect>
+__global__ void absent_from_mma_kernel(int* out) {  // [kThreads]
+  int sums[4] = {0, 0, 0, 0};
+  if (kCorrect || threadIdx.x % 32 < 16) mma_sp_m16n8k64(sums, {0, 0, 0, 0}, {0, 0, 0, 0}, 0x44444444u);
+  out[threadIdx.x] = sums[0];
+}
+
+// Zeros are no metadata: both positions of a pair would be 0.
+template <bool kCorrect>
+__global__ void zero_metadata_kernel(int* out) {  // [kThreads]
+  float sums[4] = {0, 0, 0, 0};
+  mma_sp_m16n8k32<pyvtk::bfloat16, 0>(sums, {0, 0, 0, 0}, {0, 0, 0, 0}, kCorrect ? 0x44444444u : 0);
+  out[threadIdx.x] = static_cast<int>(sums[0]);
+}
+
 // Waits for a block that runs after it.
 template <bool kCorrect>
 __global__ void endless_wait_kernel(int* out,  // [blocks]
@@ -222,6 +262,10 @@ int run(const std::string& name) {
   if (name == "absent_lane") simple(absent_lane_kernel<kCorrect>);
   if (name == "wrong_mask") simple(wrong_mask_kernel<kCorrect>);
   if (name == "misaligned") reading(misaligned_kernel<kCorrect>);
+  if (name == "ldmatrix") reading(ldmatrix_kernel<kCorrect>);
+  if (name == "race_of_ldmatrix") reading(race_of_ldmatrix_kernel<kCorrect>);
+  if (name == "absent_from_mma") simple(absent_from_mma_kernel<kCorrect>);
+  if (name == "zero_metadata") simple(zero_metadata_kernel<kCorrect>);
   if (name == "misaligned_ldg") reading(misaligned_ldg_kernel<kCorrect>);
   if (name == "endless_wait") counting(endless_wait_kernel<kCorrect>, 2, kThreads);
   if (name == "race_of_blocks") {

@@ -2,6 +2,7 @@
 #pragma once
 #include "common/types.h"
 #include "cuda_emulation.h"
+#include "warp_matrix.h"
 
 // A constant for every declaration (and every instance of a template): its address finds the block's memory.
 #define PYVTK_SHARED(name, ...)                                                                                        \
@@ -9,6 +10,7 @@
   auto& name = *static_cast<std::type_identity_t<__VA_ARGS__>*>(::cuda_emulation::shared(name##_variable))
 
 #define PYVTK_UNROLL
+#define PYVTK_NOT_UNROLLED
 
 namespace pyvtk::cuda {
 
@@ -41,6 +43,32 @@ inline void named_barrier(int id, int threads, CUDA_EMULATION_HERE) {
 inline void stay_in_loop(unsigned&) {}
 inline float2 widen_half2(unsigned halves) {
   return {to_float(float16{static_cast<uint16_t>(halves)}), to_float(float16{static_cast<uint16_t>(halves >> 16)})};
+}
+
+template <int kMatrices>
+void ldmatrix(uint32_t (&to)[kMatrices], const void* row, CUDA_EMULATION_HERE) {
+  cuda_emulation::ldmatrix(to, row, false, where);
+}
+template <int kMatrices>
+void ldmatrix_transposed(uint32_t (&to)[kMatrices], const void* row, CUDA_EMULATION_HERE) {
+  cuda_emulation::ldmatrix(to, row, true, where);
+}
+template <class T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CUDA_EMULATION_HERE) {
+  cuda_emulation::mma(d, a, b, [](uint16_t bits) { return to_float(T{bits}); }, where);
+}
+template <class T, int kSelector>
+void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata,
+                     CUDA_EMULATION_HERE) {
+  cuda_emulation::mma_sp(d, a, b, metadata, kSelector, +[](uint16_t bits) { return to_float(T{bits}); }, where);
+}
+inline void mma_sp_m16n8k64(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata,
+                            CUDA_EMULATION_HERE) {
+  cuda_emulation::mma_sp(d, a, b, metadata, 0, +[](uint8_t bits) { return static_cast<int8_t>(bits); }, where);
+}
+template <class T>
+T rounded(float x) {
+  return from_float<T>(x);
 }
 
 }  // namespace pyvtk::cuda

@@ -20,6 +20,10 @@ FOUND_BY_ALL = {
     "wrong_mask": "thread 16, .*__shfl_sync with mask 0x0000ffff, which lacks its own lane 16",
     "misaligned": "planted.cpp:.*misaligned address",
     "misaligned_ldg": "thread 0, .*__ldg of an address that is not a multiple of 8",
+    "ldmatrix": "thread 0, .*ldmatrix of an address that is not a multiple of 16",
+    "absent_from_mma": r"deadlock.*\n  threads 0-15, 32-47: wait at mma_sp \(planted.cpp:\d+\) with mask 0xf{8}\n"
+    r"  threads 16-31, 48-63: returned",
+    "zero_metadata": "mma_sp with metadata whose two positions do not ascend",
     "endless_wait": r"block \(0, 0, 0\): no progress",
 }
 FOUND = {
@@ -37,7 +41,14 @@ FOUND = {
         "copy": POISON,
         **{
             name: f"data race(.*\n)*.*{name}_kernel"
-            for name in ("race", "race_in_warp", "race_in_loop", "race_of_blocks", "race_of_last_block")
+            for name in (
+                "race",
+                "race_in_warp",
+                "race_in_loop",
+                "race_of_blocks",
+                "race_of_last_block",
+                "race_of_ldmatrix",
+            )
         },
         "copy_of_another": "data race(.*\n)*.*copy_of_another_kernel",
     },

@@ -1,0 +1,62 @@
+// sparse24 for bindings: guards of the format, names of activations, and which kernel a call takes; the same for every
+// device.
+#pragma once
+#include <string>
+
+#include "binding.h"
+
+namespace pyvtk {
+
+// The number of an activation: its place in ACTIVATIONS of pyvtk/ops/sparse24.py.
+inline int sparse24_activation_named(const std::string& name) {
+  int number = 0;
+  for (const char* known : {"none", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu"}) {
+    if (name == known) return number;
+    ++number;
+  }
+  PYVTK_GUARD(false, "unknown activation ", name);
+  return 0;
+}
+
+enum class Sparse24Kernel : int { few, many, dense };
+
+// choice: pairs (rows, kernel), ascending in rows; from so many rows on, this kernel.
+inline Sparse24Kernel sparse24_kernel_chosen(int64_t rows, const std::vector<int64_t>& choice, bool has_dense) {
+  PYVTK_GUARD(choice.size() % 2 == 0, "choice must be pairs (rows, kernel)");
+  int64_t kernel = rows < 32 ? 0 : 1;
+  for (size_t i = 0; i + 1 < choice.size(); i += 2) {
+    PYVTK_GUARD(choice[i + 1] >= 0 && choice[i + 1] <= 2, "choice has kernel ", choice[i + 1], ", expected 0, 1 or 2");
+    if (rows >= choice[i]) kernel = choice[i + 1];
+  }
+  PYVTK_GUARD(kernel != 2 || has_dense, "choice takes the dense kernel, but there is no dense weight");
+  return static_cast<Sparse24Kernel>(kernel);
+}
+
+// values [N, K / 2] and metadata [N, ceil(K / 8)] are what the format says.
+inline void guard_sparse24(const Tensor& values, const Tensor& metadata) {
+  guard_dim(values, 2, "values");
+  guard_contiguous(values, "values");
+  PYVTK_GUARD(values.size(1) % 2 == 0, "values must have an even number of columns");
+  guard_dtype(metadata, ScalarType::Byte, "metadata");
+  guard_shape(metadata, {values.size(0), (values.size(1) + 3) / 4}, "metadata");
+  guard_contiguous(metadata, "metadata");
+}
+
+// x [..., K] as a matrix: rows, and the elements from one to the next.
+struct RowsOf {
+  int64_t rows;
+  int64_t stride;
+};
+inline RowsOf rows_of(const Tensor& x, int64_t columns, const char* name) {
+  PYVTK_GUARD(x.dim() >= 1 && x.size(x.dim() - 1) == columns, name, " must have ", columns, " columns");
+  if (x.dim() == 2 && x.size(0) > 0) {
+    guard_last_contiguous(x, name);
+    return {x.size(0), x.size(0) > 1 ? x.stride(0) : columns};
+  }
+  guard_contiguous(x, name);
+  int64_t rows = 1;
+  for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) rows *= x.size(dim);
+  return {rows, columns};
+}
+
+}  // namespace pyvtk

@@ -1,0 +1,176 @@
+"""The CUDA kernels of sparse24, run by the emulation, against the reference in float64."""
+
+import emulated
+import emulated_sparse24 as kernels
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import assert_within_budget
+
+from pyvtk.reference import sparse24 as reference
+
+if emulated.SANITIZER == "thread":
+    pytest.skip("Python runs without ThreadSanitizer; test_sparse24.cpp does not", allow_module_level=True)
+
+HALVES = [torch.bfloat16, torch.float16]
+ROWS = [0, 1, 2, 3, 5, 8, 9, 12, 16, 17, 20, 31, 32, 33, 40, 64, 65, 100, 129, 200]
+
+
+def weights(features: int, depth: int, dtype: torch.dtype, generator: torch.Generator) -> tuple:
+    """values, metadata and scales of a random weight; all pairs of positions come."""
+    mask = reference.prune_n_of_m(torch.rand(features, depth, generator=generator), 2, 4)
+    if dtype == torch.int8:
+        weight = torch.randint(-128, 128, (features, depth), generator=generator).to(dtype)
+        scales = torch.rand(features, generator=generator) / 64 + 1e-3
+    else:
+        weight, scales = torch.randn(features, depth, generator=generator).to(dtype), None
+    return *reference.compress(weight, mask), scales
+
+
+@st.composite
+def problems(draw, int8: bool):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    rows = draw(st.sampled_from(ROWS))
+    # a shape that fits the few kernel's loads, with room for several panels and splits, or any
+    fits = rows <= 32 and draw(st.booleans())
+    if fits:
+        depth = draw(st.sampled_from([64, 128, 192, 256, 384, 1024, 1088, 2176, 4224]))
+        features = draw(st.sampled_from([1, 16, 17, 31, 33, 70, 129, 160][: 8 if depth < 500 else 4]))
+    else:
+        depth = 4 * draw(st.integers(0, 40)) + draw(st.sampled_from([0, 0, 512, 1024] if rows < 20 else [0, 0, 512]))
+        features = draw(st.sampled_from([0, 1, 7, 16, 64, 127, 128, 130] if rows < 65 else [3, 65, 130]))
+    dtype = draw(st.sampled_from(emulated.DTYPES if int8 else HALVES))
+    values, metadata, scales = weights(features, depth, torch.int8 if int8 or draw(st.booleans()) else dtype, generator)
+    x = torch.randn(rows, depth, generator=generator).to(dtype)
+    bias = mul = None
+    if draw(st.booleans()):
+        bias = torch.randn(features, generator=generator).to(draw(st.sampled_from([dtype, torch.float32])))
+    if draw(st.booleans()):
+        mul = torch.randn(rows, features, generator=generator).to(dtype)
+    activation = draw(st.sampled_from(["none", *kernels.ACTIVATIONS]))
+    options = {
+        "few": rows <= 32 and draw(st.integers(0, 3)) > 0,
+        "x_stride": depth + draw(st.sampled_from([0, 0, 0, 4, 8, 1])),
+        "offset": draw(st.sampled_from([0, 0, 0, 0, 4, 1])),
+        "multiprocessors": draw(st.sampled_from([1, 4, 40])),
+    }
+    return (x, values, metadata, scales, bias, mul, activation), options
+
+
+EXAMPLES = {"": (330, 130)}.get(emulated.SANITIZER, (80, 40))
+
+
+@settings(max_examples=EXAMPLES[0], deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(problems(int8=False), st.sampled_from([0, 0, 1, 2]), st.sampled_from([1, 3]))
+def test_linear(problem, seed, blocks_alive):
+    emulated.configure(seed, blocks_alive)
+    arguments, options = problem
+    actual, _ = kernels.linear(*arguments, **options)
+    x, values, metadata, scales, bias, mul, activation = arguments
+    plain = reference.linear(x, values, metadata, scales, None, bias, mul, activation)
+    wide = [t if t is None or t.dtype in (torch.uint8, torch.int8) else t.double() for t in arguments[:6]]
+    oracle = reference.linear(*wide[:4], None, *wide[4:], activation)
+    assert actual.dtype == plain.dtype
+    assert_within_budget(actual, oracle, plain)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("values_dtype", [None, torch.int8])
+@pytest.mark.parametrize(
+    "rows, features, depth, multiprocessors, plan",
+    [
+        (7, 20, 8448, 2, (True, 1, 2)),
+        (15, 20, 4352, 2, (True, 2, 2)),
+        (30, 20, 2176, 3, (True, 4, 2)),
+        (30, 129, 128, 1, (True, 4, 1)),
+        (40, 20, 1100, 2, (False, 64, 2)),
+        (130, 140, 68, 4, (False, 128, 1)),
+    ],
+)
+def test_plans(rows, features, depth, multiprocessors, plan, values_dtype, dtype):
+    """Every kernel and tile, with splits and without; what is asked for does run."""
+    emulated.configure()
+    generator = torch.Generator().manual_seed(rows)
+    weight = weights(features, depth, values_dtype or dtype, generator)
+    x = torch.randn(rows, depth, generator=generator).to(dtype)
+    actual, taken = kernels.linear(x, *weight, None, None, "none", few=True, multiprocessors=multiprocessors)
+    assert taken[:2] == plan[:2] and (taken[2] > 1) == (plan[2] > 1)
+    plain = reference.linear(x, *weight, None, None, None, "none")
+    wide = [weight[0] if values_dtype else weight[0].double(), weight[1], weight[2]]
+    assert_within_budget(actual, reference.linear(x.double(), *wide, None, None, None, "none"), plain)
+
+
+@settings(max_examples=EXAMPLES[1], deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(problems(int8=True), st.booleans(), st.sampled_from([0, 0, 1, 2]))
+def test_linear_int8(problem, one_scale, seed):
+    emulated.configure(seed, 2)
+    arguments, options = problem
+    x, values, metadata, scales, bias, mul, activation = arguments
+    if len(x) > 1 and x.shape[1]:
+        x[0] = 0
+        x[1, ::3] *= 50
+    x_scale = torch.tensor([0.01]) if one_scale else None
+    actual, _ = kernels.linear(*arguments, **options, int8=True, x_scale=x_scale)
+    plain = reference.linear_int8(x, values, metadata, scales, x_scale, bias, mul, activation)
+    if activation in ("none", "relu"):
+        assert torch.equal(actual, plain)
+    else:
+        assert_within_budget(actual, plain.double(), plain)
+
+
+@pytest.mark.parametrize("x_scale", [None, 0.5])
+def test_int8_rows_that_are_not_numbers(x_scale):
+    generator = torch.Generator().manual_seed(3)
+    values, metadata, scales = weights(5, 64, torch.int8, generator)
+    x = torch.randn(4, 64, generator=generator)
+    x[0, 3], x[1, 5], x[2, 63] = float("nan"), float("inf"), -float("inf")
+    x_scale = None if x_scale is None else torch.tensor([x_scale])
+    actual, _ = kernels.linear(x, values, metadata, scales, None, None, "none", few=True, int8=True, x_scale=x_scale)
+    expected = reference.linear_int8(x, values, metadata, scales, x_scale, None, None, "none")
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.int8])
+def test_large_sums_are_exact(dtype, few):
+    """Whole numbers whose sums need every bit of the accumulator, with splits: each product is at its place."""
+    generator = torch.Generator().manual_seed(7)
+    depth, largest = (4096, 128) if dtype == torch.int8 else (2048, 9)
+    weight = torch.randint(-largest, largest, (40, depth), generator=generator).to(dtype)
+    values, metadata = reference.compress(weight, reference.prune_n_of_m(weight.float().abs(), 2, 4))
+    x = torch.randint(-largest + 1, largest, (9, depth), generator=generator).float()
+    x[:, 0] = 127 if dtype == torch.int8 else x[:, 0]
+    expected = x.double() @ reference.decompress(values, metadata).double().T
+    int8 = dtype == torch.int8
+    scales, one = (torch.ones(40), torch.ones(1)) if int8 else (None, None)
+    x = x if int8 else x.to(dtype)
+    options = {"few": few, "int8": int8, "x_scale": one, "multiprocessors": 100}
+    actual, plan = kernels.linear(x, values, metadata, scales, None, None, "none", **options)
+    assert plan[0] == few and plan[2] > 1
+    assert torch.equal(actual, expected.float().to(actual.dtype))
+
+
+@settings(max_examples=100 if not emulated.SANITIZER else 30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 20), st.integers(0, 30), st.sampled_from([*emulated.DTYPES, torch.int8]), st.integers(0, 2**32))
+def test_format(features, groups, dtype, seed):
+    emulated.configure(seed % 4, 2)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-100, 100, (features, 4 * groups), generator=generator).to(dtype)
+    mask = reference.prune_n_of_m(torch.rand(weight.shape, generator=generator), 2, 4)
+    values, metadata, wrong = kernels.compress(weight, mask)
+    expected = reference.compress(weight, mask)
+    assert not wrong and torch.equal(values, expected[0]) and torch.equal(metadata, expected[1])
+    assert torch.equal(kernels.decompress(values, metadata), weight * mask)
+    if dtype == torch.int8:
+        scales = torch.rand(features, generator=generator)
+        dense = reference.weight_of(values, metadata, scales, torch.float32)
+        assert torch.equal(kernels.decompress(values, metadata, scales), dense)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4])
+def test_wrong_masks_are_found(count):
+    mask = torch.tensor([True, False, True, False]).repeat(3, 5)
+    mask[1, 8:12] = torch.arange(4) < count
+    assert kernels.compress(torch.randn(3, 20), mask)[2]
