@@ -1,7 +1,7 @@
 // The logits of a sample, block of rows by block of rows, and softmax along a row: what forward and backward share
 // (no include guard: compiled once per instruction set, see each_isa.h).
-#include "cpu/gemm.h"
 #include "common/score_problem.h"
+#include "cpu/gemm.h"
 
 namespace pyvtk::cpu::PYVTK_ISA {
 

@@ -61,7 +61,7 @@ def problems(draw, int8: bool):
 EXAMPLES = {"": (330, 130)}.get(emulated.SANITIZER, (80, 40))
 
 
-@settings(max_examples=EXAMPLES[0], deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=EXAMPLES[0], deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems(int8=False), st.sampled_from([0, 0, 1, 2]), st.sampled_from([1, 3]))
 def test_linear(problem, seed, blocks_alive):
     emulated.configure(seed, blocks_alive)
@@ -101,7 +101,7 @@ def test_plans(rows, features, depth, multiprocessors, plan, values_dtype, dtype
     assert_within_budget(actual, reference.linear(x.double(), *wide, None, None, None, "none"), plain)
 
 
-@settings(max_examples=EXAMPLES[1], deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=EXAMPLES[1], deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems(int8=True), st.booleans(), st.sampled_from([0, 0, 1, 2]))
 def test_linear_int8(problem, one_scale, seed):
     emulated.configure(seed, 2)
