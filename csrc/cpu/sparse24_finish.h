@@ -1,5 +1,7 @@
 // What follows the sums of a product: scale, bias, activation, factor, and the one rounding (no include guard: compiled
 // once per instruction set, see each_isa.h).
+#include "cpu/sparse24_problem.h"
+
 namespace pyvtk::cpu::PYVTK_ISA {
 
 PYVTK_INLINE vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + vexp(-x)); }
