@@ -517,8 +517,9 @@ __global__ void __launch_bounds__(kFewThreads, 2) score_columns_kernel(const Few
   PYVTK_SHARED(numbers, int[kRowsOfColumns]);  // of queries
   const ScoreProblem& p = few.score;
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t blocks_of_run = few.pairwise ? few.units : p.kv_heads;
-  const int64_t run = blockIdx.x / blocks_of_run, part = blockIdx.x % blocks_of_run;
+  const unsigned blocks_of_run = static_cast<unsigned>(few.pairwise ? few.units : p.kv_heads);
+  const int64_t run = blockIdx.x / blocks_of_run;
+  const int part = static_cast<int>(blockIdx.x % blocks_of_run);
   const int64_t number = sample_of_run(few, runs, run);
   if (number < 0) return;
   const FewSample s = few_sample(few, number);
@@ -535,14 +536,14 @@ __global__ void __launch_bounds__(kFewThreads, 2) score_columns_kernel(const Few
   // [queries, keys of the block]: pairs, reduced over heads; each column belongs to one thread
   float* const panel = q + kRowsOfColumns * kPitch + (base - begin) + mine.own_key();
   const int rows = few.group * s.queries;
-  const int64_t kv_heads = few.pairwise ? p.kv_heads / few.units : 1;
+  const int kv_heads = few.pairwise ? static_cast<int>(p.kv_heads) / few.units : 1;
   const auto column = [&](int64_t head_or_unit) {
     return few.columns + plane_of(p, s, few.units * few.columns_of_unit, head_or_unit) + key - s.key_start;
   };
 
   float sum = nothing(few.query_max);
-  for (int64_t i = 0; i < kv_heads; ++i) {
-    const int64_t kv_head = part * kv_heads + i;
+  for (int i = 0; i < kv_heads; ++i) {
+    const int kv_head = part * kv_heads + i;
     const T* k = static_cast<const T*>(p.k) + s.k_offset + kv_head * p.k_head_stride;
     uint4 parts[kKeysOfLane][kSegments];
     read_keys(few, mine, k, base, s.key_stop, parts);
