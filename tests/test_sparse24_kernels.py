@@ -193,9 +193,9 @@ def test_guards():
         ({"x": x.double()}, "values has dtype"),
         ({"metadata": metadata[:, :1]}, "metadata has size 1"),
         ({"values": values.to(torch.int8)}, "int8 values need scales"),
-        ({"activation": "tanh"}, "activation has no kernel: tanh"),
-        ({"choice": (0, 2)}, "there is no dense copy"),
-        ({"choice": (0, 3)}, "choice names kernel 3"),
+        ({"activation": "tanh"}, "unknown activation tanh"),
+        ({"choice": (0, 2)}, "there is no dense weight"),
+        ({"choice": (0, 3)}, "choice has kernel 3"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call(**wrong)

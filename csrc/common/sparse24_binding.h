@@ -1,6 +1,7 @@
 // sparse24 for bindings: guards of the format, names of activations, and which kernel a call takes; the same for every
 // device.
 #pragma once
+#include <array>
 #include <string>
 
 #include "binding.h"
@@ -20,10 +21,12 @@ inline int sparse24_activation_named(const std::string& name) {
 
 enum class Sparse24Kernel : int { few, many, dense };
 
-// choice: pairs (rows, kernel), ascending in rows; from so many rows on, this kernel.
-inline Sparse24Kernel sparse24_kernel_chosen(int64_t rows, const std::vector<int64_t>& choice, bool has_dense) {
+// choice: pairs (rows, kernel), ascending in rows; from so many rows on, this kernel. Where it says nothing, the kernel
+// for few rows takes less than few_below of them.
+inline Sparse24Kernel sparse24_kernel_chosen(int64_t rows, const std::vector<int64_t>& choice, bool has_dense,
+                                             int64_t few_below) {
   PYVTK_GUARD(choice.size() % 2 == 0, "choice must be pairs (rows, kernel)");
-  int64_t kernel = rows < 32 ? 0 : 1;
+  int64_t kernel = rows < few_below ? 0 : 1;
   for (size_t i = 0; i + 1 < choice.size(); i += 2) {
     PYVTK_GUARD(choice[i + 1] >= 0 && choice[i + 1] <= 2, "choice has kernel ", choice[i + 1], ", expected 0, 1 or 2");
     if (rows >= choice[i]) kernel = choice[i + 1];
@@ -40,6 +43,14 @@ inline void guard_sparse24(const Tensor& values, const Tensor& metadata) {
   guard_dtype(metadata, ScalarType::Byte, "metadata");
   guard_shape(metadata, {values.size(0), (values.size(1) + 3) / 4}, "metadata");
   guard_contiguous(metadata, "metadata");
+}
+
+// x W^T + bias by torch's own product with a dense weight.
+inline Tensor sparse24_dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // x [..., K] as a matrix: rows, and the elements from one to the next.

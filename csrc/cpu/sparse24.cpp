@@ -1,9 +1,8 @@
 // Binding of the sparse24 operators for CPU tensors. Meaning: pyvtk/reference/sparse24.py.
-#include <array>
 #include <atomic>
 #include <tuple>
 
-#include "binding.h"
+#include "common/sparse24_binding.h"
 #include "cpu/sparse24_problem.h"
 
 #define PYVTK_KERNEL_HEADER "cpu/sparse24.h"
@@ -49,17 +48,8 @@ std::tuple<Tensor, Tensor> sparse24_compress(Tensor weight, Tensor mask) {
   return {values, metadata};
 }
 
-void guard_weight(const Tensor& values, const Tensor& metadata) {
-  guard_dim(values, 2, "values");
-  guard_contiguous(values, "values");
-  PYVTK_GUARD(values.size(1) % 2 == 0, "values has ", values.size(1), " columns, an odd number");
-  guard_dtype(metadata, ScalarType::Byte, "metadata");
-  guard_shape(metadata, {values.size(0), ceil_div<int64_t>(values.size(1), 4)}, "metadata");
-  guard_contiguous(metadata, "metadata");
-}
-
 Tensor sparse24_decompress(Tensor values, Tensor metadata) {
-  guard_weight(values, metadata);
+  guard_sparse24(values, metadata);
   const int64_t outputs = values.size(0), columns = 2 * values.size(1);
   Tensor weight = new_empty(values, {outputs, columns}, values.scalar_type());
   const bool known = for_weight_dtype(values.scalar_type(), [&](auto zero) {
@@ -73,15 +63,6 @@ Tensor sparse24_decompress(Tensor values, Tensor metadata) {
   return weight;
 }
 
-Activation activation_named(const std::string& name) {
-  constexpr std::array<const char*, 6> kNames = {"none", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu"};
-  for (size_t i = 0; i < kNames.size(); ++i) {
-    if (name == kNames[i]) return static_cast<Activation>(i);
-  }
-  STD_TORCH_CHECK(false, "pyvtk: activation has no kernel: ", name);
-  return Activation::none;
-}
-
 // A call as the kernels see it, and the tensors that its pointers need.
 struct Call {
   Tensor x, values, metadata, out;
@@ -91,7 +72,7 @@ struct Call {
   Call(const Tensor& x_, const Tensor& values_, const Tensor& metadata_, const OptionalTensor& scales_,
        const OptionalTensor& bias_, const OptionalTensor& mul_, const std::string& activation)
       : x(rows_of(x_)), values(values_), metadata(metadata_), out(x_), scales(scales_), bias(bias_), mul(mul_) {
-    guard_weight(values, metadata);
+    guard_sparse24(values, metadata);
     Sparse24Problem& p = problem;
     const ScalarType dtype = x.scalar_type();
     p.outputs = values.size(0);
@@ -138,7 +119,7 @@ struct Call {
     p.scales = data<float>(scales);
     p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
     p.out = out.mutable_data_ptr();
-    p.activation = activation_named(activation);
+    p.activation = static_cast<Activation>(sparse24_activation_named(activation));
   }
 
   // Two dimensions keep the distance of their rows; others are copied if they are not contiguous.
@@ -152,16 +133,6 @@ struct Call {
 
 // Few rows cost by the weight, many by the row; from here on the second are faster (measured for (4096, 4096) float32).
 constexpr int64_t kFewRowsBelow = 8;
-
-constexpr int64_t kFew = 0, kMany = 1, kDense = 2;
-
-int64_t choose(const std::vector<int64_t>& choice, int64_t rows) {
-  int64_t kernel = rows < kFewRowsBelow ? kFew : kMany;
-  for (size_t i = 0; i + 1 < choice.size(); i += 2) {
-    if (rows >= choice[i]) kernel = choice[i + 1];
-  }
-  return kernel;
-}
 
 template <class T, class W>
 void run_few(const Sparse24Problem& p) {
@@ -183,22 +154,13 @@ void run_many(const Sparse24Problem& p) {
   parallel_for(items, cost, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
-// x W^T by torch's own product with a dense copy of the weight; bias in it where it has x's dtype.
-Tensor dense_linear(const Tensor& x, const Tensor& dense, const OptionalTensor& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(dense),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 template <class T>
 Tensor run_dense(Call& call, const OptionalTensor& dense) {
-  PYVTK_GUARD(dense.has_value(), "choice asks for the dense kernel, but there is no dense copy");
   Sparse24Problem& p = call.problem;
   guard_dtype(*dense, call.x.scalar_type(), "dense");
   guard_shape(*dense, {p.outputs, p.columns}, "dense");
   const bool inside = call.bias.has_value() && call.bias->scalar_type() == call.x.scalar_type();
-  Tensor z = dense_linear(call.x, *dense, inside ? call.bias : OptionalTensor{});
+  Tensor z = sparse24_dense_linear(call.x, *dense, inside ? call.bias : OptionalTensor{});
   if (inside) p.bias = nullptr;
   p.wide_bias = p.wide_bias && !inside;
   if (p.bias == nullptr && p.mul == nullptr && p.activation == Activation::none) return z;
@@ -214,16 +176,16 @@ Tensor sparse24_linear(Tensor x, Tensor values, Tensor metadata, OptionalTensor 
                        OptionalTensor bias, OptionalTensor mul, std::string activation, std::vector<int64_t> choice) {
   Call call(x, values, metadata, scales, bias, mul, activation);
   Tensor result = call.out;
-  const int64_t wanted = choose(choice, call.problem.rows);
-  PYVTK_GUARD(wanted >= kFew && wanted <= kDense, "choice names kernel ", wanted, "; there are 0, 1 and 2");
+  const Sparse24Kernel kernel = sparse24_kernel_chosen(call.problem.rows, choice, dense.has_value(), kFewRowsBelow);
+  const bool few = kernel == Sparse24Kernel::few;
   const bool known = for_float_dtype(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    if (wanted == kDense) {
+    if (kernel == Sparse24Kernel::dense) {
       result = run_dense<T>(call, dense);
     } else if (values.scalar_type() == ScalarType::Char) {
-      wanted == kFew ? run_few<T, int8_t>(call.problem) : run_many<T, int8_t>(call.problem);
+      few ? run_few<T, int8_t>(call.problem) : run_many<T, int8_t>(call.problem);
     } else {
-      wanted == kFew ? run_few<T, T>(call.problem) : run_many<T, T>(call.problem);
+      few ? run_few<T, T>(call.problem) : run_many<T, T>(call.problem);
     }
   });
   PYVTK_GUARD(known, "x has dtype number ", static_cast<int>(x.scalar_type()), ", which sparse24 has no kernel for");

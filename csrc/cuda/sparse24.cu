@@ -11,6 +11,9 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
+// More rows than the kernel for few takes at a time.
+constexpr int64_t kFewRowsBelow = 32;
+
 Sparse24Number number_of(ScalarType dtype, const char* name) {
   if (dtype == ScalarType::Float) return Sparse24Number::float32;
   if (dtype == ScalarType::BFloat16) return Sparse24Number::bfloat16;
@@ -110,13 +113,6 @@ Tensor decompressed(const Tensor& values, const Tensor& metadata, const Optional
   return dense;
 }
 
-Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // torch's own product with a dense weight. What it has no place for (activation, mul, a bias of another dtype) comes in
 // a second launch, on sums that were rounded to x's dtype.
 Tensor linear_by_dense(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, Call call) {
@@ -135,7 +131,7 @@ Tensor linear_by_dense(const Tensor& x, const Tensor& weight, const OptionalTens
     if (plain && !bias.has_value()) return std::move(call.out);
   } else {
     const bool torch_adds = plain && bias.has_value() && bias->scalar_type() == x.scalar_type();
-    product = dense_linear(x, weight, torch_adds ? bias : std::nullopt);
+    product = sparse24_dense_linear(x, weight, torch_adds ? bias : std::nullopt);
     guard_dtype(*product, x.scalar_type(), "torch's product (is autocast on?)");
     if (torch_adds || (plain && !bias.has_value())) return std::move(*product);
     guard_contiguous(*product, "torch's product");
@@ -158,7 +154,7 @@ Tensor linear_operator(const Tensor& x, const Tensor& values, const Tensor& meta
                        const std::string& activation, const std::vector<int64_t>& choice) {
   DeviceGuard device(x.get_device_index());
   Call call = make_call(x, values, metadata, scales, bias, mul, activation);
-  const Sparse24Kernel kernel = sparse24_kernel_chosen(call.problem.rows, choice, dense.has_value());
+  const Sparse24Kernel kernel = sparse24_kernel_chosen(call.problem.rows, choice, dense.has_value(), kFewRowsBelow);
   if (call.problem.rows == 0 || call.problem.features == 0) return std::move(call.out);
   if (kernel == Sparse24Kernel::dense) {
     guard_same_device(x, {&dense});
@@ -206,7 +202,7 @@ Tensor linear_int8_operator(const Tensor& x, const Tensor& values, const Tensor&
   problem.x = quantized.const_data_ptr();
   problem.x_stride = stride;
   problem.epilogue.x_scales = data<float>(x_scales);
-  multiply<int8_t, int8_t>(problem, x, problem.rows < 32);
+  multiply<int8_t, int8_t>(problem, x, problem.rows < kFewRowsBelow);
   return std::move(call.out);
 }
 
