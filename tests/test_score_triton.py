@@ -343,6 +343,18 @@ def test_one_graph():
 
 
 @kernels
+@pytest.mark.parametrize("head_reduce", ("mean", "group"))
+def test_score_and_select_scores_by_triton_and_selects_apart(head_reduce):
+    q, k = (on_device(x) for x in inputs(batch=2, queries=70, keys=40))
+    q.requires_grad_()
+    options = {"causal": True, "head_reduce": head_reduce}
+    selection, scores = pyvtk.score_and_select(q, k, 9, return_scores=True, backend="triton", **options)
+    assert torch.equal(scores, pyvtk.attention_scores(q, k, backend="triton", **options))
+    assert torch.equal(selection.indices, pyvtk.select(scores.detach(), 9).indices)
+    assert torch.autograd.grad(scores.sum(), q)[0].isfinite().all()
+
+
+@kernels
 def test_views_and_memory_order():
     whole = torch.randn(2, 64, 4, 16, device=DEVICE).transpose(1, 2)
     k = torch.randn(2, 37, 2, 24, device=DEVICE).transpose(1, 2)[..., :16]
