@@ -73,6 +73,13 @@ def test_without_a_table_it_says_analytic():
         assert 2 not in found.choice[1::2]  # no memory is spent on a guess
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("rows", [1, 64, 4096])
+def test_weights_that_cuda_unpacks_never_gain(rows, dtype):
+    found = sparse24.estimate(rows, 4096, 4096, dtype, "A100")
+    assert found.speedup < 1 and found.kernel == "dense"
+
+
 @pytest.mark.parametrize("name", ["A100", "H100", "H200", "NVIDIA L40S", "NVIDIA GeForce RTX 4090"])
 def test_named_devices_are_analytic(name):
     few, many = (sparse24.estimate(m, 11008, 4096, torch.bfloat16, name) for m in (1, 2950))

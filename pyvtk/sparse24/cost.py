@@ -36,20 +36,23 @@ _MARGIN = 1.03
 @dataclass(frozen=True)
 class Facts:
     """What a device can do, per second. Rates by name of dtype; ``sparse`` counts the operations of the dense product,
-    as vendors do."""
+    as vendors do. ``unpacked``: dtypes whose weights are unpacked for torch's dense product on every call."""
 
     bandwidth: float
     dense: dict[str, float]
     sparse: dict[str, float]
     overhead: float = 5e-6  # of a launch
+    unpacked: frozenset[str] = frozenset()
 
 
 def _tensor_cores(bandwidth: float, half: float, tf32: float, int8: float) -> Facts:
     dense = {"float32": tf32, "bfloat16": half, "float16": half, "int8": int8}
     # Measured products reach less of the sparse peak than of the dense one: published ratios are 1.1 to 1.6, not 2.
+    # No tensor core takes float32, which is what x is where the weight is float32 or int8.
     return Facts(
-        bandwidth * 0.85e9, {d: r * 0.75e12 for d, r in dense.items()}, {d: r * 0.95e12 for d, r in dense.items()}
-    )
+        bandwidth * 0.85e9, {d: r * 0.75e12 for d, r in dense.items()}, {d: r * 0.95e12 for d, r in dense.items()},
+        unpacked=frozenset(("float32", "int8")),
+    )  # fmt: skip
 
 
 # Data sheets: GB/s; dense TFLOPS of 16-bit numbers with float32 sums, of tf32, and TOPS of int8. Names as torch gives
@@ -232,10 +235,16 @@ def _gpu_facts(name: str) -> Facts | None:
 
 
 def _from_facts(facts: Facts, m: int, n: int, k: int, dtype: str, element: int) -> dict[str, float]:
-    weight = n * k * (1 if dtype == "int8" else element)
     rest = m * (n + k) * element
-    packed = weight / 2 + n * k / 8
+    packed = n * k * (1 if dtype == "int8" else element) / 2 + n * k / 8
+    unpacked = dtype in facts.unpacked
+    weight = n * k * (1 if dtype == "int8" and not unpacked else element)
     work = 2.0 * m * n * k
+    rate = facts.dense["float32" if unpacked else dtype]
+    dense = facts.overhead + max((weight + rest) / facts.bandwidth, work / rate)
+    if unpacked:
+        unpacking = facts.overhead + (packed + weight) / facts.bandwidth
+        return {"few": unpacking + dense, "many": unpacking + dense, "dense": dense}
     # The kernel for few rows reads the weight once for every 16 of them and leaves tensor units (or tiles) aside; the
     # one for many rows works on tiles of 32 of them, full or not.
     reading = (packed * math.ceil(m / 16) + rest) / facts.bandwidth
@@ -243,7 +252,7 @@ def _from_facts(facts: Facts, m: int, n: int, k: int, dtype: str, element: int) 
     return {
         "few": facts.overhead + max(reading, work / (facts.dense[dtype] * 0.5)),
         "many": facts.overhead + max((packed + rest) / facts.bandwidth, tiles),
-        "dense": facts.overhead + max((weight + rest) / facts.bandwidth, work / facts.dense[dtype]),
+        "dense": dense,
     }
 
 
