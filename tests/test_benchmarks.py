@@ -192,6 +192,14 @@ TINY = {
         lambda b: b.put_back("x", (2, 40, 16), 9, torch.bfloat16, {"best": 1.0}, "cuda"),
     ],
     "merge": [lambda b: b.merging("x", 2, 60, 7, 16, torch.bfloat16, {"best": 1.0}, "cuda")],
+    "sparse24": [
+        lambda b: b.linear_on_cuda("x", 5, torch.bfloat16, {"F.linear": 1.4, "cuSPARSELt": 1.0}, "cuda", (64, 128)),
+        lambda b: b.linear_on_cuda("x", 70, torch.float16, {"F.linear": 1.0}, "cuda", (96, 64)),
+        lambda b: b.linear_on_cuda("x", 5, torch.bfloat16, {"F.linear": 1.4}, "cuda", (64, 128), int8=True),
+        lambda b: b.int8_on_cuda("x", 70, {"compiled dense int8": 1.0, "torchao int8": 1.0}, "cuda", (64, 128)),
+        lambda b: b.training_on_cuda("x", 40, (64, 32), False, {"nn.Linear": 1.15}, "cuda"),
+        lambda b: b.training_on_cuda("x", 40, (64, 32), True, {"nn.Linear": 1.15}, "cuda"),
+    ],
 }
 
 
@@ -210,7 +218,8 @@ def test_cases_for_cuda_on_tiny_shapes(monkeypatch, family, number):
     assert bool(made) == any(name.startswith("compiled") for name in runs.providers)
     assert case.limit.amount(*inputs) > 0 and case.limit.scale(*inputs) > 0
     missing = set(case.providers) - set(runs.providers)
-    assert missing <= {"SDPA cuDNN", "FlashInfer + sort", "flash-colreduce"}, runs.absent
+    of_torch = {"cuSPARSELt", "CUTLASS", "compiled cuSPARSELt int8"}
+    assert missing <= {"SDPA cuDNN", "FlashInfer + sort", "flash-colreduce", *of_torch}, runs.absent
 
 
 def test_a_wrong_selection_is_refused(monkeypatch):

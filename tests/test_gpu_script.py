@@ -7,6 +7,8 @@ import tarfile
 import pytest
 from fresh import ROOT
 
+from pyvtk import bench
+
 pytestmark = pytest.mark.package
 # Notes its arguments; fails or takes long if they hold $FAIL or $SLOW.
 PYTHON = """#!/bin/sh
@@ -86,6 +88,11 @@ def test_all_tests_of_triton_kernels_are_found(gpu):
 def test_refuses(gpu, parts, settings, message):
     status, said, _ = gpu(*parts, **settings)
     assert status == 2 and message in said
+
+
+def test_every_family_is_measured(gpu):
+    known = gpu("nothing")[1].split("there are ")[1].split()
+    assert [part for part in known if part.startswith("bench-")] == [f"bench-{f}" for f in bench.load().FAMILIES]
 
 
 def test_needs_a_gpu(gpu, tmp_path):
