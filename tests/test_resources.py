@@ -10,6 +10,8 @@ import pytest
 from pyvtk import _resources
 from pyvtk.__main__ import main
 
+pytestmark = pytest.mark.package
+
 SOURCE = """
 __global__ void __launch_bounds__(256) clean(float* p) {
   __shared__ float s[256];

@@ -181,8 +181,8 @@ PYVTK_INLINE vfloat vexp(vfloat x) {
   p = p * r + 1.6666667e-1f;
   p = p * r + 0.5f;
   p = p * r * r + r + 1.0f;
-  const vint exponent = as_int(shifted) << 23;
-  const vfloat result = as_float(as_int(p) + exponent);
+  // unsigned, since it overflows for x that the last lines turn into 0 or infinity
+  const vfloat result = as_float(reinterpret_cast<vuint>(p) + (reinterpret_cast<vuint>(shifted) << 23));
   // A comparison with NaN is false, so NaN takes the first branch and stays.
   return blend(x < splat(-87.3f), splat(0.0f),
                blend(x > splat(88.7f), splat(std::numeric_limits<float>::infinity()), blend(x != x, x, result)));
