@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ELEMENTS = 2048  # of a program's block
+# Elements of a program's block; with more of them a gradient, which adds up, spills registers.
+_MOVED, _ADDED = 2048, 1024
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------
@@ -117,10 +118,10 @@ def _launch(kernel, programs: int, arguments: dict) -> None:
         kernel[(programs,)](**arguments)
 
 
-def blocks(positions: int, channels: int) -> dict:
-    """The block of a program: whole rows where they are short, at most _ELEMENTS."""
-    block_c = min(triton.next_power_of_2(max(channels, 1)), 2048)
-    block_p = min(triton.next_power_of_2(max(positions, 1)), max(_ELEMENTS // block_c, 1), 256)
+def blocks(positions: int, channels: int, elements: int) -> dict:
+    """The block of a program: whole rows where they are short, at most so many elements."""
+    block_c = min(triton.next_power_of_2(max(channels, 1)), elements)
+    block_p = min(triton.next_power_of_2(max(positions, 1)), max(elements // block_c, 1), 256)
     return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4}
 
 
@@ -153,7 +154,7 @@ def _joined(sources: list[tuple[int, int]], targets: list[tuple[int, int]]) -> l
     return axes
 
 
-def _move_arguments(source, target, dims, batch_dims, count: int) -> tuple[int, dict]:
+def _move_arguments(source, target, dims, batch_dims, count: int, elements: int) -> tuple[int, dict]:
     """Programs, but for rows, and the arguments that say how two tensors lie in memory. dims, batch_dims: of both."""
     (s_batch, s_token, s_rest), (t_batch, t_token, t_rest) = (
         _axes(x, d, b) for x, d, b in zip((source, target), dims, batch_dims)
@@ -161,12 +162,12 @@ def _move_arguments(source, target, dims, batch_dims, count: int) -> tuple[int, 
     axes = _joined(s_rest, t_rest)
     if len(axes) > 3:
         source = source.contiguous()
-        return _move_arguments(source, target, dims, batch_dims, count)
+        return _move_arguments(source, target, dims, batch_dims, count, elements)
     (n2, s2, t2), (n1, s1, t1), (channels, s0, t0) = [(1, 0, 0)] * (3 - len(axes)) + axes
     arguments = {
         "source": source, "target": target, "count": count, "channels": channels, "n1": n1, "n2": n2,
         "s_batch": s_batch, "s_token": s_token, "s2": s2, "s1": s1, "s0": s0,
-        "t_batch": t_batch, "t_token": t_token, "t2": t2, "t1": t1, "t0": t0, **blocks(count, channels),
+        "t_batch": t_batch, "t_token": t_token, "t2": t2, "t1": t1, "t0": t0, **blocks(count, channels, elements),
     }  # fmt: skip
     block = arguments["BLOCK_P"], arguments["BLOCK_C"]
     return n2 * n1 * triton.cdiv(count, block[0]) * triton.cdiv(channels, block[1]), arguments
@@ -237,7 +238,7 @@ def compact(indices, counts, align_right, tensors, dims, batch_dims, pads, total
         value = _plain(torch.full((1,), pad if x.is_floating_point() or x.is_complex() else int(pad), dtype=x.dtype))
         value = _integers(value.flatten()).tolist()
         source, target = (_rows_apart(_integers(_plain(y)), heads) for y in (x, out))
-        programs, arguments = _move_arguments(source, target, (dim, place), (batch_dim, batch_place), count)
+        programs, arguments = _move_arguments(source, target, (dim, place), (batch_dim, batch_place), count, _MOVED)
         odd = {"tokens": tokens, "rows": rows, "pad": value[0], "pad_odd": value[-1], "PACKED": total is not None}
         _launch(gather_kernel, programs * groups, {**arguments, **odd})
     return outs
@@ -296,7 +297,9 @@ def compact_backward(
             landings[merged] = landing(merged)
         starts, from_rows, positions = landings[merged]
         source, target = (_rows_apart(_plain(y), heads) for y in (grad, result))
-        programs, arguments = _move_arguments(source, target, (place, dim), (batch_place, batch_dim), num_tokens)
+        programs, arguments = _move_arguments(
+            source, target, (place, dim), (batch_place, batch_dim), num_tokens, _ADDED
+        )
         wide = tl.float64 if source.dtype == torch.float64 else tl.float32
         more = {"starts": starts, "source_rows": from_rows, "source_positions": positions, "WIDE": wide}
         _launch(scatter_kernel, programs * (1 if merged else rows), {**arguments, **more})

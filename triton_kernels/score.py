@@ -674,11 +674,16 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, tokens: int, lean: boo
     warps = 4
     if single:
         rows, keys, stages = (32, 32, 2) if not wide else (16, 32, 2)
+        warps = 4 if head_dim <= 64 else 8
+        if kernel in ("scores", "query_grad") and head_dim % 64:
+            rows = 16  # the second part is padded to the first
     elif kernel in ("lse", "scores"):
         # a warp owns 32 of the tokens that stay: each of those it reads from shared memory serves two products
         tall = kernel == "scores" and head_dim in (64, 128) and (large or capability == (8, 0))
         tall = lean and (tall or capability[0] == 9 or (large and kernel == "lse"))
         stay, pass_by = (128, 64 if tall else 32) if not wide else (64, 32)
+        if kernel == "scores" and stages == 2 and not wide and (not lean or head_dim % 64):
+            pass_by = 16  # with more, ptxas spills a little for the sake of another block
         rows, keys = (stay, pass_by) if kernel == "lse" else (pass_by, stay)
         if kernel == "lse" and large and not wide:
             warps = 8
@@ -686,7 +691,7 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, tokens: int, lean: boo
         rows, keys = (64, 32 if lean else 16) if not wide else (32, 32)
         stages = 2
     else:
-        rows, keys = (32 if lean else 16, 64 if lean or large else 32) if not wide else (32, 32)
+        rows, keys = (32 if lean else 16, 64 if lean or capability[0] == 9 else 32) if not wide else (32, 32)
         stages = 2
     if wide and not single:
         stages = 2
