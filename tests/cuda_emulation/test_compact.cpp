@@ -2,13 +2,12 @@
 // the sanitizers. The tests in Python compare more of them with the reference, in a process that ThreadSanitizer does
 // not watch.
 #include <cstring>
-#include <memory>
-#include <random>
 #include <vector>
 
 #include "check.h"
 #include "cuda/compact.cuh"
 #include "cuda/merge.cuh"
+#include "problems.h"
 
 using namespace pyvtk;
 using namespace pyvtk::cuda;
@@ -20,25 +19,6 @@ constexpr int kProblems = 4;
 #else
 constexpr int kProblems = 80;
 #endif
-
-std::mt19937_64 generator(0);
-int64_t any(int64_t low, int64_t high) {
-  return low + static_cast<int64_t>(generator() % static_cast<uint64_t>(high - low + 1));
-}
-bool chance(int percent) { return any(1, 100) <= percent; }
-
-// malloc'ed, of exactly this size
-template <class T>
-struct Array {
-  int64_t size;
-  std::unique_ptr<T, decltype(&std::free)> memory;
-
-  explicit Array(int64_t size)
-      : size(size), memory(static_cast<T*>(std::malloc(static_cast<size_t>(size) * sizeof(T))), &std::free) {}
-  T* begin() const { return memory.get(); }
-  T* end() const { return begin() + size; }
-  T& operator[](int64_t i) const { return begin()[i]; }
-};
 
 Array<float> numbers(int64_t size) {
   Array<float> x(size);

@@ -2,13 +2,13 @@
 // test_emulated_score_and_select.py compares more of them with the reference, in a process that ThreadSanitizer does
 // not watch.
 #include <cmath>
-#include <memory>
 #include <numeric>
 #include <random>
 #include <vector>
 
 #include "check.h"
 #include "cuda/score_and_select.cuh"
+#include "problems.h"
 
 using namespace pyvtk;
 
@@ -17,22 +17,7 @@ namespace {
 // Of the longest sums here, and some more for exp: what a wrong score differs by is far more.
 constexpr double kRoundings = 64 * 1.2e-7;
 
-std::mt19937 generator(0);
 float normal() { return std::normal_distribution<float>()(generator); }
-bool chance(int percent) { return static_cast<int>(generator() % 100) < percent; }
-
-// malloc'ed, of exactly this size
-template <class T>
-struct Array {
-  int64_t size;
-  std::unique_ptr<T, decltype(&std::free)> memory;
-
-  explicit Array(int64_t size)
-      : size(size), memory(static_cast<T*>(std::malloc(static_cast<size_t>(size) * sizeof(T))), &std::free) {}
-  T* begin() const { return memory.get(); }
-  T* end() const { return begin() + size; }
-  T& operator[](int64_t i) const { return begin()[i]; }
-};
 
 struct Shape {
   int64_t batch, q_heads, kv_heads, queries, keys, dim;
