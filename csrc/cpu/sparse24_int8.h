@@ -7,8 +7,9 @@
 
 namespace pyvtk::cpu::PYVTK_ISA {
 
-// Vectors of rows per tile: six pairs of 16 groups of so many fill half of the first-level cache.
-inline constexpr int64_t kPairVectors = 6;
+// Vectors of rows per tile: six pairs of 16 groups of so many fill two thirds of the first-level cache, and
+// their sums the registers (with eight of them the compiler spills).
+inline constexpr int64_t kPairVectors = 7;
 inline constexpr int64_t kPairs = 6;
 inline constexpr int64_t kFirstOf[kPairs] = {0, 0, 0, 1, 1, 2}, kSecondOf[kPairs] = {1, 2, 3, 2, 3, 3};
 
@@ -46,38 +47,55 @@ float quantize_row(const T* x, int64_t columns, const float* call_scale, float* 
     const vint none = y != y;
     y = (y + kMagic) - kMagic;
     y = blend(none, vfloat{}, y);
-    for (int64_t lane = 0; lane < std::min(kLanes, columns - i); ++lane) out[i + lane] = y[lane];
+    if (columns - i < kLanes) {
+      for (int64_t lane = 0; lane < columns - i; ++lane) out[i + lane] = y[lane];
+    } else {
+      store(out + i, y);
+    }
   }
   return scale;
 }
 
-// Offsets, in numbers, of the pairs of two groups, for each metadata byte. What is no pair takes the first.
-using PairOffsets = std::array<std::array<int32_t, 2>, 256>;
+// Byte offsets of the pairs of two groups, for each metadata byte. What is no pair takes the first.
+using PairOffsets = std::array<std::array<uint16_t, 2>, 256>;
 
-inline void fill_offsets(PairOffsets& offsets, int64_t line) {
+inline void fill_offsets(PairOffsets& offsets, int64_t line_bytes) {
   for (int64_t byte = 0; byte < 256; ++byte) {
     for (int64_t i = 0; i < 2; ++i) {
       const int64_t nibble = byte >> (4 * i) & 15;
       int64_t pair = 0;
       for (int64_t j = 0; j < kPairs; ++j) pair = (kFirstOf[j] | kSecondOf[j] << 2) == nibble ? j : pair;
-      offsets[byte][i] = static_cast<int32_t>((i * kPairs + pair) * line);
+      offsets[byte][i] = static_cast<uint16_t>((i * kPairs + pair) * line_bytes);
     }
   }
 }
 
 // x [rows][columns] of whole numbers -> [groups, rounded up to even][pair][vectors * kLanes], 0 where nothing is.
 inline void pack_pairs(const float* x, int64_t rows, int64_t columns, int64_t vectors, int32_t* packed) {
-  const int64_t line = vectors * kLanes, groups = columns / 4;
-  for (int64_t group = 0; group < groups + groups % 2; ++group) {
-    for (int64_t row = 0; row < line; ++row) {
-      uint32_t four[4] = {};
-      if (row < rows && group < groups) {
-        for (int64_t i = 0; i < 4; ++i)
-          four[i] = static_cast<uint32_t>(static_cast<int32_t>(x[row * columns + 4 * group + i]));
+  const int64_t line = vectors * kLanes, groups = ceil_div<int64_t>(columns, 8) * 2;
+  for (int64_t column = 0; column < 4 * groups; column += kLanes) {
+    const int64_t width = std::min(kLanes, columns - column), count = std::min(kLanes / 4, groups - column / 4);
+    for (int64_t v = 0; v < vectors; ++v) {
+      vfloat turned[kLanes];
+#pragma GCC unroll 16
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t row = v * kLanes + lane;
+        const float* from = x + row * columns + column;
+        turned[lane] = row >= rows || width <= 0 ? vfloat{} : width == kLanes ? load(from) : load_partial(from, width);
       }
-      int32_t* to = packed + group * kPairs * line + row;
-      for (int64_t pair = 0; pair < kPairs; ++pair) {
-        to[pair * line] = static_cast<int32_t>((four[kFirstOf[pair]] & 0xffffu) | four[kSecondOf[pair]] << 16);
+      transpose_level<1>(turned);
+      for (int64_t group = 0; group < count; ++group) {
+        vint low[4], high[4];
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < 4; ++i) {
+          const vint whole = __builtin_convertvector(turned[4 * group + i], vint);
+          low[i] = whole & 0xffff;
+          high[i] = whole << 16;
+        }
+        int32_t* to = packed + (column / 4 + group) * kPairs * line + v * kLanes;
+#pragma GCC unroll 6
+        for (int64_t pair = 0; pair < kPairs; ++pair)
+          store(to + pair * line, low[kFirstOf[pair]] | high[kSecondOf[pair]]);
       }
     }
   }
@@ -91,25 +109,56 @@ __attribute__((noinline)) void pair_chunk(const int32_t* weights, const uint8_t*
   constexpr int64_t kLine = vectors * kLanes;
   vint sum[outputs][vectors] = {};
   for (int64_t byte = 0; byte < bytes; ++byte) {
+    const char* from = reinterpret_cast<const char*>(lines + byte * 2 * kPairs * kLine);
 #pragma GCC unroll 8
     for (int64_t o = 0; o < outputs; ++o) {
-      const int32_t* offset = offsets[metadata[o * metadata_step + byte]].data();
+      const uint16_t* offset = offsets[metadata[o * metadata_step + byte]].data();
 #pragma GCC unroll 2
       for (int64_t i = 0; i < 2; ++i) {
         const vint weight = splat(weights[o * (kManyChunk / 4) + 2 * byte + i]);
-        const int32_t* line = lines + byte * 2 * kPairs * kLine + offset[i];
-#pragma GCC unroll 6
+        const int32_t* line = reinterpret_cast<const int32_t*>(from + offset[i]);
+#pragma GCC unroll 8
         for (int64_t v = 0; v < vectors; ++v) sum[o][v] += multiply_add_pairs(weight, load(line + v * kLanes));
       }
     }
   }
 #pragma GCC unroll 8
   for (int64_t o = 0; o < outputs; ++o) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int64_t v = 0; v < vectors; ++v) {
       int32_t* to = total + o * kLine + v * kLanes;
       store(to, fresh ? sum[o][v] : load(to) + sum[o][v]);
     }
+  }
+}
+
+// For one output: addresses are formed a byte ahead, as in many_chunk_ahead.
+template <int64_t vectors>
+__attribute__((noinline)) void pair_chunk_ahead(const int32_t* weights, const uint8_t* metadata, int64_t bytes,
+                                                const int32_t* lines, const PairOffsets& offsets, int32_t* total,
+                                                bool fresh) {
+  constexpr int64_t kLine = vectors * kLanes, kGroups = 2 * kPairs * kLine * static_cast<int64_t>(sizeof(int32_t));
+  MetadataBytes left(metadata, bytes);
+  const std::array<uint16_t, 2>* offset = &offsets[left.next()];
+  uint64_t line[2] = {(*offset)[0], (*offset)[1]};
+  offset = &offsets[left.next()];
+  vint sum[vectors] = {};
+  for (int64_t byte = 0; byte < bytes; ++byte) {
+    const uint64_t next = static_cast<uint64_t>((byte + 1) * kGroups);
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < 2; ++i) {
+      const vint weight = splat(weights[2 * byte + i]);
+      const int32_t* at = reinterpret_cast<const int32_t*>(reinterpret_cast<const char*>(lines) + line[i]);
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < vectors; ++v) sum[v] += multiply_add_pairs(weight, load(at + v * kLanes));
+      line[i] = next + (*offset)[i];
+    }
+    offset = &offsets[left.next()];
+  }
+#pragma GCC unroll 8
+  for (int64_t v = 0; v < vectors; ++v) {
+    int32_t* to = total + v * kLanes;
+    store(to, fresh ? sum[v] : load(to) + sum[v]);
   }
 }
 
@@ -138,9 +187,15 @@ void pair_outputs(const Sparse24Problem& p, const int32_t* packed, const PairOff
       }
       int32_t weights[kAtOnce][kKept / 2];
       std::memcpy(weights, wide, sizeof(weights));
-      const auto kernel = outputs == kAtOnce ? &pair_chunk<vectors, kAtOnce> : &pair_chunk<vectors, 1>;
-      kernel(weights[0], metadata + n * bytes + column / 8, bytes, ceil_div<int64_t>(kept, 4),
-             packed + column / 4 * kPairs * kLine, offsets, total + n * kLine, column == 0);
+      const int32_t* lines = packed + column / 4 * kPairs * kLine;
+      const uint8_t* nibbles = metadata + n * bytes + column / 8;
+      const int64_t chunk_bytes = ceil_div<int64_t>(kept, 4);
+      if (outputs == 1) {
+        pair_chunk_ahead<vectors>(weights[0], nibbles, chunk_bytes, lines, offsets, total + n * kLine, column == 0);
+      } else {
+        pair_chunk<vectors, kAtOnce>(weights[0], nibbles, bytes, chunk_bytes, lines, offsets, total + n * kLine,
+                                     column == 0);
+      }
       n += outputs;
     }
   }
@@ -167,7 +222,7 @@ void many_int8(const Sparse24Problem& p, const float* x, const float* row_scales
   const int64_t widest = std::min(kPairVectors, all) * kLanes, parts = ceil_div(p.outputs, kManyPart);
   const int64_t padded_groups = p.groups() + p.groups() % 2;
   const Scratch packed_memory = scratch(padded_groups * kPairs * widest);
-  const Scratch total_memory = scratch(kManyOutputs * widest), sums = scratch(kManyOutputs);
+  const Scratch total_memory = scratch(kManyOutputs * widest), turned = scratch(kManyOutputs * widest);
   int32_t* packed = reinterpret_cast<int32_t*>(packed_memory.get());
   int32_t* total = reinterpret_cast<int32_t*>(total_memory.get());
   PairOffsets offsets;
@@ -178,16 +233,16 @@ void many_int8(const Sparse24Problem& p, const float* x, const float* row_scales
       vectors = all * (tile + 1) / tiles - all * tile / tiles;
       row = all * tile / tiles * kLanes;
       pack_pairs(x + row * p.columns, p.rows - row, p.columns, vectors, packed);
-      fill_offsets(offsets, vectors * kLanes);
+      fill_offsets(offsets, vectors * kLanes * static_cast<int64_t>(sizeof(int32_t)));
     }
     const int64_t line = vectors * kLanes, part_end = std::min(p.outputs, (item % parts + 1) * kManyPart);
     for (int64_t first = item % parts * kManyPart; first < part_end; first += kManyOutputs) {
       const int64_t count = std::min(kManyOutputs, part_end - first);
       if (p.columns == 0) std::fill_n(total, count * line, 0);
       pair_kernel(vectors)(p, packed, offsets, first, count, total);
+      turn_totals(total, count, vectors, turned.get());
       for (int64_t r = 0; r < std::min(line, p.rows - row); ++r) {
-        for (int64_t n = 0; n < count; ++n) sums[n] = static_cast<float>(total[n * line + r]);
-        finish_row<T>(p, row + r, first, count, sums.get(), row_scales[row + r]);
+        finish_row<T>(p, row + r, first, count, turned.get() + r * kManyOutputs, row_scales[row + r]);
       }
     }
   }
