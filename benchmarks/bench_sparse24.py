@@ -363,7 +363,7 @@ def int8_on_cuda(name, rows, bars, device="cuda", shape=None, dtype=torch.bfloat
 
 def training_on_cuda(name, rows, shape, transposable, bars, device="cuda", dtype=torch.bfloat16):
     """Forward and backward to x, weight and bias. The dense layer has zeros where ours is pruned, so that results are
-    the same: a masked weight's gradient goes to all of it. Ours compresses in every step, and waits there."""
+    the same: a masked weight's gradient goes to all of it. Ours compresses in every step."""
     outputs, columns = shape
 
     def inputs():

@@ -84,7 +84,11 @@ def test_weights_that_cuda_unpacks_never_gain(rows, dtype):
 def test_named_devices_are_analytic(name):
     few, many = (sparse24.estimate(m, 11008, 4096, torch.bfloat16, name) for m in (1, 2950))
     assert few.source == many.source == "analytic"
-    assert few.kernel == "few" and few.speedup > 1.4 and many.kernel == "many" and 1 < many.speedup < 2
+    assert few.kernel == "few" and few.speedup > 1.4
+    if name.startswith("H"):  # our kernel reaches a part of Hopper's sparse rate, and the vendor's was not measured
+        assert many.kernel == "dense" and 1 < many.seconds["dense"] / many.seconds["vendor"] < 2
+    else:
+        assert many.kernel == "many" and 1 < many.speedup < 2
     # the dense product of one row reads the weight: bytes over the data sheet's bandwidth, or a little slower
     assert 11008 * 4096 * 2 / 5e12 < few.seconds["dense"] < 11008 * 4096 * 2 / 0.4e12
 

@@ -10,7 +10,7 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from pyvtk import _measure, backends, checks
 from pyvtk._version import __version__
 from pyvtk.ops import sparse24 as ops
-from pyvtk.sparse24.format import DENSE, FEW, MANY, Sparse24Weight
+from pyvtk.sparse24 import vendor as cusparselt
+from pyvtk.sparse24.format import DENSE, FEW, MANY, VENDOR, Sparse24Weight
 from pyvtk.sparse24.pruning import two_of_four
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
@@ -29,29 +30,37 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 SHAPES = ((768, 768), (1024, 4096), (4096, 4096))  # [out_features, in_features]
 _FEW_UP_TO = 128  # rows until which the kernel for few rows is measured: it only loses ground after that
 _COLD = 64 << 20  # bytes of weights that are used in turn, so that they come from memory as in a model
-# A dense product has to win by more than noise before memory is spent on a copy.
+_VENDOR_FROM = 8  # rows from which the vendor's kernel is measured: it works on eight at a time
+# A dense product, or the vendor's, has to win by more than noise before memory is spent on a copy.
 _MARGIN = 1.03
+# What mma.sp is assumed to reach of the sparse rate of Hopper, whose own instruction (wgmma) only the vendor's kernel
+# uses. Not measured: dense mma is said to reach about as much of the dense rate.
+_MMA_OF_WGMMA = 0.6
 
 
 @dataclass(frozen=True)
 class Facts:
     """What a device can do, per second. Rates by name of dtype; ``sparse`` counts the operations of the dense product,
-    as vendors do. ``unpacked``: dtypes whose weights are unpacked for torch's dense product on every call."""
+    as vendors do. ``unpacked``: dtypes whose weights are unpacked for torch's dense product on every call. ``vendor``:
+    ``sparse`` for cuSPARSELt; empty where there is none."""
 
     bandwidth: float
     dense: dict[str, float]
     sparse: dict[str, float]
     overhead: float = 5e-6  # of a launch
     unpacked: frozenset[str] = frozenset()
+    vendor: dict[str, float] = field(default_factory=dict)
 
 
-def _tensor_cores(bandwidth: float, half: float, tf32: float, int8: float) -> Facts:
+def _tensor_cores(bandwidth: float, half: float, tf32: float, int8: float, hopper: bool = False) -> Facts:
     dense = {"float32": tf32, "bfloat16": half, "float16": half, "int8": int8}
     # Measured products reach less of the sparse peak than of the dense one: published ratios are 1.1 to 1.6, not 2.
     # No tensor core takes float32, which is what x is where the weight is float32 or int8.
+    sparse = {d: r * 0.95e12 for d, r in dense.items()}
+    ours = {d: r * _MMA_OF_WGMMA for d, r in sparse.items()} if hopper else sparse
     return Facts(
-        bandwidth * 0.85e9, {d: r * 0.75e12 for d, r in dense.items()}, {d: r * 0.95e12 for d, r in dense.items()},
-        unpacked=frozenset(("float32", "int8")),
+        bandwidth * 0.85e9, {d: r * 0.75e12 for d, r in dense.items()}, ours,
+        unpacked=frozenset(("float32", "int8")), vendor=sparse,
     )  # fmt: skip
 
 
@@ -61,9 +70,9 @@ GPUS = {
     "A100-SXM4-80GB": _tensor_cores(2039, 312, 156, 624),
     "A100 80GB PCIe": _tensor_cores(1935, 312, 156, 624),
     "A100": _tensor_cores(1555, 312, 156, 624),
-    "H200": _tensor_cores(4800, 989, 494, 1979),
-    "H100 PCIe": _tensor_cores(2039, 756, 378, 1513),
-    "H100": _tensor_cores(3352, 989, 494, 1979),
+    "H200": _tensor_cores(4800, 989, 494, 1979, hopper=True),
+    "H100 PCIe": _tensor_cores(2039, 756, 378, 1513, hopper=True),
+    "H100": _tensor_cores(3352, 989, 494, 1979, hopper=True),
     "L40S": _tensor_cores(864, 362, 183, 733),
     "L4": _tensor_cores(300, 121, 60, 242),
     "A10": _tensor_cores(600, 125, 62.5, 250),
@@ -81,13 +90,15 @@ class Estimate:
     """What :func:`estimate` found.
 
     Attributes:
-        seconds: kernel ("few", "many", "dense") -> predicted seconds.
-        kernel: the fastest of them.
-        speedup: seconds of the dense product / seconds of the better sparse kernel.
+        seconds: kernel ("few", "many", "dense"; "vendor" too where cuSPARSELt is there and takes the weight) ->
+            predicted seconds.
+        kernel: the fastest of them. The vendor's counts only if it was measured, here and below: it wants the weight in
+            a form of its own, and a guess never costs memory.
+        speedup: seconds of the dense product / seconds of the best sparse kernel.
         source: "measured" (a table of :func:`calibrate`) or "analytic" (bytes and operations over rates from data
             sheets, or cautious guesses for a CPU: an order of magnitude).
-        choice: kernels by rows for this weight, for ``Sparse24Weight.choice``: pairs (rows, kernel number). Dense is
-            among them only if it was measured.
+        choice: kernels by rows for this weight, for ``Sparse24Weight.choice``: pairs (rows, kernel number). Dense and
+            the vendor's are among them only if they were measured.
     """
 
     seconds: dict[str, float]
@@ -154,7 +165,7 @@ def _parse(text: str, device: torch.device) -> Table:
         raise ValueError("it was made for another device or version")
     table: Table = {}
     for dtype, kernels in stored["seconds"].items():
-        if dtype not in DTYPES or not set(ops.KERNELS) <= set(kernels):
+        if dtype not in DTYPES or not {"few", "many", "dense"} <= set(kernels) <= set(ops.KERNELS):
             raise ValueError(f"it has unknown or missing entries for {dtype!r}")
         for kernel, entries in kernels.items():
             for entry in entries:
@@ -249,11 +260,17 @@ def _from_facts(facts: Facts, m: int, n: int, k: int, dtype: str, element: int) 
     # one for many rows works on tiles of 32 of them, full or not.
     reading = (packed * math.ceil(m / 16) + rest) / facts.bandwidth
     tiles = work * max(m, 32) / m / facts.sparse[dtype]
-    return {
+    seconds = {
         "few": facts.overhead + max(reading, work / (facts.dense[dtype] * 0.5)),
         "many": facts.overhead + max((packed + rest) / facts.bandwidth, tiles),
         "dense": dense,
     }
+    if facts.vendor:
+        # as the one for many rows; x is copied where its rows are no multiple of eight
+        copying = facts.overhead + 2 * m * k * element / facts.bandwidth if m % 8 else 0.0
+        tiles = work * max(m, 32) / m / facts.vendor[dtype]
+        seconds["vendor"] = copying + facts.overhead + max((packed + rest) / facts.bandwidth, tiles)
+    return seconds
 
 
 def _device_of(op: str, device: torch.device | str) -> tuple[torch.device | None, Facts]:
@@ -283,7 +300,7 @@ def _device_of(op: str, device: torch.device | str) -> tuple[torch.device | None
         properties = torch.cuda.get_device_properties(device)
         # 2048 (4096 from Hopper on) 16-bit operations of each multiprocessor and cycle, at a cautious 1.4 GHz
         half = properties.multi_processor_count * (4096 if major == 9 else 2048) * 1.4e-3
-        facts = _tensor_cores(600, half, half / 2, half * 2)
+        facts = _tensor_cores(600, half, half / 2, half * 2, hopper=major == 9)
     return device, facts
 
 
@@ -295,9 +312,12 @@ def _dtype_name(op: str, dtype: torch.dtype) -> str:
 
 
 def _best(seconds: dict[str, float], measured: bool) -> int:
-    """Number of the kernel to run; dense, which costs memory, only if it was measured to win by more than noise."""
-    sparse = FEW if seconds["few"] <= seconds["many"] else MANY
-    return DENSE if measured and seconds["dense"] * _MARGIN < seconds[ops.KERNELS[sparse]] else sparse
+    """Number of the kernel to run; dense and vendor, which cost memory, only if measured to win by more than noise."""
+    ours = FEW if seconds["few"] <= seconds["many"] else MANY
+    if not measured:
+        return ours
+    copy = VENDOR if seconds.get("vendor", math.inf) < seconds["dense"] else DENSE
+    return copy if seconds[ops.KERNELS[copy]] * _MARGIN < seconds[ops.KERNELS[ours]] else ours
 
 
 # Row counts at which the choice may change.
@@ -327,20 +347,27 @@ def estimate(
     name = _dtype_name(op, dtype)
     where, facts = _device_of(op, device)
     table = None if where is None else _load(where)
-    if table is not None and name in table:
-        source = "measured"
-        at = lambda rows: _from_table(table, rows, n, k, name)  # noqa: E731
-    else:
-        source, element = "analytic", 4 if dtype == torch.int8 else dtype.itemsize
-        at = lambda rows: _from_facts(facts, rows, n, k, name, element)  # noqa: E731
+    x_dtype = _x_dtype(dtype)
+    # of another machine's GPU only the shape can be asked
+    no_vendor = cusparselt.does_not_fit(n, k, x_dtype) if where is None else cusparselt.why_not(n, k, x_dtype, where)
+
+    def at(rows: int) -> dict[str, float]:
+        if table is not None and name in table:
+            found = _from_table(table, rows, n, k, name)
+        else:
+            found = _from_facts(facts, rows, n, k, name, x_dtype.itemsize)
+        return {kernel: s for kernel, s in found.items() if kernel != "vendor" or no_vendor is None}
+
+    source = "measured" if table is not None and name in table else "analytic"
     seconds = at(m)
     choice: list[int] = []
     for rows in _GRID:
         kernel = _best(at(rows), source == "measured")
         if not choice or choice[-1] != kernel:
             choice += [rows if choice else 0, kernel]
-    sparse = min(seconds["few"], seconds["many"])
-    fastest = min(seconds, key=seconds.__getitem__)
+    counted = {kernel: s for kernel, s in seconds.items() if kernel != "vendor" or source == "measured"}
+    fastest = min(counted, key=counted.__getitem__)
+    sparse = min(s for kernel, s in counted.items() if kernel != "dense")
     return Estimate(seconds, fastest, seconds["dense"] / sparse, source, tuple(choice))
 
 
@@ -352,7 +379,8 @@ def calibrate(
     shapes: Sequence[tuple[int, int]] = SHAPES,
     seconds: float = 0.1,
 ) -> Path:
-    """Measure the kernels on this machine and store the table that :func:`estimate` reads.
+    """Measure the kernels on this machine (the vendor's where it is there) and store the table that :func:`estimate`
+    reads.
 
     The calls take turns, so that a slow spell hits all alike, and medians are stored. Weights are used in turn too, so
     that they come from memory. With the threads that torch is set to; another number is another table. A minute or two.
@@ -388,8 +416,9 @@ def calibrate(
             kernels: dict[str, list[dict]] = {kernel: [] for kernel in ops.KERNELS}
             for shape in shapes:
                 for kernel, times in _measure_shape(shape, dtype, rows, device, seconds, clock).items():
-                    kernels[kernel].append({"shape": shape, "rows": list(times), "seconds": list(times.values())})
-            found[name] = kernels
+                    if times:
+                        kernels[kernel].append({"shape": shape, "rows": list(times), "seconds": list(times.values())})
+            found[name] = {kernel: entries for kernel, entries in kernels.items() if entries}
     path = table_path(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -426,6 +455,10 @@ def _measure_shape(shape, dtype, rows, device, seconds, clock) -> dict[str, dict
         weight = Sparse24Weight(*ops.compress(dense, mask))
     packed = [(weight.values.clone(), weight.metadata.clone()) for _ in range(_copies(weight.nbytes))]
     copies = [dense.clone() for _ in range(_copies(dense.numel() * dense.element_size()))]
+    theirs: list[torch.Tensor] = []
+    if cusparselt.why_not(n, k, x_dtype, device) is None:
+        theirs.append(weight.cache_vendor(x_dtype))
+        theirs += [theirs[0].clone() for _ in range(_copies(theirs[0].nbytes) - 1)]
     times: dict[str, dict[int, float]] = {kernel: {} for kernel in ops.KERNELS}
     for m in rows:
         x = torch.randn(m, k, device=device).to(x_dtype)
@@ -433,13 +466,16 @@ def _measure_shape(shape, dtype, rows, device, seconds, clock) -> dict[str, dict
         def sparse(kernel: int, x=x):
             def call(turn: int):
                 values, metadata = packed[turn % len(packed)]
-                return ops.linear(x, values, metadata, scales=weight.scales, choice=(0, kernel))
+                vendor = theirs[turn % len(theirs)] if kernel == VENDOR else None
+                return ops.linear(x, values, metadata, scales=weight.scales, choice=(0, kernel), vendor=vendor)
 
             return call
 
         calls = {"many": sparse(MANY), "dense": lambda turn, x=x: F.linear(x, copies[turn % len(copies)])}
         if m <= _FEW_UP_TO or m == rows[0]:
             calls["few"] = sparse(FEW)
+        if theirs and m >= _VENDOR_FROM:
+            calls["vendor"] = sparse(VENDOR)
         timings = _measure.interleave(calls, lambda turn, _: (turn,), seconds=seconds, min_rounds=3, clock=clock)
         for kernel, timing in timings.items():
             times[kernel][m] = timing.median
