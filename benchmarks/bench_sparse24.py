@@ -161,6 +161,7 @@ CASES = all_cases()
 
 
 FEW_ON_CUDA = 64
+VENDOR = "pyvtk, vendor chosen"  # our call where the weight is packed for cuSPARSELt
 
 
 class Packed:
@@ -263,6 +264,9 @@ def linear_on_cuda(name, rows, dtype, bars, device="cuda", shape=None, int8=Fals
         providers |= {
             "cuSPARSELt": lambda x, *rest: F.linear(x, rest[-1].cusparselt),
             "CUTLASS": lambda x, *rest: F.linear(x, rest[-1].cutlass),
+            VENDOR: lambda x, memory, values, metadata, scales, dense, other: sparse24.linear(
+                x, values, metadata, choice=(0, 3), vendor=other.compressed
+            ),
             **more,
         }
     return Case(
@@ -277,7 +281,7 @@ def linear_on_cuda(name, rows, dtype, bars, device="cuda", shape=None, int8=Fals
         cold=True,
         device=device,
         absent=absent,
-        optional=tuple(peer for peer in providers if peer.startswith(("cuSPARSELt", "CUTLASS", "torchao"))),
+        optional=tuple(peer for peer in providers if peer.startswith(("cuSPARSELt", "CUTLASS", "torchao", VENDOR))),
         graph=True,
     )
 
