@@ -24,6 +24,8 @@ from pyvtk.sparse24.format import DENSE, FEW, MANY, VENDOR, Sparse24Weight
 from pyvtk.sparse24.pruning import two_of_four
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+# What a table has times of: values by their dtype, x in the same; int8 values times float32 x, or times another.
+ENTRIES = (*DTYPES, "int8, bfloat16", "int8, float16")
 TABLE_VERSION = 1
 # Rows and weights that calibrate measures. Beyond the last rows time grows in proportion.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -41,8 +43,8 @@ _MMA_OF_WGMMA = 0.6
 @dataclass(frozen=True)
 class Facts:
     """What a device can do, per second. Rates by name of dtype; ``sparse`` counts the operations of the dense product,
-    as vendors do. ``unpacked``: dtypes whose weights are unpacked for torch's dense product on every call. ``vendor``:
-    ``sparse`` for cuSPARSELt; empty where there is none."""
+    as vendors do. ``unpacked``: dtypes of x for which weights are unpacked for torch's dense product on every call.
+    ``vendor``: ``sparse`` for cuSPARSELt; empty where there is none."""
 
     bandwidth: float
     dense: dict[str, float]
@@ -55,12 +57,12 @@ class Facts:
 def _tensor_cores(bandwidth: float, half: float, tf32: float, int8: float, hopper: bool = False) -> Facts:
     dense = {"float32": tf32, "bfloat16": half, "float16": half, "int8": int8}
     # Measured products reach less of the sparse peak than of the dense one: published ratios are 1.1 to 1.6, not 2.
-    # No tensor core takes float32, which is what x is where the weight is float32 or int8.
+    # No tensor core takes float32.
     sparse = {d: r * 0.95e12 for d, r in dense.items()}
     ours = {d: r * _MMA_OF_WGMMA for d, r in sparse.items()} if hopper else sparse
     return Facts(
         bandwidth * 0.85e9, {d: r * 0.75e12 for d, r in dense.items()}, ours,
-        unpacked=frozenset(("float32", "int8")), vendor=sparse,
+        unpacked=frozenset(("float32",)), vendor=sparse,
     )  # fmt: skip
 
 
@@ -165,7 +167,7 @@ def _parse(text: str, device: torch.device) -> Table:
         raise ValueError("it was made for another device or version")
     table: Table = {}
     for dtype, kernels in stored["seconds"].items():
-        if dtype not in DTYPES or not {"few", "many", "dense"} <= set(kernels) <= set(ops.KERNELS):
+        if dtype not in ENTRIES or not {"few", "many", "dense"} <= set(kernels) <= set(ops.KERNELS):
             raise ValueError(f"it has unknown or missing entries for {dtype!r}")
         for kernel, entries in kernels.items():
             for entry in entries:
@@ -245,14 +247,15 @@ def _gpu_facts(name: str) -> Facts | None:
     return next((facts for known, facts in GPUS.items() if known.lower() in name.lower()), None)
 
 
-def _from_facts(facts: Facts, m: int, n: int, k: int, dtype: str, element: int) -> dict[str, float]:
+def _from_facts(facts: Facts, m: int, n: int, k: int, values: torch.dtype, x: torch.dtype) -> dict[str, float]:
+    element, dtype = x.itemsize, str(x).removeprefix("torch.")
     rest = m * (n + k) * element
-    packed = n * k * (1 if dtype == "int8" else element) / 2 + n * k / 8
+    packed = n * k * values.itemsize / 2 + n * k / 8
     unpacked = dtype in facts.unpacked
-    weight = n * k * (1 if dtype == "int8" and not unpacked else element)
+    # cautiously, on a CPU, as if a dense product of int8 weights read bytes
+    weight = n * k * (1 if values == torch.int8 and x == torch.float32 and not unpacked else element)
     work = 2.0 * m * n * k
-    rate = facts.dense["float32" if unpacked else dtype]
-    dense = facts.overhead + max((weight + rest) / facts.bandwidth, work / rate)
+    dense = facts.overhead + max((weight + rest) / facts.bandwidth, work / facts.dense[dtype])
     if unpacked:
         unpacking = facts.overhead + (packed + weight) / facts.bandwidth
         return {"few": unpacking + dense, "many": unpacking + dense, "dense": dense}
@@ -266,10 +269,10 @@ def _from_facts(facts: Facts, m: int, n: int, k: int, dtype: str, element: int) 
         "dense": dense,
     }
     if facts.vendor:
-        # as the one for many rows; x is copied where its rows are no multiple of eight
+        # as the one for many rows, values in x's dtype; x is copied where its rows are no multiple of eight
         copying = facts.overhead + 2 * m * k * element / facts.bandwidth if m % 8 else 0.0
         tiles = work * max(m, 32) / m / facts.vendor[dtype]
-        seconds["vendor"] = copying + facts.overhead + max((packed + rest) / facts.bandwidth, tiles)
+        seconds["vendor"] = copying + facts.overhead + max((n * k * element * 9 / 16 + rest) / facts.bandwidth, tiles)
     return seconds
 
 
@@ -304,6 +307,17 @@ def _device_of(op: str, device: torch.device | str) -> tuple[torch.device | None
     return device, facts
 
 
+def _entry(op: str, dtype: torch.dtype, x_dtype: torch.dtype | None) -> tuple[str, torch.dtype]:
+    """The name among ENTRIES, and x's dtype."""
+    name = _dtype_name(op, dtype)
+    usual = torch.float32 if dtype == torch.int8 else dtype
+    if x_dtype is None or x_dtype == usual:
+        return name, usual
+    if dtype != torch.int8 or x_dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"{op}: x_dtype must be that of the values, or floating for int8, got {x_dtype} for {dtype}")
+    return f"{name}, {_dtype_name(op, x_dtype)}", x_dtype
+
+
 def _dtype_name(op: str, dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
@@ -325,13 +339,20 @@ _GRID = sorted({max(1, round(2 ** (i / 2))) for i in range(26)})
 
 
 def estimate(
-    m: int, n: int, k: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    x_dtype: torch.dtype | None = None,
 ) -> Estimate:
     """Predict what y [m, n] = x [m, k] W^T costs with a 2:4 weight and with a dense one. Measures nothing.
 
     Args:
         m, n, k: rows of x, out_features, in_features (a multiple of 4).
-        dtype: of the values; int8 means int8 weights times float32 x.
+        dtype: of the values.
+        x_dtype: of x. None: ``dtype``, or float32 for int8 values. Only these may have x in another dtype: bfloat16 or
+            float16, which CUDA multiplies without unpacking the weight.
         device: a torch device, whose measured table is used if there is one (:func:`calibrate`); or part of a GPU's
             name ("A100", "H100", ...), which needs no such GPU and is analytic.
 
@@ -344,10 +365,9 @@ def estimate(
         checks.integer(op, name, value, 1)
     if k % 4:
         raise ValueError(f"{op}: k must be a multiple of 4, got {k}")
-    name = _dtype_name(op, dtype)
+    name, x_dtype = _entry(op, dtype, x_dtype)
     where, facts = _device_of(op, device)
     table = None if where is None else _load(where)
-    x_dtype = _x_dtype(dtype)
     # of another machine's GPU only the shape can be asked
     no_vendor = cusparselt.does_not_fit(n, k, x_dtype) if where is None else cusparselt.why_not(n, k, x_dtype, where)
 
@@ -355,7 +375,7 @@ def estimate(
         if table is not None and name in table:
             found = _from_table(table, rows, n, k, name)
         else:
-            found = _from_facts(facts, rows, n, k, name, x_dtype.itemsize)
+            found = _from_facts(facts, rows, n, k, dtype, x_dtype)
         return {kernel: s for kernel, s in found.items() if kernel != "vendor" or no_vendor is None}
 
     source = "measured" if table is not None and name in table else "analytic"
@@ -378,6 +398,7 @@ def calibrate(
     rows: Sequence[int] = ROWS,
     shapes: Sequence[tuple[int, int]] = SHAPES,
     seconds: float = 0.1,
+    x_dtype: torch.dtype | None = None,
 ) -> Path:
     """Measure the kernels on this machine (the vendor's where it is there) and store the table that :func:`estimate`
     reads.
@@ -387,7 +408,8 @@ def calibrate(
 
     Args:
         device: the device to measure.
-        dtypes: of the values; int8 with float32 x. Those measured before stay in the table.
+        dtypes: of the values. Those measured before stay in the table.
+        x_dtype: of x, for ``dtypes`` of int8 alone; None: as of :func:`estimate`.
         rows: row counts, ascending. shapes: pairs (out_features, in_features).
         seconds: time spent at each point, at least three rounds.
 
@@ -404,18 +426,18 @@ def calibrate(
         raise ValueError(f"{op}: rows must be ascending and positive, got {rows}")
     if not shapes or any(n < 1 or k < 4 or k % 4 for n, k in shapes):
         raise ValueError(f"{op}: shapes must be pairs (out_features, in_features in multiples of 4), got {shapes}")
-    names = {_dtype_name(op, dtype): dtype for dtype in dtypes}
-    for dtype in names.values():
-        reason = backends.why_not("sparse24_linear", "compiled", device.type, _x_dtype(dtype))
+    measured = [(dtype, *_entry(op, dtype, x_dtype)) for dtype in dtypes]
+    for _, _, of_x in measured:
+        reason = backends.why_not("sparse24_linear", "compiled", device.type, of_x)
         if reason is not None:
             raise RuntimeError(f"{op}: there is nothing to measure on {device}: {reason}")
     clock = _measure.on_host if device.type == "cpu" else _measure.OnCuda()
     found: dict[str, dict[str, list[dict]]] = {}
     with torch.no_grad():
-        for name, dtype in names.items():
+        for dtype, name, of_x in measured:
             kernels: dict[str, list[dict]] = {kernel: [] for kernel in ops.KERNELS}
             for shape in shapes:
-                for kernel, times in _measure_shape(shape, dtype, rows, device, seconds, clock).items():
+                for kernel, times in _measure_shape(shape, dtype, of_x, rows, device, seconds, clock).items():
                     if times:
                         kernels[kernel].append({"shape": shape, "rows": list(times), "seconds": list(times.values())})
             found[name] = {kernel: entries for kernel, entries in kernels.items() if entries}
@@ -433,19 +455,14 @@ def calibrate(
     return path
 
 
-def _x_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.int8 else dtype
-
-
 def _copies(nbytes: int) -> int:
     """Weights of so many bytes that together fill _COLD; not more than 64, lest tiny ones take forever to make."""
     return min(64, max(1, _COLD // nbytes))
 
 
-def _measure_shape(shape, dtype, rows, device, seconds, clock) -> dict[str, dict[int, float]]:
+def _measure_shape(shape, dtype, x_dtype, rows, device, seconds, clock) -> dict[str, dict[int, float]]:
     """kernel -> rows -> median seconds."""
     n, k = shape
-    x_dtype = _x_dtype(dtype)
     dense = torch.randn(n, k, device=device).to(x_dtype)
     mask = two_of_four(dense.abs())
     if dtype == torch.int8:

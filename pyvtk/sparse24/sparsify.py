@@ -217,7 +217,8 @@ def _convert(name, module, owners, rows, scores, dtype) -> tuple[LayerReport, Sp
         return _refused(name, module, reason), None
     weight = module.weight.detach()
     out_features, in_features = weight.shape
-    found = estimate(rows, out_features, in_features, dtype or weight.dtype, weight.device)
+    x_dtype = weight.dtype if dtype == torch.int8 else None
+    found = estimate(rows, out_features, in_features, dtype or weight.dtype, weight.device, x_dtype)
     if found.kernel == "dense" or found.speedup <= 1:
         reason = f"dense is faster at {rows} rows ({found.source} estimate)"
         if found.seconds.get("vendor", found.seconds["dense"]) < found.seconds["dense"] and found.source == "analytic":
