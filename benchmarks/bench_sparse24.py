@@ -265,7 +265,7 @@ def linear_on_cuda(name, rows, dtype, bars, device="cuda", shape=None, int8=Fals
             "cuSPARSELt": lambda x, *rest: F.linear(x, rest[-1].cusparselt),
             "CUTLASS": lambda x, *rest: F.linear(x, rest[-1].cutlass),
             VENDOR: lambda x, memory, values, metadata, scales, dense, other: sparse24.linear(
-                x, values, metadata, choice=(0, 3), vendor=other.compressed
+                x, values, metadata, choice=(0, 3), vendor=other.compressed.view(len(values), -1)
             ),
             **more,
         }

@@ -33,4 +33,4 @@ def why_not(out_features: int, in_features: int, x_dtype: torch.dtype, device: t
 
 def pack(dense: Tensor) -> Tensor:
     """A dense 2:4 weight [N, K] in cuSPARSELt's form, opaque [N, about 9 K / 16], of the same dtype."""
-    return torch._cslt_compress(dense)
+    return torch._cslt_compress(dense).view(dense.shape[0], -1)  # flat in some versions of torch
