@@ -161,6 +161,7 @@ CASES = all_cases()
 
 
 FEW_ON_CUDA = 64
+VENDOR = "pyvtk, vendor chosen"  # our call where the weight is packed for cuSPARSELt
 
 
 class Packed:
@@ -263,6 +264,9 @@ def linear_on_cuda(name, rows, dtype, bars, device="cuda", shape=None, int8=Fals
         providers |= {
             "cuSPARSELt": lambda x, *rest: F.linear(x, rest[-1].cusparselt),
             "CUTLASS": lambda x, *rest: F.linear(x, rest[-1].cutlass),
+            VENDOR: lambda x, memory, values, metadata, scales, dense, other: sparse24.linear(
+                x, values, metadata, choice=(0, 3), vendor=other.compressed.view(len(values), -1)
+            ),
             **more,
         }
     return Case(
@@ -277,7 +281,7 @@ def linear_on_cuda(name, rows, dtype, bars, device="cuda", shape=None, int8=Fals
         cold=True,
         device=device,
         absent=absent,
-        optional=tuple(peer for peer in providers if peer.startswith(("cuSPARSELt", "CUTLASS", "torchao"))),
+        optional=tuple(peer for peer in providers if peer.startswith(("cuSPARSELt", "CUTLASS", "torchao", VENDOR))),
         graph=True,
     )
 
@@ -363,7 +367,7 @@ def int8_on_cuda(name, rows, bars, device="cuda", shape=None, dtype=torch.bfloat
 
 def training_on_cuda(name, rows, shape, transposable, bars, device="cuda", dtype=torch.bfloat16):
     """Forward and backward to x, weight and bias. The dense layer has zeros where ours is pruned, so that results are
-    the same: a masked weight's gradient goes to all of it. Ours compresses in every step, and waits there."""
+    the same: a masked weight's gradient goes to all of it. Ours compresses in every step."""
     outputs, columns = shape
 
     def inputs():

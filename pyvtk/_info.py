@@ -51,6 +51,7 @@ def _versions(facts: dict) -> list[tuple[str, str]]:
         else:
             lines.append(("CUDA code", "not built: nvcc was missing, or PYVTK_CUDA=0"))
     lines += [(library, error or "loaded") for library, error in facts["libraries"].items()]
+    lines.append(("cuSPARSELt", facts["cusparselt"] or 'sparse24 may take it (kernel "vendor")'))
     return lines + (_cuda_devices() or [("CUDA device", "none that torch can use")])
 
 

@@ -172,6 +172,15 @@ def pick(name: str, backend: str | None, tensor: torch.Tensor, dtype: torch.dtyp
     return "reference"
 
 
+def why_not_cusparselt(device: str) -> str | None:
+    """Why torch cannot multiply by NVIDIA's cuSPARSELt on this device type; None if it can."""
+    if device != "cuda":
+        return f"cuSPARSELt multiplies on CUDA, not on {device}"
+    if torch.version.cuda is None or not torch.backends.cusparselt.is_available():
+        return f"torch {torch.__version__} is a build without cuSPARSELt"
+    return None
+
+
 def call(op, differentiable: tuple, *arguments):
     """Call an operator; if none of the ``differentiable`` arguments wants a gradient, without torch's autograd layer.
 
@@ -220,6 +229,7 @@ def info() -> dict:
         facts["instruction_sets"] = []
         facts["build_error"] = str(error)
     facts["devices"] = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    facts["cusparselt"] = why_not_cusparselt("cuda")
     # Triton's device is CUDA, or the CPU where it interprets
     facts["operators"] = {
         name: {

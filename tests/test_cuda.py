@@ -24,6 +24,9 @@ from pyvtk import ImageSpan, Selection, TokenLayout, backends
 from pyvtk.ops import sparse24 as ops24
 from pyvtk.reference import sparse24 as reference24
 from pyvtk.sparse24 import Sparse24Weight
+from pyvtk.sparse24 import calibrate as calibrate24
+from pyvtk.sparse24 import estimate as estimate24
+from pyvtk.sparse24 import linear as linear24
 
 DEVICE = os.environ.get("PYVTK_GPU_DEVICE") or "cuda"
 if DEVICE == "cuda" and not torch.cuda.is_available():
@@ -440,6 +443,14 @@ def gradients24(backend, weight, x, grad):
     return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
 
 
+def training_step24(backend, weight, mask, x, grad):
+    """What Linear24 does in a step that chooses no mask; the host never waits, so a graph captures it."""
+    leaves = [weight.detach().requires_grad_(), x.detach().requires_grad_()]
+    packed = ops24.compress(leaves[0], mask, trusted=True, backend=backend)
+    out = ops24.linear(leaves[1], *packed, backend=backend)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+
 SPARSE24 = {
     # every number of rows of a tile; the few kernel splits its sums where there is little else to do
     "1 row": call24(product(1, 200, 2048), compiles=True),
@@ -500,6 +511,10 @@ SPARSE24 = {
     **{f"compress, {str(dtype)[6:]}": Call("sparse24_compress", to_compress(*shape, dtype),
                                            lambda b, w, m: ops24.compress(w, m, backend=b), waits=True)
        for dtype, shape in ((BRAIN, (33, 260)), (HALF, (8, 64)), (SINGLE, (130, 12)), (WHOLE, (65, 516)))},
+    "compress, trusted": Call("sparse24_compress", to_compress(33, 260, BRAIN),
+                              lambda b, w, m: ops24.compress(w, m, trusted=True, backend=b)),
+    "training step": call24(lambda: (*to_compress(96, 128, BRAIN)(), values(33, 128, dtype=BRAIN),
+                                     values(33, 96, dtype=BRAIN)), training_step24),
     **{f"decompress, {str(dtype)[6:]}": Call("sparse24_decompress", lambda dtype=dtype: (weight24(67, 260, dtype),),
                                              lambda b, w: ops24.decompress(w.values, w.metadata, backend=b))
        for dtype in (BRAIN, HALF, SINGLE, WHOLE)},
@@ -862,6 +877,70 @@ def test_a_wrong_mask_is_refused():
     mask[1, 9] = True
     with pytest.raises(RuntimeError, match="exactly two"):
         ops24.compress(torch.randn(3, 20, device=DEVICE), mask)
+
+
+# ---- the vendor's kernel for 2:4 weights. No graph captures it here: what cuSPARSELt allows is not ours to promise.
+
+
+WITHOUT_VENDOR = backends.why_not_cusparselt(torch.device(DEVICE).type)
+vendor24 = pytest.mark.skipif(WITHOUT_VENDOR is not None, reason=f"{WITHOUT_VENDOR}")
+
+
+def by_vendor(*names, **options):
+    """By the vendor's kernel alone, with the weight packed at first need. Further inputs are options ``names``."""
+    as_reference = multiplied(*names, **options)
+
+    def run(backend, weight, x, *tensors):
+        if backend == "reference":
+            return as_reference(backend, weight, x, *tensors)
+        weight.choice = (0, 3)
+        return linear24(x, weight, **options, **dict(zip(names, tensors)), backend=backend)
+
+    return run
+
+
+def gradient_by_vendor(backend, weight, x, grad):
+    leaf = x.detach().requires_grad_()
+    out = by_vendor()(backend, weight, leaf)
+    return out.detach(), *torch.autograd.grad(out, leaf, grad.to(out.dtype))
+
+
+VENDOR24 = {
+    **{f"{rows} rows, {str(dtype)[6:]}": call24(product(rows, 256, 1024, dtype), by_vendor())
+       for rows in (1, 8, 13, 64, 577, 2950) for dtype in (BRAIN, HALF)},
+    "rows apart": call24(product(40, 272, 528, gap=8), by_vendor()),
+    "rows apart, unaligned": call24(product(40, 272, 528, HALF, gap=3), by_vendor()),
+    "images": call24(product((2, 3), 96, 128), by_vendor()),
+    "no rows": call24(product(0, 64, 64), by_vendor()),
+    "bias": call24(product(40, 96, 128, bias=BRAIN), by_vendor("bias")),
+    "float32 bias": call24(product(40, 96, 128, HALF, bias=SINGLE), by_vendor("bias")),
+    "everything": call24(product(33, 96, 128, bias=BRAIN, mul=True), by_vendor("bias", "mul", activation="silu")),
+    "gradient": call24(lambda: (*product(33, 96, 128)(), torch.randn(33, 96)), gradient_by_vendor),
+    "a weight that does not fit": call24(product(33, 100, 128), by_vendor()),
+}  # fmt: skip
+
+
+@vendor24
+@pairs(VENDOR24)
+def test_vendor(name, backend):
+    call = VENDOR24[name]
+    for seed in range(2):
+        inputs = make(call, seed)
+        result = call.run(backend, *inputs)
+        assert_right(call, result, inputs)
+        assert same(call.run(backend, *inputs), result)
+        assert (inputs[0].vendor is None) == (name == "a weight that does not fit")
+
+
+@vendor24
+def test_vendor_is_measured_and_chosen(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYVTK_CACHE", str(tmp_path))
+    shape = (1024, 1024)
+    assert estimate24(64, *shape, BRAIN, DEVICE).source == "analytic"
+    calibrate24(DEVICE, dtypes=(BRAIN,), rows=(1, 8, 64, 640), shapes=(shape,), seconds=0.01)
+    found = estimate24(640, *shape, BRAIN, DEVICE)
+    assert found.source == "measured" and 0 < found.seconds["vendor"] < 1
+    assert "vendor" not in estimate24(640, 1000, 1024, BRAIN, DEVICE).seconds
 
 
 # ---- bad indices: on CUDA they are padding

@@ -106,6 +106,19 @@ def test_a_mask_that_is_not_2_of_4_is_an_error(backend):
         ops.compress(torch.ones(2, 4), mask, backend=backend)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.int8), ids=str)
+def test_a_trusted_mask_is_not_looked_at(dtype):
+    """Every set of kept positions: two of them as ever, of others the first two entries; a legal weight in any case."""
+    mask = torch.tensor([[i >> bit & 1 for bit in range(4)] for i in range(16)]).bool().repeat(1, 3)
+    dense = torch.arange(16 * 12).reshape(16, 12).to(dtype)
+    two = mask.reshape(16, 3, 4).sum(-1, keepdim=True) == 2
+    legal = torch.where(two, mask.reshape(16, 3, 4), torch.tensor([True, True, False, False])).reshape(16, 12)
+    expected = reference.compress(dense, legal)
+    for backend in ("reference",) if WITHOUT_KERNELS else ("reference", "compiled"):
+        actual = ops.compress(dense, mask, trusted=True, backend=backend)
+        assert all(same_bits(a, b) for a, b in zip(actual, expected))
+
+
 def test_errors_name_the_place():
     dense = torch.zeros(3, 8)
     dense[1, 4:7] = 1
@@ -345,7 +358,7 @@ def test_dense_copies_are_made_at_first_need():
 
 
 @pytest.mark.parametrize(
-    "choice, without",
+    "choice, expected_choice",
     [
         ((), ()),
         ((0, 0, 8, 1), (0, 0, 8, 1)),
@@ -354,15 +367,16 @@ def test_dense_copies_are_made_at_first_need():
         ((0, 1, 8, 2, 16, 1), (0, 1, 8, 0, 16, 1)),
         ((0, 0, 64, 2, 128, 1), (0, 0, 64, 1, 128, 1)),
         ((40, 2), (40, 1)),
+        ((0, 0, 16, 3, 64, 2), (0, 0, 16, 0, 32, 1, 64, 1)),
     ],
 )
-def test_a_choice_without_dense(choice, without):
-    from pyvtk.sparse24.modules import kernel_at, without_dense
+def test_a_choice_without_copies(choice, expected_choice):
+    from pyvtk.sparse24.modules import kernel_at, without
 
-    assert without_dense(choice) == without
+    assert without(choice) == expected_choice
     for rows in range(200):
         expected = kernel_at(choice, rows)
-        assert kernel_at(without, rows) == (expected if expected != 2 else (0 if rows < 32 else 1))
+        assert kernel_at(expected_choice, rows) == (expected if expected < 2 else (0 if rows < 32 else 1))
 
 
 # Gradients
@@ -437,6 +451,7 @@ def test_opcheck(grad):
     dense, weight24 = weight(6, 12)
     mask = weight24.mask()
     torch.library.opcheck(OPS.sparse24_compress, (dense.requires_grad_(grad), mask))
+    torch.library.opcheck(OPS.sparse24_compress, (dense, mask, True))
     values, metadata = weight24.values.requires_grad_(grad), weight24.metadata
     torch.library.opcheck(OPS.sparse24_decompress, (values, metadata))
     x, bias = torch.randn(3, 12, requires_grad=grad), torch.randn(6, requires_grad=grad)
@@ -561,6 +576,7 @@ WRONG = {
     "sparse24.compress: mask must be a tensor": lambda: sparse24.compress(X, 1),
     "sparse24.compress: mask must have dtype": lambda: sparse24.compress(X, X),
     "sparse24.compress: mask must be [out_features": lambda: sparse24.compress(X, X[:2].bool()),
+    "sparse24.compress: trusted must be": lambda: ops.compress(X, X.bool(), trusted=1),
     "sparse24.compress: scales must be given": lambda: sparse24.compress(X, scales=torch.ones(3)),
     "sparse24.compress: scales must be given for int8": lambda: sparse24.compress(X.to(torch.int8)),
     "sparse24.compress: scales must have dtype": lambda: sparse24.compress(

@@ -84,9 +84,35 @@ def test_weights_that_cuda_unpacks_never_gain(rows, dtype):
 def test_named_devices_are_analytic(name):
     few, many = (sparse24.estimate(m, 11008, 4096, torch.bfloat16, name) for m in (1, 2950))
     assert few.source == many.source == "analytic"
-    assert few.kernel == "few" and few.speedup > 1.4 and many.kernel == "many" and 1 < many.speedup < 2
+    assert few.kernel == "few" and few.speedup > 1.4
+    if name.startswith("H"):  # our kernel reaches a part of Hopper's sparse rate, and the vendor's was not measured
+        assert many.kernel == "dense" and 1 < many.seconds["dense"] / many.seconds["vendor"] < 2
+    else:
+        assert many.kernel == "many" and 1 < many.speedup < 2
     # the dense product of one row reads the weight: bytes over the data sheet's bandwidth, or a little slower
     assert 11008 * 4096 * 2 / 5e12 < few.seconds["dense"] < 11008 * 4096 * 2 / 0.4e12
+
+
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16])
+def test_int8_weights_gain_with_16_bit_x(x_dtype):
+    """CUDA multiplies them as they are: a quarter of the dense weight's bytes, and a sixteenth of metadata."""
+    few, many = (sparse24.estimate(m, 11008, 4096, torch.int8, "A100", x_dtype) for m in (1, 2950))
+    assert few.kernel == "few" and few.speedup > 2.3 and many.kernel == "many" and many.speedup > 1
+    wide = sparse24.estimate(2950, 11008, 4096, x_dtype, "A100")
+    assert many.seconds["dense"] == wide.seconds["dense"] and many.seconds["vendor"] == wide.seconds["vendor"]
+
+
+@needs_kernels
+def test_int8_weights_are_measured_for_each_dtype_of_x():
+    options = {"rows": (1,), "shapes": ((32, 64),), "seconds": 1e-4, "dtypes": (torch.int8,)}
+    sparse24.calibrate(**options)
+    assert sparse24.estimate(1, 32, 64, torch.int8, x_dtype=torch.bfloat16).source == "analytic"
+    path = sparse24.calibrate(**options, x_dtype=torch.bfloat16)
+    assert sparse24.estimate(1, 32, 64, torch.int8, x_dtype=torch.bfloat16).source == "measured"
+    assert set(json.loads(path.read_text())["seconds"]) == {"int8", "int8, bfloat16"}
+    model = nn.Sequential(nn.Linear(64, 32).bfloat16())
+    (report,) = sparse24.sparsify_(model, rows=1, dtype=torch.int8)
+    assert report.source == "measured"
 
 
 def test_a_table_of_something_else_is_another_file():
@@ -317,6 +343,8 @@ WRONG = {
     "sparse24.estimate: k must be": lambda: sparse24.estimate(1, 8, 0),
     "sparse24.estimate: k must be a multiple of 4": lambda: sparse24.estimate(1, 8, 6),
     "sparse24.estimate: dtype must be": lambda: sparse24.estimate(1, 8, 8, torch.float64),
+    "sparse24.estimate: x_dtype must be": lambda: sparse24.estimate(1, 8, 8, x_dtype=torch.bfloat16),
+    "sparse24.calibrate: x_dtype must be": lambda: sparse24.calibrate(x_dtype=torch.bfloat16),
     "sparse24.estimate: device must be a torch device or one of": lambda: sparse24.estimate(1, 8, 8, device="abacus"),
     "sparse24.estimate: device must be a torch.device": lambda: sparse24.estimate(1, 8, 8, device=3),
     "sparse24.estimate: device must be a CPU": lambda: sparse24.estimate(1, 8, 8, device="meta"),

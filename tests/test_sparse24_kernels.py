@@ -195,7 +195,8 @@ def test_guards():
         ({"values": values.to(torch.int8)}, "int8 values need scales"),
         ({"activation": "tanh"}, "unknown activation tanh"),
         ({"choice": (0, 2)}, "there is no dense weight"),
-        ({"choice": (0, 3)}, "choice has kernel 3"),
+        ({"choice": (0, 3)}, "there is no weight in its form"),
+        ({"choice": (0, 4)}, "choice has kernel 4"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call(**wrong)
@@ -290,6 +291,9 @@ def test_compress_refuses_other_masks(kept, instruction_set):
     mask[3, 8:12] = torch.arange(4) < kept
     with pytest.raises(RuntimeError, match="exactly two entries in every group of four"):
         torch.ops.pyvtk.sparse24_compress(torch.randn(5, 16), mask)
+    weight = torch.randn(5, 16)
+    actual = torch.ops.pyvtk.sparse24_compress(weight, mask, True)
+    assert all(torch.equal(*pair) for pair in zip(actual, reference.compress(weight, mask, trusted=True)))
 
 
 @pytest.mark.parametrize("count", [1, 4, 20])

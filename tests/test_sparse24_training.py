@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pyvtk import sparse24
+from pyvtk import backends, sparse24
 from pyvtk.reference import sparse24 as reference
+
+WITHOUT_KERNELS = backends.why_not("sparse24_linear", "compiled", "cpu")
 
 
 def two_of_four(weight):
@@ -148,6 +150,37 @@ def test_state_dict_resumes():
             one.step()
         assert torch.equal(other(x), module(x)) and other.sparse == module.sparse
     assert module.sparse
+
+
+@pytest.mark.parametrize("transposable", (False, True))
+def test_a_loaded_mask_is_verified_once(transposable):
+    """Products do not look at the mask again."""
+    module = layer(transposable=transposable)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state["mask"][3, 4:8] = torch.tensor([True, True, True, False])
+    with pytest.raises(ValueError, match="mask must be 2:4 at step 0, got 3 of 4 kept in row 3, group 1"):
+        module.load_state_dict(state)
+    state["mask"] = torch.tensor([True, True, False, False]).repeat(12, 4)
+    if transposable:
+        with pytest.raises(ValueError, match="mask must be 2:4 at step 0, got 4 of 4 kept in column 0, group 0"):
+            module.load_state_dict(state)
+    else:
+        module.load_state_dict(state)
+
+
+def test_a_mask_of_an_earlier_pattern_is_not_loaded():
+    module = layer(patterns=sparse24.structure_decay(2))
+    with pytest.raises(ValueError, match="mask must be 2:4 at step 2, got 3 of 4 kept in row 0, group 0"):
+        module.load_state_dict({"steps": torch.tensor(2)}, strict=False)
+
+
+def test_products_trust_the_mask(monkeypatch):
+    seen = []
+    operator = torch.ops.pyvtk.sparse24_compress
+    monkeypatch.setattr(torch.ops.pyvtk, "sparse24_compress", lambda *a: seen.append(a[2:]) or operator(*a))
+    module = layer(transposable=True)
+    module(torch.randn(3, 16, requires_grad=True)).sum().backward()
+    assert set(seen) <= {(True,)} and len(seen) == (2 if not WITHOUT_KERNELS else 0)
 
 
 def test_export():

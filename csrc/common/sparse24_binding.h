@@ -19,19 +19,20 @@ inline int sparse24_activation_named(const std::string& name) {
   return 0;
 }
 
-enum class Sparse24Kernel : int { few, many, dense };
+enum class Sparse24Kernel : int { few, many, dense, vendor };
 
 // choice: pairs (rows, kernel), ascending in rows; from so many rows on, this kernel. Where it says nothing, the kernel
 // for few rows takes less than few_below of them.
 inline Sparse24Kernel sparse24_kernel_chosen(int64_t rows, const std::vector<int64_t>& choice, bool has_dense,
-                                             int64_t few_below) {
+                                             bool has_vendor, int64_t few_below) {
   PYVTK_GUARD(choice.size() % 2 == 0, "choice must be pairs (rows, kernel)");
   int64_t kernel = rows < few_below ? 0 : 1;
   for (size_t i = 0; i + 1 < choice.size(); i += 2) {
-    PYVTK_GUARD(choice[i + 1] >= 0 && choice[i + 1] <= 2, "choice has kernel ", choice[i + 1], ", expected 0, 1 or 2");
+    PYVTK_GUARD(choice[i + 1] >= 0 && choice[i + 1] <= 3, "choice has kernel ", choice[i + 1], ", expected 0 to 3");
     if (rows >= choice[i]) kernel = choice[i + 1];
   }
   PYVTK_GUARD(kernel != 2 || has_dense, "choice takes the dense kernel, but there is no dense weight");
+  PYVTK_GUARD(kernel != 3 || has_vendor, "choice takes the vendor's kernel, but there is no weight in its form");
   return static_cast<Sparse24Kernel>(kernel);
 }
 
@@ -51,6 +52,38 @@ inline Tensor sparse24_dense_linear(const Tensor& x, const Tensor& weight, const
                                     torch::stable::detail::from(bias)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// x [rows, K] W^T + bias by cuSPARSELt, which torch carries, with W as torch._cslt_compress packs it. It wants rows
+// that are contiguous, aligned to 16 bytes and eight at a time: others are copied, and what pads them is computed,
+// whatever it holds, and left out of the result.
+inline Tensor sparse24_vendor_linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
+                                     int64_t features) {
+  guard_dim(x, 2, "x");
+  guard_dim(packed, 2, "vendor");
+  guard_dtype(packed, x.scalar_type(), "vendor");
+  guard_contiguous(packed, "vendor");
+  const int64_t rows = x.size(0), depth = x.size(1);
+  PYVTK_GUARD(packed.size(0) == features && features % 16 == 0 && depth % 16 == 0,
+              "vendor must have a row for each feature, and these and x's columns must be multiples of 16");
+  Tensor whole = x;
+  if (rows % 8 != 0 || !x.is_contiguous() || reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 != 0) {
+    whole = new_empty(x, {(rows + 7) / 8 * 8, depth}, x.scalar_type());
+    Tensor part = torch::stable::narrow(whole, 0, 0, rows);
+    torch::stable::copy_(part, x);
+  }
+  using torch::stable::detail::from;
+  const int64_t algorithm = 0, split_k = 1, split_k_mode = -1;  // what torch takes where nobody searches
+  std::array<StableIValue, 9> stack{from(packed),       from(torch::stable::transpose(whole, 0, 1)),
+                                    from(bias),         from(std::nullopt),  // factors
+                                    from(std::nullopt),                      // dtype of the result: x's
+                                    from(true),                              // result [rows, features]
+                                    from(algorithm),    from(split_k),
+                                    from(split_k_mode)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_cslt_sparse_mm", "", stack.data(), TORCH_ABI_VERSION));
+  Tensor result = torch::stable::detail::to<Tensor>(stack[0]);
+  guard_shape(result, {whole.size(0), features}, "cuSPARSELt's product");
+  return whole.size(0) == rows ? result : torch::stable::narrow(result, 0, 0, rows);
 }
 
 // x [..., K] as a matrix: rows, and the elements from one to the next.

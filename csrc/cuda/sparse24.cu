@@ -113,15 +113,16 @@ Tensor decompressed(const Tensor& values, const Tensor& metadata, const Optional
   return dense;
 }
 
-// torch's own product with a dense weight. What it has no place for (activation, mul, a bias of another dtype) comes in
-// a second launch, on sums that were rounded to x's dtype.
-Tensor linear_by_dense(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, Call call) {
+// torch's own product with a dense weight, or with one that is packed for cuSPARSELt. What it has no place for
+// (activation, mul, a bias of another dtype) comes in a second launch, on sums that were rounded to x's dtype.
+Tensor linear_by_torch(const Tensor& x, const Tensor& weight, bool packed, const OptionalTensor& bias, Call call) {
   Sparse24Epilogue& end = call.problem.epilogue;
-  end.scales = nullptr;  // the dense weight is scaled
+  end.scales = nullptr;  // the weight is scaled
   const bool plain = end.mul == nullptr && end.activation == Sparse24Activation::none;
+  const bool torch_adds = plain && bias.has_value() && bias->scalar_type() == x.scalar_type();
   const void* sums = call.out.const_data_ptr();
   OptionalTensor product;
-  if (x.dim() == 2 && !(plain && bias.has_value() && bias->scalar_type() == x.scalar_type())) {
+  if (!packed && x.dim() == 2 && !torch_adds) {
     // into our own tensor: autocast, which may be on around this operator, leaves that alone
     std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
                                       torch::stable::detail::from(torch::stable::transpose(weight, 0, 1)),
@@ -130,8 +131,9 @@ Tensor linear_by_dense(const Tensor& x, const Tensor& weight, const OptionalTens
     torch::stable::detail::to<Tensor>(stack[0]);  // what is returned is owned
     if (plain && !bias.has_value()) return std::move(call.out);
   } else {
-    const bool torch_adds = plain && bias.has_value() && bias->scalar_type() == x.scalar_type();
-    product = sparse24_dense_linear(x, weight, torch_adds ? bias : std::nullopt);
+    const OptionalTensor added = torch_adds ? bias : std::nullopt;
+    product = packed ? sparse24_vendor_linear(x, weight, added, call.problem.features)
+                     : sparse24_dense_linear(x, weight, added);
     guard_dtype(*product, x.scalar_type(), "torch's product (is autocast on?)");
     if (torch_adds || (plain && !bias.has_value())) return std::move(*product);
     guard_contiguous(*product, "torch's product");
@@ -145,22 +147,27 @@ Tensor linear_by_dense(const Tensor& x, const Tensor& weight, const OptionalTens
   return std::move(call.out);
 }
 
-// Where many rows go is decided here, by `choice` alone. Hopper's own sparse instruction (wgmma) is not used:
-// cuSPARSELt has it, but wants the weight in a format of its own, which this operator does not get. mma.sp runs there
-// as well, and a caller whose device is faster with a dense weight gives one, with kernel 2 from some number of rows
-// on.
+// Where many rows go is decided here, by `choice` alone. Hopper's own sparse instruction (wgmma) is cuSPARSELt's: the
+// weight in its form is `vendor`, kernel 3. mma.sp runs there as well. A caller whose device is faster with a dense
+// weight gives one, with kernel 2 from some number of rows on.
 Tensor linear_operator(const Tensor& x, const Tensor& values, const Tensor& metadata, const OptionalTensor& scales,
                        const OptionalTensor& dense, const OptionalTensor& bias, const OptionalTensor& mul,
-                       const std::string& activation, const std::vector<int64_t>& choice) {
+                       const std::string& activation, const std::vector<int64_t>& choice,
+                       const OptionalTensor& vendor) {
   DeviceGuard device(x.get_device_index());
   Call call = make_call(x, values, metadata, scales, bias, mul, activation);
-  const Sparse24Kernel kernel = sparse24_kernel_chosen(call.problem.rows, choice, dense.has_value(), kFewRowsBelow);
+  const Sparse24Kernel kernel =
+      sparse24_kernel_chosen(call.problem.rows, choice, dense.has_value(), vendor.has_value(), kFewRowsBelow);
   if (call.problem.rows == 0 || call.problem.features == 0) return std::move(call.out);
   if (kernel == Sparse24Kernel::dense) {
     guard_same_device(x, {&dense});
     guard_dtype(*dense, x.scalar_type(), "dense");
     guard_shape(*dense, {call.problem.features, call.problem.depth}, "dense");
-    return linear_by_dense(x, *dense, bias, std::move(call));
+    return linear_by_torch(x, *dense, false, bias, std::move(call));
+  }
+  if (kernel == Sparse24Kernel::vendor) {
+    guard_same_device(x, {&vendor});
+    return linear_by_torch(x, *vendor, true, bias, std::move(call));
   }
   const ScalarType of_x = x.scalar_type(), of_values = values.scalar_type();
   const bool int8 = of_values == ScalarType::Char;
@@ -168,7 +175,7 @@ Tensor linear_operator(const Tensor& x, const Tensor& values, const Tensor& meta
   const bool few = kernel == Sparse24Kernel::few;
   if (of_x == ScalarType::Float) {
     // no tensor core multiplies float32: the weight is unpacked for torch's product, call by call
-    return linear_by_dense(x, decompressed(values, metadata, scales), bias, std::move(call));
+    return linear_by_torch(x, decompressed(values, metadata, scales), false, bias, std::move(call));
   }
   if (of_x == ScalarType::BFloat16) {
     int8 ? multiply<bfloat16, int8_t>(call.problem, x, few) : multiply<bfloat16, bfloat16>(call.problem, x, few);
@@ -206,7 +213,7 @@ Tensor linear_int8_operator(const Tensor& x, const Tensor& values, const Tensor&
   return std::move(call.out);
 }
 
-std::tuple<Tensor, Tensor> compress_operator(const Tensor& weight, const Tensor& mask) {
+std::tuple<Tensor, Tensor> compress_operator(const Tensor& weight, const Tensor& mask, bool trusted) {
   DeviceGuard device(weight.get_device_index());
   guard_dim(weight, 2, "weight");
   guard_last_contiguous(weight, "weight");
@@ -221,20 +228,25 @@ std::tuple<Tensor, Tensor> compress_operator(const Tensor& weight, const Tensor&
   PYVTK_GUARD(size == 1 || size == 2 || size == 4, "weight has elements of ", size, " bytes");
   Tensor values = new_empty(weight, {features, depth / 2}, weight.scalar_type());
   Tensor metadata = new_empty(weight, {features, ceil_div<int64_t>(depth, 8)}, ScalarType::Byte);
-  Tensor wrong = new_empty(weight, {1}, ScalarType::Int);
+  OptionalTensor wrong;
   const cudaStream_t stream = current_stream(weight);
-  check(cudaMemsetAsync(wrong.mutable_data_ptr(), 0, sizeof(int), stream), "sparse24_compress");
+  if (!trusted) {
+    wrong = new_empty(weight, {1}, ScalarType::Int);
+    check(cudaMemsetAsync(wrong->mutable_data_ptr(), 0, sizeof(int), stream), "sparse24_compress");
+  }
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     check(compress(data<T>(weight), weight.stride(0), data<bool>(mask), mask.stride(0), features, depth,
-                   mutable_data<T>(values), mutable_data<uint8_t>(metadata), mutable_data<int>(wrong), stream),
+                   mutable_data<T>(values), mutable_data<uint8_t>(metadata),
+                   trusted ? nullptr : mutable_data<int>(*wrong), stream),
           "sparse24_compress");
   };
   if (size == 1) run(uint8_t{});
   if (size == 2) run(uint16_t{});
   if (size == 4) run(uint32_t{});
+  if (trusted) return {std::move(values), std::move(metadata)};
   int found = 0;  // the one place of this family where the host waits
-  check(cudaMemcpyAsync(&found, wrong.const_data_ptr(), sizeof(int), cudaMemcpyDeviceToHost, stream),
+  check(cudaMemcpyAsync(&found, wrong->const_data_ptr(), sizeof(int), cudaMemcpyDeviceToHost, stream),
         "sparse24_compress");
   check(cudaStreamSynchronize(stream), "sparse24_compress");
   PYVTK_GUARD(found == 0, "mask must keep exactly two of each group of four");

@@ -788,8 +788,8 @@ cudaError_t quantize(const T* x, int64_t rows, int64_t x_stride, int64_t depth, 
 // The format
 // ----------------------------------------------------------------------------------------------------------------
 
-// A thread per byte of metadata. T: an unsigned integer of the element's size. *wrong becomes 1 where a group of four
-// does not keep exactly two; its values and positions are then those of some two.
+// A thread per byte of metadata. T: an unsigned integer of the element's size. Of a group of four that does not keep
+// exactly two the first two are kept, and *wrong becomes 1 (unless wrong is null: nobody asks).
 template <class T>
 __global__ void __launch_bounds__(256)
     compress_kernel(const T* weight, int64_t weight_stride, const bool* mask, int64_t mask_stride, int64_t features,
@@ -805,7 +805,7 @@ __global__ void __launch_bounds__(256)
         uint32_t kept = 0;
         for (int i = 0; i < 4; ++i) kept |= static_cast<uint32_t>(mask[feature * mask_stride + k + i]) << i;
         if (__popc(kept) != 2) {
-          atomicExch(wrong, 1);
+          if (wrong != nullptr) atomicExch(wrong, 1);
           kept = 3;
         }
         const int low = __ffs(static_cast<int>(kept)) - 1, high = 31 - __clz(static_cast<int>(kept));

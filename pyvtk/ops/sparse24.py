@@ -15,11 +15,11 @@ from pyvtk import backends, checks
 from pyvtk.reference import sparse24 as reference
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu")
-KERNELS = ("few", "many", "dense")  # by their number in ``choice``
+KERNELS = ("few", "many", "dense", "vendor")  # by their number in ``choice``
 VALUES = (*checks.FLOATS, torch.int8)
 
 
-def _compress_fake(weight, mask):
+def _compress_fake(weight, mask, trusted=False):
     rows, columns = weight.shape
     values = weight.new_empty((rows, columns // 2))
     return values, weight.new_empty((rows, (columns + 7) // 8), dtype=torch.uint8)
@@ -29,10 +29,10 @@ def _linear_fake(x, values, *_):
     return x.new_empty((*x.shape[:-1], values.shape[0]))
 
 
-# mask: exactly two True in every group of four; anything else is a RuntimeError
+# mask: exactly two True in every group of four; anything else is a RuntimeError, or, trusted, keeps the first two
 backends.define(
     "sparse24_compress",
-    "(Tensor weight, Tensor mask) -> (Tensor values, Tensor metadata)",
+    "(Tensor weight, Tensor mask, bool trusted=False) -> (Tensor values, Tensor metadata)",
     fake=_compress_fake,
     dtypes=(*backends.HALF_AND_SINGLE, torch.int8),
 )
@@ -43,11 +43,12 @@ backends.define(
     dtypes=(*backends.HALF_AND_SINGLE, torch.int8),
 )
 # choice: pairs (rows, kernel), ascending: from so many rows of x on, this kernel. The operator looks at x's rows, so
-# that torch.compile with dynamic rows needs no guard. Empty: few below 8 rows, many from there.
+# that torch.compile with dynamic rows needs no guard. Empty: few below 8 rows, many from there. vendor: the weight as
+# torch._cslt_compress packs it.
 backends.define(
     "sparse24_linear",
     "(Tensor x, Tensor values, Tensor metadata, Tensor? scales, Tensor? dense, Tensor? bias, Tensor? mul, "
-    "str activation, SymInt[] choice) -> Tensor",
+    "str activation, SymInt[] choice, Tensor? vendor=None) -> Tensor",
     fake=_linear_fake,
     dtypes=backends.HALF_AND_SINGLE,
 )
@@ -66,7 +67,7 @@ def _save_metadata(ctx, inputs, output) -> None:
 
 
 def _compress_backward(ctx, grad, _):
-    return decompress(grad.contiguous(), *ctx.saved_tensors), None
+    return decompress(grad.contiguous(), *ctx.saved_tensors), None, None
 
 
 def _decompress_backward(ctx, grad):
@@ -74,7 +75,7 @@ def _decompress_backward(ctx, grad):
 
 
 def _linear_setup(ctx, inputs, output) -> None:
-    x, values, metadata, scales, dense, bias, mul, activation, _ = inputs
+    x, values, metadata, scales, dense, bias, mul, activation, *_ = inputs
     ctx.composed = mul is None and activation == "none"
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, values, metadata, scales, dense)
@@ -95,7 +96,7 @@ def _linear_backward(ctx, grad):
         grad_values = reference.kept(rows.T @ _rows(x), metadata)
     if ctx.needs_input_grad[5]:
         grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, grad_values, None, None, None, grad_bias, None, None, None
+    return grad_x, grad_values, None, None, None, grad_bias, None, None, None, None
 
 
 torch.library.register_autograd("pyvtk::sparse24_compress", _compress_backward, setup_context=_save_metadata)
@@ -162,29 +163,37 @@ def check_call(op: str, x, values, metadata, scales, bias, mul, activation) -> N
     checks.choice(op, "activation", activation, ACTIVATIONS)
 
 
-def check_choice(op: str, choice, dense: Tensor | None) -> None:
-    """``choice`` is pairs (rows, kernel) with ascending rows, and asks for the dense kernel only if there is a copy."""
+def check_choice(op: str, choice, dense: Tensor | None, vendor: Tensor | None) -> None:
+    """``choice`` is pairs (rows, kernel) with ascending rows, and asks for a kernel only if there is its weight."""
     if not isinstance(choice, (tuple, list)) or any(isinstance(c, bool) or not isinstance(c, int) for c in choice):
         raise TypeError(f"{op}: choice must be a flat tuple of ints (rows, kernel, ...), got {choice!r}")
     starts, kernels = choice[0::2], choice[1::2]
     ascending = all(a < b for a, b in pairwise(starts))
-    if len(choice) % 2 or not ascending or any(kernel not in (0, 1, 2) for kernel in kernels):
+    if len(choice) % 2 or not ascending or any(kernel not in (0, 1, 2, 3) for kernel in kernels):
         raise ValueError(
-            f"{op}: choice must be pairs (rows, kernel) ascending in rows, kernel 0 (few), 1 (many) or 2 (dense), "
-            f"got {choice!r}"
+            f"{op}: choice must be pairs (rows, kernel) ascending in rows, kernel 0 (few), 1 (many), 2 (dense) or "
+            f"3 (vendor), got {choice!r}"
         )
-    if dense is None and 2 in kernels:
-        raise ValueError(f"{op}: dense must be given where choice has kernel 2 (dense), got None")
+    for name, tensor, kernel in (("dense", dense, 2), ("vendor", vendor, 3)):
+        if tensor is None and kernel in kernels:
+            raise ValueError(f"{op}: {name} must be given where choice has kernel {kernel} ({name}), got None")
 
 
-def compress(weight: Tensor, mask: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def compress(
+    weight: Tensor, mask: Tensor, *, trusted: bool = False, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Values [N, K / 2] and metadata uint8 [N, ceil(K / 8)] of weight [N, K] where mask (bool [N, K]) holds.
 
     Differentiable in weight. The host waits once where the mask is checked (compiled CPU kernels: not).
 
+    trusted: mask is known to have exactly two in every group of four (:func:`pyvtk.sparse24.prune` made it). It is not
+    checked, so nobody waits and a CUDA graph can capture the call; a group with more or less keeps its first two
+    entries, so that the result is a legal weight in any case.
+
     TypeError, ValueError: an argument that does not fit. RuntimeError: a group of four has not exactly two in mask.
     """
     op = "sparse24.compress"
+    checks.boolean(op, "trusted", trusted)
     checks.tensor(op, "weight", weight, 2)
     checks.dtype(op, "weight", weight, VALUES)
     if weight.shape[1] % 4:
@@ -195,8 +204,8 @@ def compress(weight: Tensor, mask: Tensor, *, backend: str | None = None) -> tup
     checks.same_device(op, "mask", mask, weight, "weight")
     weight, mask = (x if x.stride(1) == 1 else x.contiguous() for x in (weight, mask))
     if backends.pick("sparse24_compress", backend, weight, weight.dtype) == "compiled":
-        return backends.call(torch.ops.pyvtk.sparse24_compress, (weight,), weight, mask)
-    return reference.compress(weight, mask)
+        return backends.call(torch.ops.pyvtk.sparse24_compress, (weight,), weight, mask, trusted)
+    return reference.compress(weight, mask, trusted)
 
 
 def decompress(values: Tensor, metadata: Tensor, *, backend: str | None = None) -> Tensor:
@@ -218,6 +227,7 @@ def linear(
     mul: Tensor | None = None,
     activation: str = "none",
     choice: tuple[int, ...] = (),
+    vendor: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """activation(x W^T + bias) * mul with the weight W [N, K] that values, metadata and scales stand for.
@@ -230,6 +240,8 @@ def linear(
         activation: one of :data:`ACTIVATIONS`; "gelu" is the one with erf, "quick_gelu" is z sigmoid(1.702 z).
         choice: pairs (rows, kernel), ascending; from so many rows of x on, this kernel of :data:`KERNELS`, by number.
             Empty: few below 8 rows, many from there.
+        vendor: [N, opaque] in x's dtype, the same weight as ``torch._cslt_compress`` packs it, contiguous; for rows
+            where ``choice`` takes the vendor's kernel (CUDA; :mod:`pyvtk.sparse24.vendor` has its limits).
         backend: "compiled", "reference", or None for the first that can run.
 
     Returns:
@@ -247,18 +259,22 @@ def linear(
         checks.dtype(op, "dense", dense, (x.dtype,))
         checks.shape(op, "dense", dense, (values.shape[0], x.shape[-1]), "[out_features, in_features]")
         checks.same_device(op, "dense", dense, x, "x")
-    check_choice(op, choice, dense)
+    if vendor is not None:
+        checks.tensor(op, "vendor", vendor, 2)
+        checks.dtype(op, "vendor", vendor, (x.dtype,))
+        checks.same_device(op, "vendor", vendor, x, "x")
+    check_choice(op, choice, dense, vendor)
     if backends.pick("sparse24_linear", backend, x, x.dtype) == "reference":
         with _full_precision(x):
             return reference.linear(x, values, metadata, scales, dense, bias, mul, activation, choice)
     operator = torch.ops.pyvtk.sparse24_linear
     rest = (values, metadata, scales, dense, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias, mul)):
-        out = operator(_rows(x), *rest, None, "none", choice).reshape(*x.shape[:-1], values.shape[0])
+        out = operator(_rows(x), *rest, None, "none", choice, vendor).reshape(*x.shape[:-1], values.shape[0])
         out = reference.activate(out, activation)
         return out if mul is None else out * mul
     mul = None if mul is None else _rows(mul)
-    out = backends.call(operator, (), _rows(x), *rest, mul, activation, choice)
+    out = backends.call(operator, (), _rows(x), *rest, mul, activation, choice, vendor)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], values.shape[0])
 
 

@@ -36,16 +36,19 @@ def is_2_of_4(mask: Tensor) -> Tensor:
     return (mask.unflatten(-1, (mask.shape[-1] // 4, 4)).sum(-1) == 2).all()
 
 
-def compress(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(values, metadata) of the entries of ``weight`` [N, K] where ``mask`` (bool [N, K]) holds."""
-    if not torch.compiler.is_compiling() and not is_2_of_4(mask):
+def compress(weight: Tensor, mask: Tensor, trusted: bool = False) -> tuple[Tensor, Tensor]:
+    """(values, metadata) of the entries of ``weight`` [N, K] where ``mask`` (bool [N, K]) holds.
+
+    A group without exactly two in the mask is an error; ``trusted``: nobody looks, and it keeps its first two entries.
+    """
+    if not trusted and not torch.compiler.is_compiling() and not is_2_of_4(mask):
         raise RuntimeError("sparse24_compress: mask does not have exactly two entries in every group of four")
     rows, columns = weight.shape
     grouped = mask.reshape(rows, columns // 4, 4).to(torch.uint8)
-    first = grouped.argmax(-1)
-    second = 3 - grouped.flip(-1).argmax(-1)
-    values = weight.reshape(rows, columns // 4, 4).gather(-1, torch.stack([first, second], -1))
-    return values.reshape(rows, columns // 2), pack(torch.stack([first, second], -1))
+    kept = torch.stack([grouped.argmax(-1), 3 - grouped.flip(-1).argmax(-1)], -1)
+    kept = torch.where(grouped.sum(-1, keepdim=True) == 2, kept, torch.arange(2, device=kept.device))
+    values = weight.reshape(rows, columns // 4, 4).gather(-1, kept)
+    return values.reshape(rows, columns // 2), pack(kept)
 
 
 def pack(positions: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ def linear(
 ) -> Tensor:
     """activation(x W^T + bias) * mul, added up in float32 and rounded once to x's dtype.
 
-    ``dense`` and ``choice`` tell kernels how to compute; they change nothing here.
+    ``dense`` and ``choice`` tell kernels how to compute; they change nothing here, as does the vendor's form.
     """
     wide = _wide(x.dtype)
     z = x.to(wide) @ weight_of(values, metadata, scales, wide).T

@@ -10,7 +10,7 @@ import platform
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,39 +19,50 @@ from torch.nn import functional as F
 from pyvtk import _measure, backends, checks
 from pyvtk._version import __version__
 from pyvtk.ops import sparse24 as ops
-from pyvtk.sparse24.format import DENSE, FEW, MANY, Sparse24Weight
+from pyvtk.sparse24 import vendor as cusparselt
+from pyvtk.sparse24.format import DENSE, FEW, MANY, VENDOR, Sparse24Weight
 from pyvtk.sparse24.pruning import two_of_four
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+# What a table has times of: values by their dtype, x in the same; int8 values times float32 x, or times another.
+ENTRIES = (*DTYPES, "int8, bfloat16", "int8, float16")
 TABLE_VERSION = 1
 # Rows and weights that calibrate measures. Beyond the last rows time grows in proportion.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 SHAPES = ((768, 768), (1024, 4096), (4096, 4096))  # [out_features, in_features]
 _FEW_UP_TO = 128  # rows until which the kernel for few rows is measured: it only loses ground after that
 _COLD = 64 << 20  # bytes of weights that are used in turn, so that they come from memory as in a model
-# A dense product has to win by more than noise before memory is spent on a copy.
+_VENDOR_FROM = 8  # rows from which the vendor's kernel is measured: it works on eight at a time
+# A dense product, or the vendor's, has to win by more than noise before memory is spent on a copy.
 _MARGIN = 1.03
+# What mma.sp is assumed to reach of the sparse rate of Hopper, whose own instruction (wgmma) only the vendor's kernel
+# uses. Not measured: dense mma is said to reach about as much of the dense rate.
+_MMA_OF_WGMMA = 0.6
 
 
 @dataclass(frozen=True)
 class Facts:
     """What a device can do, per second. Rates by name of dtype; ``sparse`` counts the operations of the dense product,
-    as vendors do. ``unpacked``: dtypes whose weights are unpacked for torch's dense product on every call."""
+    as vendors do. ``unpacked``: dtypes of x for which weights are unpacked for torch's dense product on every call.
+    ``vendor``: ``sparse`` for cuSPARSELt; empty where there is none."""
 
     bandwidth: float
     dense: dict[str, float]
     sparse: dict[str, float]
     overhead: float = 5e-6  # of a launch
     unpacked: frozenset[str] = frozenset()
+    vendor: dict[str, float] = field(default_factory=dict)
 
 
-def _tensor_cores(bandwidth: float, half: float, tf32: float, int8: float) -> Facts:
+def _tensor_cores(bandwidth: float, half: float, tf32: float, int8: float, hopper: bool = False) -> Facts:
     dense = {"float32": tf32, "bfloat16": half, "float16": half, "int8": int8}
     # Measured products reach less of the sparse peak than of the dense one: published ratios are 1.1 to 1.6, not 2.
-    # No tensor core takes float32, which is what x is where the weight is float32 or int8.
+    # No tensor core takes float32.
+    sparse = {d: r * 0.95e12 for d, r in dense.items()}
+    ours = {d: r * _MMA_OF_WGMMA for d, r in sparse.items()} if hopper else sparse
     return Facts(
-        bandwidth * 0.85e9, {d: r * 0.75e12 for d, r in dense.items()}, {d: r * 0.95e12 for d, r in dense.items()},
-        unpacked=frozenset(("float32", "int8")),
+        bandwidth * 0.85e9, {d: r * 0.75e12 for d, r in dense.items()}, ours,
+        unpacked=frozenset(("float32",)), vendor=sparse,
     )  # fmt: skip
 
 
@@ -61,9 +72,9 @@ GPUS = {
     "A100-SXM4-80GB": _tensor_cores(2039, 312, 156, 624),
     "A100 80GB PCIe": _tensor_cores(1935, 312, 156, 624),
     "A100": _tensor_cores(1555, 312, 156, 624),
-    "H200": _tensor_cores(4800, 989, 494, 1979),
-    "H100 PCIe": _tensor_cores(2039, 756, 378, 1513),
-    "H100": _tensor_cores(3352, 989, 494, 1979),
+    "H200": _tensor_cores(4800, 989, 494, 1979, hopper=True),
+    "H100 PCIe": _tensor_cores(2039, 756, 378, 1513, hopper=True),
+    "H100": _tensor_cores(3352, 989, 494, 1979, hopper=True),
     "L40S": _tensor_cores(864, 362, 183, 733),
     "L4": _tensor_cores(300, 121, 60, 242),
     "A10": _tensor_cores(600, 125, 62.5, 250),
@@ -81,13 +92,15 @@ class Estimate:
     """What :func:`estimate` found.
 
     Attributes:
-        seconds: kernel ("few", "many", "dense") -> predicted seconds.
-        kernel: the fastest of them.
-        speedup: seconds of the dense product / seconds of the better sparse kernel.
+        seconds: kernel ("few", "many", "dense"; "vendor" too where cuSPARSELt is there and takes the weight) ->
+            predicted seconds.
+        kernel: the fastest of them. The vendor's counts only if it was measured, here and below: it wants the weight in
+            a form of its own, and a guess never costs memory.
+        speedup: seconds of the dense product / seconds of the best sparse kernel.
         source: "measured" (a table of :func:`calibrate`) or "analytic" (bytes and operations over rates from data
             sheets, or cautious guesses for a CPU: an order of magnitude).
-        choice: kernels by rows for this weight, for ``Sparse24Weight.choice``: pairs (rows, kernel number). Dense is
-            among them only if it was measured.
+        choice: kernels by rows for this weight, for ``Sparse24Weight.choice``: pairs (rows, kernel number). Dense and
+            the vendor's are among them only if they were measured.
     """
 
     seconds: dict[str, float]
@@ -154,7 +167,7 @@ def _parse(text: str, device: torch.device) -> Table:
         raise ValueError("it was made for another device or version")
     table: Table = {}
     for dtype, kernels in stored["seconds"].items():
-        if dtype not in DTYPES or not set(ops.KERNELS) <= set(kernels):
+        if dtype not in ENTRIES or not {"few", "many", "dense"} <= set(kernels) <= set(ops.KERNELS):
             raise ValueError(f"it has unknown or missing entries for {dtype!r}")
         for kernel, entries in kernels.items():
             for entry in entries:
@@ -234,14 +247,15 @@ def _gpu_facts(name: str) -> Facts | None:
     return next((facts for known, facts in GPUS.items() if known.lower() in name.lower()), None)
 
 
-def _from_facts(facts: Facts, m: int, n: int, k: int, dtype: str, element: int) -> dict[str, float]:
+def _from_facts(facts: Facts, m: int, n: int, k: int, values: torch.dtype, x: torch.dtype) -> dict[str, float]:
+    element, dtype = x.itemsize, str(x).removeprefix("torch.")
     rest = m * (n + k) * element
-    packed = n * k * (1 if dtype == "int8" else element) / 2 + n * k / 8
+    packed = n * k * values.itemsize / 2 + n * k / 8
     unpacked = dtype in facts.unpacked
-    weight = n * k * (1 if dtype == "int8" and not unpacked else element)
+    # cautiously, on a CPU, as if a dense product of int8 weights read bytes
+    weight = n * k * (1 if values == torch.int8 and x == torch.float32 and not unpacked else element)
     work = 2.0 * m * n * k
-    rate = facts.dense["float32" if unpacked else dtype]
-    dense = facts.overhead + max((weight + rest) / facts.bandwidth, work / rate)
+    dense = facts.overhead + max((weight + rest) / facts.bandwidth, work / facts.dense[dtype])
     if unpacked:
         unpacking = facts.overhead + (packed + weight) / facts.bandwidth
         return {"few": unpacking + dense, "many": unpacking + dense, "dense": dense}
@@ -249,11 +263,17 @@ def _from_facts(facts: Facts, m: int, n: int, k: int, dtype: str, element: int) 
     # one for many rows works on tiles of 32 of them, full or not.
     reading = (packed * math.ceil(m / 16) + rest) / facts.bandwidth
     tiles = work * max(m, 32) / m / facts.sparse[dtype]
-    return {
+    seconds = {
         "few": facts.overhead + max(reading, work / (facts.dense[dtype] * 0.5)),
         "many": facts.overhead + max((packed + rest) / facts.bandwidth, tiles),
         "dense": dense,
     }
+    if facts.vendor:
+        # as the one for many rows, values in x's dtype; x is copied where its rows are no multiple of eight
+        copying = facts.overhead + 2 * m * k * element / facts.bandwidth if m % 8 else 0.0
+        tiles = work * max(m, 32) / m / facts.vendor[dtype]
+        seconds["vendor"] = copying + facts.overhead + max((n * k * element * 9 / 16 + rest) / facts.bandwidth, tiles)
+    return seconds
 
 
 def _device_of(op: str, device: torch.device | str) -> tuple[torch.device | None, Facts]:
@@ -283,8 +303,19 @@ def _device_of(op: str, device: torch.device | str) -> tuple[torch.device | None
         properties = torch.cuda.get_device_properties(device)
         # 2048 (4096 from Hopper on) 16-bit operations of each multiprocessor and cycle, at a cautious 1.4 GHz
         half = properties.multi_processor_count * (4096 if major == 9 else 2048) * 1.4e-3
-        facts = _tensor_cores(600, half, half / 2, half * 2)
+        facts = _tensor_cores(600, half, half / 2, half * 2, hopper=major == 9)
     return device, facts
+
+
+def _entry(op: str, dtype: torch.dtype, x_dtype: torch.dtype | None) -> tuple[str, torch.dtype]:
+    """The name among ENTRIES, and x's dtype."""
+    name = _dtype_name(op, dtype)
+    usual = torch.float32 if dtype == torch.int8 else dtype
+    if x_dtype is None or x_dtype == usual:
+        return name, usual
+    if dtype != torch.int8 or x_dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"{op}: x_dtype must be that of the values, or floating for int8, got {x_dtype} for {dtype}")
+    return f"{name}, {_dtype_name(op, x_dtype)}", x_dtype
 
 
 def _dtype_name(op: str, dtype: torch.dtype) -> str:
@@ -295,9 +326,12 @@ def _dtype_name(op: str, dtype: torch.dtype) -> str:
 
 
 def _best(seconds: dict[str, float], measured: bool) -> int:
-    """Number of the kernel to run; dense, which costs memory, only if it was measured to win by more than noise."""
-    sparse = FEW if seconds["few"] <= seconds["many"] else MANY
-    return DENSE if measured and seconds["dense"] * _MARGIN < seconds[ops.KERNELS[sparse]] else sparse
+    """Number of the kernel to run; dense and vendor, which cost memory, only if measured to win by more than noise."""
+    ours = FEW if seconds["few"] <= seconds["many"] else MANY
+    if not measured:
+        return ours
+    copy = VENDOR if seconds.get("vendor", math.inf) < seconds["dense"] else DENSE
+    return copy if seconds[ops.KERNELS[copy]] * _MARGIN < seconds[ops.KERNELS[ours]] else ours
 
 
 # Row counts at which the choice may change.
@@ -305,13 +339,20 @@ _GRID = sorted({max(1, round(2 ** (i / 2))) for i in range(26)})
 
 
 def estimate(
-    m: int, n: int, k: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    x_dtype: torch.dtype | None = None,
 ) -> Estimate:
     """Predict what y [m, n] = x [m, k] W^T costs with a 2:4 weight and with a dense one. Measures nothing.
 
     Args:
         m, n, k: rows of x, out_features, in_features (a multiple of 4).
-        dtype: of the values; int8 means int8 weights times float32 x.
+        dtype: of the values.
+        x_dtype: of x. None: ``dtype``, or float32 for int8 values. Only these may have x in another dtype: bfloat16 or
+            float16, which CUDA multiplies without unpacking the weight.
         device: a torch device, whose measured table is used if there is one (:func:`calibrate`); or part of a GPU's
             name ("A100", "H100", ...), which needs no such GPU and is analytic.
 
@@ -324,23 +365,29 @@ def estimate(
         checks.integer(op, name, value, 1)
     if k % 4:
         raise ValueError(f"{op}: k must be a multiple of 4, got {k}")
-    name = _dtype_name(op, dtype)
+    name, x_dtype = _entry(op, dtype, x_dtype)
     where, facts = _device_of(op, device)
     table = None if where is None else _load(where)
-    if table is not None and name in table:
-        source = "measured"
-        at = lambda rows: _from_table(table, rows, n, k, name)  # noqa: E731
-    else:
-        source, element = "analytic", 4 if dtype == torch.int8 else dtype.itemsize
-        at = lambda rows: _from_facts(facts, rows, n, k, name, element)  # noqa: E731
+    # of another machine's GPU only the shape can be asked
+    no_vendor = cusparselt.does_not_fit(n, k, x_dtype) if where is None else cusparselt.why_not(n, k, x_dtype, where)
+
+    def at(rows: int) -> dict[str, float]:
+        if table is not None and name in table:
+            found = _from_table(table, rows, n, k, name)
+        else:
+            found = _from_facts(facts, rows, n, k, dtype, x_dtype)
+        return {kernel: s for kernel, s in found.items() if kernel != "vendor" or no_vendor is None}
+
+    source = "measured" if table is not None and name in table else "analytic"
     seconds = at(m)
     choice: list[int] = []
     for rows in _GRID:
         kernel = _best(at(rows), source == "measured")
         if not choice or choice[-1] != kernel:
             choice += [rows if choice else 0, kernel]
-    sparse = min(seconds["few"], seconds["many"])
-    fastest = min(seconds, key=seconds.__getitem__)
+    counted = {kernel: s for kernel, s in seconds.items() if kernel != "vendor" or source == "measured"}
+    fastest = min(counted, key=counted.__getitem__)
+    sparse = min(s for kernel, s in counted.items() if kernel != "dense")
     return Estimate(seconds, fastest, seconds["dense"] / sparse, source, tuple(choice))
 
 
@@ -351,15 +398,18 @@ def calibrate(
     rows: Sequence[int] = ROWS,
     shapes: Sequence[tuple[int, int]] = SHAPES,
     seconds: float = 0.1,
+    x_dtype: torch.dtype | None = None,
 ) -> Path:
-    """Measure the kernels on this machine and store the table that :func:`estimate` reads.
+    """Measure the kernels on this machine (the vendor's where it is there) and store the table that :func:`estimate`
+    reads.
 
     The calls take turns, so that a slow spell hits all alike, and medians are stored. Weights are used in turn too, so
     that they come from memory. With the threads that torch is set to; another number is another table. A minute or two.
 
     Args:
         device: the device to measure.
-        dtypes: of the values; int8 with float32 x. Those measured before stay in the table.
+        dtypes: of the values. Those measured before stay in the table.
+        x_dtype: of x, for ``dtypes`` of int8 alone; None: as of :func:`estimate`.
         rows: row counts, ascending. shapes: pairs (out_features, in_features).
         seconds: time spent at each point, at least three rounds.
 
@@ -376,20 +426,21 @@ def calibrate(
         raise ValueError(f"{op}: rows must be ascending and positive, got {rows}")
     if not shapes or any(n < 1 or k < 4 or k % 4 for n, k in shapes):
         raise ValueError(f"{op}: shapes must be pairs (out_features, in_features in multiples of 4), got {shapes}")
-    names = {_dtype_name(op, dtype): dtype for dtype in dtypes}
-    for dtype in names.values():
-        reason = backends.why_not("sparse24_linear", "compiled", device.type, _x_dtype(dtype))
+    measured = [(dtype, *_entry(op, dtype, x_dtype)) for dtype in dtypes]
+    for _, _, of_x in measured:
+        reason = backends.why_not("sparse24_linear", "compiled", device.type, of_x)
         if reason is not None:
             raise RuntimeError(f"{op}: there is nothing to measure on {device}: {reason}")
     clock = _measure.on_host if device.type == "cpu" else _measure.OnCuda()
     found: dict[str, dict[str, list[dict]]] = {}
     with torch.no_grad():
-        for name, dtype in names.items():
+        for dtype, name, of_x in measured:
             kernels: dict[str, list[dict]] = {kernel: [] for kernel in ops.KERNELS}
             for shape in shapes:
-                for kernel, times in _measure_shape(shape, dtype, rows, device, seconds, clock).items():
-                    kernels[kernel].append({"shape": shape, "rows": list(times), "seconds": list(times.values())})
-            found[name] = kernels
+                for kernel, times in _measure_shape(shape, dtype, of_x, rows, device, seconds, clock).items():
+                    if times:
+                        kernels[kernel].append({"shape": shape, "rows": list(times), "seconds": list(times.values())})
+            found[name] = {kernel: entries for kernel, entries in kernels.items() if entries}
     path = table_path(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -404,19 +455,14 @@ def calibrate(
     return path
 
 
-def _x_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.int8 else dtype
-
-
 def _copies(nbytes: int) -> int:
     """Weights of so many bytes that together fill _COLD; not more than 64, lest tiny ones take forever to make."""
     return min(64, max(1, _COLD // nbytes))
 
 
-def _measure_shape(shape, dtype, rows, device, seconds, clock) -> dict[str, dict[int, float]]:
+def _measure_shape(shape, dtype, x_dtype, rows, device, seconds, clock) -> dict[str, dict[int, float]]:
     """kernel -> rows -> median seconds."""
     n, k = shape
-    x_dtype = _x_dtype(dtype)
     dense = torch.randn(n, k, device=device).to(x_dtype)
     mask = two_of_four(dense.abs())
     if dtype == torch.int8:
@@ -426,6 +472,10 @@ def _measure_shape(shape, dtype, rows, device, seconds, clock) -> dict[str, dict
         weight = Sparse24Weight(*ops.compress(dense, mask))
     packed = [(weight.values.clone(), weight.metadata.clone()) for _ in range(_copies(weight.nbytes))]
     copies = [dense.clone() for _ in range(_copies(dense.numel() * dense.element_size()))]
+    theirs: list[torch.Tensor] = []
+    if cusparselt.why_not(n, k, x_dtype, device) is None:
+        theirs.append(weight.cache_vendor(x_dtype))
+        theirs += [theirs[0].clone() for _ in range(_copies(theirs[0].nbytes) - 1)]
     times: dict[str, dict[int, float]] = {kernel: {} for kernel in ops.KERNELS}
     for m in rows:
         x = torch.randn(m, k, device=device).to(x_dtype)
@@ -433,13 +483,16 @@ def _measure_shape(shape, dtype, rows, device, seconds, clock) -> dict[str, dict
         def sparse(kernel: int, x=x):
             def call(turn: int):
                 values, metadata = packed[turn % len(packed)]
-                return ops.linear(x, values, metadata, scales=weight.scales, choice=(0, kernel))
+                vendor = theirs[turn % len(theirs)] if kernel == VENDOR else None
+                return ops.linear(x, values, metadata, scales=weight.scales, choice=(0, kernel), vendor=vendor)
 
             return call
 
         calls = {"many": sparse(MANY), "dense": lambda turn, x=x: F.linear(x, copies[turn % len(copies)])}
         if m <= _FEW_UP_TO or m == rows[0]:
             calls["few"] = sparse(FEW)
+        if theirs and m >= _VENDOR_FROM:
+            calls["vendor"] = sparse(VENDOR)
         timings = _measure.interleave(calls, lambda turn, _: (turn,), seconds=seconds, min_rounds=3, clock=clock)
         for kernel, timing in timings.items():
             times[kernel][m] = timing.median

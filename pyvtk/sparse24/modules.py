@@ -8,7 +8,17 @@ from torch import Tensor, nn
 from pyvtk import backends, checks
 from pyvtk.ops import sparse24 as ops
 from pyvtk.reference import sparse24 as reference
-from pyvtk.sparse24.format import DENSE, FEW, FORMAT_VERSION, MANY, Sparse24Weight, check_metadata, check_version
+from pyvtk.sparse24 import vendor as cusparselt
+from pyvtk.sparse24.format import (
+    DENSE,
+    FEW,
+    FORMAT_VERSION,
+    MANY,
+    VENDOR,
+    Sparse24Weight,
+    check_metadata,
+    check_version,
+)
 
 FALLBACKS = ("cache", "never")
 _MANY_ROWS = 32  # where an empty choice goes from few to many
@@ -23,13 +33,13 @@ def kernel_at(choice: tuple[int, ...], rows: int) -> int:
     return kernel
 
 
-def without_dense(choice: tuple[int, ...]) -> tuple[int, ...]:
-    """``choice`` for a weight without a dense copy: the sparse kernel of an empty choice stands in."""
+def without(choice: tuple[int, ...], missing: tuple[int, ...] = (DENSE, VENDOR)) -> tuple[int, ...]:
+    """``choice`` for a weight without copies for these kernels: the sparse kernel of an empty choice stands in."""
     result: list[int] = []
     starts = choice[0::2]
     for i, (start, kernel) in enumerate(zip(starts, choice[1::2])):
         end = starts[i + 1] if i + 1 < len(starts) else None
-        if kernel != DENSE:
+        if not any(kernel == other for other in missing):
             result += [start, kernel]
             continue
         if start < _MANY_ROWS:
@@ -39,18 +49,23 @@ def without_dense(choice: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(result)
 
 
-def _to_dense_or_not(weight: Sparse24Weight, x: Tensor, fallback: str) -> tuple[Tensor | None, tuple[int, ...]]:
-    """The dense copy, if this call may use it, and the choice that fits."""
+def _copies(weight: Sparse24Weight, x: Tensor, fallback: str) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
+    """The dense copy and the vendor's form, as far as this call may use them, and the choice that fits."""
     choice = weight.choice
-    if DENSE not in choice[1::2]:
-        return None, choice
-    dense = weight.dense
-    if fallback == "cache" and not weight.values.requires_grad:
-        if not torch.compiler.is_compiling() and kernel_at(choice, x.shape[:-1].numel()) == DENSE:
-            return weight.cache_dense(x.dtype), choice
-        if dense is not None and dense.dtype == x.dtype:
-            return dense, choice
-    return None, without_dense(choice)
+    # not `in`, which under torch.compile(dynamic=True) misses a number that it made symbolic
+    if not any(kernel == DENSE or kernel == VENDOR for kernel in choice[1::2]):
+        return None, None, choice
+    if fallback == "never" or weight.values.requires_grad:
+        return None, None, without(choice)
+    if not torch.compiler.is_compiling():
+        kernel = kernel_at(choice, x.shape[:-1].numel())
+        if kernel == DENSE:
+            weight.cache_dense(x.dtype)
+        elif kernel == VENDOR and cusparselt.why_not(*weight.shape, x.dtype, weight.device) is None:
+            weight.cache_vendor(x.dtype)
+    dense, vendor = (t if t is not None and t.dtype == x.dtype else None for t in (weight.dense, weight.vendor))
+    missing = tuple(kernel for kernel, copy in ((DENSE, dense), (VENDOR, vendor)) if copy is None)
+    return dense, vendor, without(choice, missing)
 
 
 def _check(op: str, weight) -> None:
@@ -118,15 +133,18 @@ def linear(
         bias: [out_features], of x's dtype or float32.
         activation: None, "relu", "gelu" (erf), "gelu_tanh", "quick_gelu" or "silu".
         mul: [..., out_features] in x's dtype; a gate, multiplied after the activation.
-        dense_fallback: where ``weight.choice`` says that a dense product is faster, "cache" makes a dense copy at
-            first need and keeps it (it counts in ``weight.nbytes``; torch.compile uses one that is there and makes
-            none); "never" stays with the sparse kernels.
+        dense_fallback: where ``weight.choice`` says that a dense product or the vendor's (cuSPARSELt) is faster,
+            "cache" makes the weight it needs at first need and keeps it (it counts in ``weight.nbytes``; torch.compile
+            uses one that is there and makes none, nor should a CUDA graph); "never" stays with our sparse kernels.
+            These stand in, too, where cuSPARSELt is not there or does not take the weight (16-bit x, both sizes in
+            multiples of 16): :func:`estimate` leaves it out there, ``weight.cache_vendor`` says why.
         backend: "compiled", "reference", or None for the first that can run.
 
     Returns:
         [..., out_features] in x's dtype; sums in float32, rounded once. Differentiable in x, weight.values, bias and
         mul; the gradient of x is a sparse product where ``weight.transposed`` is there, weight.values asks for no
-        gradient and the kernels are compiled. Under autocast x, values and mul take its dtype.
+        gradient and the kernels are compiled (forward too runs our sparse kernels then). Under autocast x, values and
+        mul take its dtype.
 
     Raises:
         TypeError, ValueError: an argument that does not fit. RuntimeError: the backend cannot run.
@@ -138,20 +156,20 @@ def linear(
     values = weight.values
     if backends.autocasts(values.device.type) and weight.scales is None and isinstance(x, Tensor):
         values = values.to(x.dtype)
-    dense, choice = None, ()
+    dense, vendor, choice = None, None, ()
     if isinstance(x, Tensor) and x.dim():
-        dense, choice = _to_dense_or_not(weight, x, dense_fallback)
+        dense, vendor, choice = _copies(weight, x, dense_fallback)
     activation = "none" if activation is None else activation
     if _takes_transpose(x, weight, backend):
         ops.check_call(op, x, values, weight.metadata, weight.scales, bias, mul, activation)
         packed = [(w.values, w.metadata) for w in (weight, weight.transposed)]
-        y = _WithTranspose.apply(x, *packed, without_dense(choice))
+        y = _WithTranspose.apply(x, *packed, without(choice))
         y = y if bias is None else y + bias.to(y.dtype)
         y = reference.activate(y, activation)
         return y if mul is None else y * mul
     return ops.linear(
         x, values, weight.metadata, scales=weight.scales, dense=dense, bias=bias, mul=mul, activation=activation,
-        choice=choice, backend=backend,
+        choice=choice, vendor=vendor, backend=backend,
     )  # fmt: skip
 
 
@@ -249,7 +267,7 @@ class Sparse24Linear(nn.Module):
             self.register_parameter("bias", bias)
         else:
             self.bias = nn.Parameter(bias.detach().clone())
-        # holds the dense copy from call to call
+        # holds the copies from call to call
         self._weight24: Sparse24Weight | None = None
 
     @property
@@ -268,7 +286,7 @@ class Sparse24Linear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight (a dense copy too) and the bias."""
+        """Bytes of the weight (with its copies) and the bias."""
         return self.weight24.nbytes + (0 if self.bias is None else self.bias.numel() * self.bias.element_size())
 
     def forward(self, x: Tensor, mul: Tensor | None = None) -> Tensor:

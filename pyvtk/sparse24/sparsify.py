@@ -27,8 +27,10 @@ class LayerReport:
         converted: whether it is a Sparse24Linear now (with dry_run: would be).
         reason: why not; None if converted.
         speedup: predicted, dense over sparse, at the rows that were asked for; None where it was not looked at.
-        kernel: predicted to run: "few", "many" or "dense". source: of the prediction, "measured" or "analytic".
-        bytes_before, bytes_after: of weight and bias; after does not count a dense copy, which is made at first need.
+        kernel: predicted to run: "few", "many", "vendor" or "dense".
+        source: of the prediction, "measured" or "analytic".
+        bytes_before, bytes_after: of weight and bias; after does not count a dense copy or the vendor's form of the
+            weight, which are made at first need.
         kept_share: sum of |w| that stays / sum of |w|; None where nothing was pruned.
     """
 
@@ -215,9 +217,13 @@ def _convert(name, module, owners, rows, scores, dtype) -> tuple[LayerReport, Sp
         return _refused(name, module, reason), None
     weight = module.weight.detach()
     out_features, in_features = weight.shape
-    found = estimate(rows, out_features, in_features, dtype or weight.dtype, weight.device)
+    x_dtype = weight.dtype if dtype == torch.int8 else None
+    found = estimate(rows, out_features, in_features, dtype or weight.dtype, weight.device, x_dtype)
     if found.kernel == "dense" or found.speedup <= 1:
-        return _refused(name, module, f"dense is faster at {rows} rows ({found.source} estimate)", found), None
+        reason = f"dense is faster at {rows} rows ({found.source} estimate)"
+        if found.seconds.get("vendor", found.seconds["dense"]) < found.seconds["dense"] and found.source == "analytic":
+            reason += "; the vendor's kernel may not be, and counts once calibrate has measured it"
+        return _refused(name, module, reason, found), None
     mask = prune(weight, scores)
     absolute = magnitude(weight).double()
     total = absolute.sum()

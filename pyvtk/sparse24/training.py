@@ -141,7 +141,8 @@ def _product(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     """x (W * mask)^T. Where there is no compiled kernel, a dense product: plain torch gains nothing by compressing."""
     if backends.pick("sparse24_linear", None, x, x.dtype) != "compiled":
         return F.linear(x, torch.where(mask, weight, 0))
-    return sparse_product(x, *torch.ops.pyvtk.sparse24_compress(weight.contiguous(), mask.contiguous()))
+    # trusted: pruning made the mask, or loading verified it
+    return sparse_product(x, *torch.ops.pyvtk.sparse24_compress(weight.contiguous(), mask.contiguous(), True))
 
 
 class Linear24(nn.Module):
@@ -166,7 +167,8 @@ class Linear24(nn.Module):
             training), as :meth:`to_sparse` will round them.
         x_scale: float32 [1], for ``int8``: one scale for all x (:func:`calibrate_activations`). None: one for each row.
 
-    State dict: weight, bias, mask, steps (and x_scale).
+    State dict: weight, bias, mask, steps (and x_scale). Loading one whose mask has not the pattern of its step is a
+    ValueError; products trust the mask, so that no step waits for the host but those that choose a mask.
     """
 
     def __init__(
@@ -222,7 +224,7 @@ class Linear24(nn.Module):
         self.register_buffer("x_scale", None if x_scale is None else x_scale.detach().clone())
         # [], what pruned weights are multiplied by; a tensor, so that torch.compile takes no note of its value
         self.register_buffer("left", torch.zeros((), device=self.weight.device), persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module._at(int(module.steps)))
+        self.register_load_state_dict_post_hook(lambda module, _: module._loaded())
         self._at(0)
         self.refresh()
 
@@ -245,6 +247,23 @@ class Linear24(nn.Module):
     def pattern(self) -> Pattern:
         """(n, m) that the mask has, or will have at its next choice."""
         return self._pattern
+
+    def _loaded(self) -> None:
+        """A state dict was loaded: go to its step, and see that its mask is one that products may trust."""
+        self._at(int(self.steps))
+        if self.mask.is_meta:
+            return
+        n, m = self._pattern
+        for mask in (self.mask, self.mask.T) if self.transposable else (self.mask,):
+            wrong = mask.unflatten(-1, (-1, m)).sum(-1) != n
+            if wrong.any():
+                row, group = wrong.nonzero()[0].tolist()
+                got = int(mask.unflatten(-1, (-1, m))[row, group].sum())
+                side = "row" if mask is self.mask else "column"
+                raise ValueError(
+                    f"Linear24.load_state_dict: mask must be {n}:{m} at step {self._step}, got {got} of {m} kept in "
+                    f"{side} {row}, group {group}"
+                )
 
     def _at(self, step: int) -> None:
         """Be where the schedule is after so many steps."""

@@ -50,8 +50,8 @@ def linear(
     return out.read(), (bool(taken[0]), taken[1], taken[2])
 
 
-def compress(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """sparse24_compress, and whether the mask was wrong."""
+def compress(weight: Tensor, mask: Tensor, trusted: bool = False) -> tuple[Tensor, Tensor, bool]:
+    """sparse24_compress, and whether the mask was wrong (trusted: nobody asks)."""
     call = Call()
     features, depth = weight.shape
     values = Exact(torch.zeros(features, depth // 2, dtype=weight.dtype))
@@ -60,7 +60,8 @@ def compress(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, bool]:
     call(
         "emulated_sparse24_compress", weight.element_size(), strided(call, weight, depth + 3, 1), number(depth + 3),
         strided(call, mask, depth + 1, 1), number(depth + 1), number(features), number(depth),
-        ctypes.c_void_p(values.address), ctypes.c_void_p(metadata.address), ctypes.byref(wrong),
+        ctypes.c_void_p(values.address), ctypes.c_void_p(metadata.address),
+        None if trusted else ctypes.byref(wrong),
     )  # fmt: skip
     return values.read(), metadata.read(), bool(wrong.value)
 

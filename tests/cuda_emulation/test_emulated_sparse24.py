@@ -170,7 +170,11 @@ def test_format(features, groups, dtype, seed):
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4])
-def test_wrong_masks_are_found(count):
-    mask = torch.tensor([True, False, True, False]).repeat(3, 5)
+def test_wrong_masks_are_found_unless_trusted(count):
+    """In either case the result is a legal weight."""
+    weight, mask = torch.randn(3, 20), torch.tensor([True, False, True, False]).repeat(3, 5)
     mask[1, 8:12] = torch.arange(4) < count
-    assert kernels.compress(torch.randn(3, 20), mask)[2]
+    expected = reference.compress(weight, mask, trusted=True)
+    for trusted in (False, True):
+        values, metadata, wrong = kernels.compress(weight, mask, trusted)
+        assert wrong != trusted and torch.equal(values, expected[0]) and torch.equal(metadata, expected[1])
