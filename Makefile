@@ -77,7 +77,7 @@ build: $(VENV)/.built
 # Tests -------------------------------------------------------------------------------------------------------------
 
 test: $(VENV)/.built
-	$(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	$(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # A second installation, in build/asan, beside the ordinary one. The sanitizers' runtimes have to be loaded before
 # Python, and libstdc++ with them, or exceptions cannot be followed. Tests that compile code of their own are left out.
@@ -93,7 +93,7 @@ asan: $(VENV)/.built
 	PYVTK_SANITIZE=address,undefined PYVTK_CUDA=0 \
 	  $(PIP) install -q --no-build-isolation --no-deps --target build/asan .
 	cd build && PYTHONPATH=$(CURDIR)/build/asan $(ASAN_ENV) $(BIN)/python -c 'from pyvtk import _C; assert _C.build_info()["sanitize"], _C.__file__'
-	PYTHONPATH=$(CURDIR)/build/asan $(ASAN_ENV) $(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist loadgroup -m 'not compile and not package' \
+	PYTHONPATH=$(CURDIR)/build/asan $(ASAN_ENV) $(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not compile and not package' \
 	  --ignore tests/test_benchmarks.py $(PYTEST_ARGS)
 
 cpp-test: $(VENV)/.tools

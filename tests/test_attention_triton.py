@@ -28,6 +28,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 
+@pytest.mark.long
 @pytest.mark.skipif(WHY_NOT is None, reason="the tests below run in this process")
 def test_in_the_interpreter(tmp_path):
     command = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
@@ -38,6 +39,7 @@ def test_in_the_interpreter(tmp_path):
     assert passed >= len(CASES) and "failed" not in said, said
 
 
+@pytest.mark.long
 def test_kernels_compile_for_every_architecture(tmp_path):
     """A part of what `make triton` compiles: shared memory, registers and spills, without a GPU."""
     env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

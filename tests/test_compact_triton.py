@@ -29,6 +29,7 @@ DTYPES = (
 )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.skipif(WHY_NOT is None, reason="the tests below run in this process")
 def test_in_the_interpreter(tmp_path):
     command = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
@@ -39,6 +40,7 @@ def test_in_the_interpreter(tmp_path):
     assert passed >= 40 and "failed" not in said, said
 
 
+@pytest.mark.long
 def test_kernels_compile_for_every_architecture(tmp_path):
     """Shared memory and spills of what .ci/check_triton.py compiles for one architecture, without a GPU."""
     env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

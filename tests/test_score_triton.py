@@ -23,6 +23,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 
+@pytest.mark.long
 @pytest.mark.skipif(WHY_NOT is None, reason="the tests below run in this process")
 def test_in_the_interpreter(tmp_path):
     command = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
