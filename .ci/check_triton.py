@@ -26,7 +26,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 import torch
 import triton
-from pyvtk.triton_kernels import attention, compact, score, score_backward
+from pyvtk.triton_kernels import _tiles, attention, compact, score, score_backward
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -95,15 +95,15 @@ def score_calls(dtype: torch.dtype, head_dim: int, group: int, options: dict) ->
 
 
 FAMILIES = {"attention": attention_calls, "score": score_calls}
-# kernels that are too small to tell anything
+# kernels that have to compile, and are too small to tell anything
 SMALL = ("delta", "bounds", "extents", "finish")
 
 
 def launches(family: str, architecture: int, *case) -> list:
     """(kernel, arguments) of a forward and a backward on an architecture."""
     found = []
-    attention._capability = lambda tensor: divmod(architecture, 10)
-    attention._launch = lambda kernel, programs, arguments: found.append((kernel, arguments))
+    _tiles.capability = lambda tensor: divmod(architecture, 10)
+    _tiles.launch = lambda kernel, programs, arguments: found.append((kernel, arguments))
     FAMILIES[family](*case)
     return found
 
@@ -156,9 +156,10 @@ def measured(case: tuple) -> list[tuple[str, str]]:
     lines = []
     for kernel, arguments in launches(*case):
         name = kernel.__name__.removeprefix("neighbor_").removesuffix("_kernel")
+        binary = compiled(kernel, arguments, architecture)
         if name.endswith(SMALL):
             continue
-        registers, spill, shared = resources(compiled(kernel, arguments, architecture))
+        registers, spill, shared = resources(binary)
         warps, stages = arguments["num_warps"], arguments["num_stages"]
         resident = blocks_per_multiprocessor(architecture, warps, registers, shared)
         occupancy = 100 * resident * warps * 32 // threads_per_multiprocessor(architecture)
@@ -185,7 +186,7 @@ COMPACT = [(dtype, channels) for dtype in (torch.bfloat16, torch.float32) for ch
 def compact_launches(dtype: torch.dtype, channels: int) -> list:
     """(kernel, arguments) of compact, padded and packed, of its gradient and of compact_kv_."""
     found = []
-    compact._launch = lambda kernel, programs, arguments: found.append((kernel, arguments))
+    _tiles.launch = lambda kernel, programs, arguments: found.append((kernel, arguments))
     indices = torch.empty(2, 720, dtype=torch.int64, device="meta")
     counts = torch.empty(2, dtype=torch.int32, device="meta")
     x = torch.empty(2, 2880, channels, dtype=dtype, device="meta")

@@ -11,6 +11,10 @@ hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Uninitialised tensors are full of NaN, in Python and in compiled operators (integers: the maximum, and -1)."""

@@ -44,3 +44,13 @@ def assert_within_budget(
     budget = 2 * max_error(plain, oracle) + rounding + torch.finfo(torch.float32).eps * added
     error = max_error(actual, oracle)
     assert error <= budget, f"error {error:.3e} exceeds the budget {budget:.3e}"
+
+
+def same(actual, expected) -> None:
+    """Tensors, or sequences of them, have the same dtypes, shapes and values; no tolerance, and NaN equals nothing."""
+    actual, expected = (x if isinstance(x, (tuple, list)) else (x,) for x in (actual, expected))
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        a, b = (x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in (a, b))
+        assert torch.equal(a, b)

@@ -8,12 +8,12 @@ Whether they compile, and what of a GPU they use, is asked without a GPU by .ci/
 from __future__ import annotations
 
 import os
-import re
 import sys
 
 import pytest
 import torch
 from fresh import ROOT, run
+from interpreter import passed_in_the_interpreter
 from support import assert_within_budget
 from torch import Tensor
 
@@ -28,16 +28,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 
+@pytest.mark.long
 @pytest.mark.skipif(WHY_NOT is None, reason="the tests below run in this process")
 def test_in_the_interpreter(tmp_path):
-    command = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    arguments = ["-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-k", "not compile"]
-    env = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    said = run("-c", command, str(ROOT / "tests" / "test_attention_triton.py"), *arguments, cwd=tmp_path, env=env)
-    passed = int(re.search(r"(\d+) passed", said).group(1))
-    assert passed >= len(CASES) and "failed" not in said, said
+    assert passed_in_the_interpreter(__file__, tmp_path) >= len(CASES)
 
 
+@pytest.mark.long
 def test_kernels_compile_for_every_architecture(tmp_path):
     """A part of what `make triton` compiles: shared memory, registers and spills, without a GPU."""
     env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import assert_within_budget
+from support import assert_within_budget, same
 
 import pyvtk
 from pyvtk import Selection
@@ -47,15 +47,6 @@ def packed_source(lengths=(3, 0, 4), capacity=2):
         indices[i, : len(row)] = row
     counts = torch.tensor([len(row) for row in rows], dtype=torch.int32)
     return Selection(indices, counts, int(starts[-1]), source_cu_seqlens=starts.int())
-
-
-def same(actual, expected):
-    actual, expected = (x if isinstance(x, tuple) else (x,) for x in (actual, expected))
-    assert len(actual) == len(expected)
-    for a, b in zip(actual, expected):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        a, b = (x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in (a, b))
-        assert torch.equal(a, b)
 
 
 def both(function, *args, **kwargs):

@@ -6,11 +6,11 @@ On a CUDA device they run there; without one, Triton interprets them on the CPU,
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from fresh import ROOT, run
+from interpreter import passed_in_the_interpreter
+from support import same
 
 import pyvtk
 from pyvtk import Selection, backends
@@ -29,16 +29,13 @@ DTYPES = (
 )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.skipif(WHY_NOT is None, reason="the tests below run in this process")
 def test_in_the_interpreter(tmp_path):
-    command = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    arguments = ["-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-k", "not compile"]
-    env = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    said = run("-c", command, str(ROOT / "tests" / "test_compact_triton.py"), *arguments, cwd=tmp_path, env=env)
-    passed = int(re.search(r"(\d+) passed", said).group(1))
-    assert passed >= 40 and "failed" not in said, said
+    assert passed_in_the_interpreter(__file__, tmp_path) >= 40
 
 
+@pytest.mark.long
 def test_kernels_compile_for_every_architecture(tmp_path):
     """Shared memory and spills of what .ci/check_triton.py compiles for one architecture, without a GPU."""
     env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
@@ -60,15 +57,6 @@ def selection(rows=(2,), tokens=9, capacity=5, align="left", repeated=False, cou
     if counts is None:
         counts = torch.randint(0, indices.shape[-1] + 1, rows, dtype=torch.int32)
     return Selection.from_indices(indices.to(DEVICE), tokens, counts=counts.to(DEVICE), align=align)
-
-
-def same(actual, expected):
-    actual, expected = (x if isinstance(x, (tuple, list)) else (x,) for x in (actual, expected))
-    assert len(actual) == len(expected)
-    for a, b in zip(actual, expected):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        a, b = (x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in (a, b))
-        assert torch.equal(a, b)
 
 
 def both(function, *args, **kwargs):

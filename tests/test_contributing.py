@@ -10,8 +10,7 @@ import pytest
 import torch
 from fresh import INFO, ONLY_PATH, ROOT, copy_tree, run
 
-# One process runs them all, so that the tree is built once.
-pytestmark = [pytest.mark.package, pytest.mark.xdist_group("contributing")]
+pytestmark = pytest.mark.package
 
 
 def files() -> dict[str, str]:
@@ -36,44 +35,44 @@ def tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A copy of the tree with the toy in it, and its library built by CMake."""
-    tree = copy_tree(tmp_path_factory.mktemp("contributing"))
-    for other in (tree / "csrc" / "cpu").glob("*.cpp"):
-        other.unlink()  # the kernels of the other families take minutes to compile and are not asked for
+def tree_with_the_toy(folder: Path) -> Path:
+    tree = copy_tree(folder)
     for name, text in files().items():
         if name == "pyvtk/__init__.py":
             before = (tree / name).read_text()
             assert "\nbackends.complete()\n" in before
             text = before.replace("\nbackends.complete()\n", f"\n{text}\nbackends.complete()\n")
         (tree / name).write_text(text)
+    return tree
+
+
+@pytest.mark.long
+def test_it_builds_and_its_own_test_passes(tmp_path):
+    """One test, so that it is built once, whatever processes the tests are spread over."""
+    tree = tree_with_the_toy(tmp_path)
+    for other in (tree / "csrc" / "cpu").glob("*.cpp"):
+        if other.name != "scale.cpp":
+            other.unlink()  # the kernels of the other families take minutes to compile and are not asked for
     commands = [
         [tool("cmake"), "-S", tree, "-B", tree / "build", f"-DPYVTK_TORCH_ROOT={torch.__path__[0]}",
          f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={tree / 'pyvtk'}"],
-        [tool("cmake"), "--build", tree / "build", "--target", "install"],
+        [tool("cmake"), "--build", tree / "build", "--target", "install", "-j", "2"],
     ]  # fmt: skip
     for command in commands:
         done = subprocess.run(command, text=True, stdin=subprocess.DEVNULL, capture_output=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    return tree
-
-
-def test_its_own_test_passes(tree):
     pytest_here = ONLY_PATH + "import pytest; sys.exit(pytest.main(['tests/test_scale.py', '-p', 'no:cacheprovider']))"
     said = run("-c", pytest_here, path=[tree], cwd=tree)
     assert re.search(r"\d+ passed", said) and "skipped" not in said
-
-
-def test_info_lists_it(tree):
     assert re.search(r"^scale +yes +no \[\d+\] +no \[\d+\] +yes$", run("-c", INFO, path=[tree], cwd=tree), re.M)
 
 
 @pytest.mark.parametrize("command", ["ruff check", "ruff format --check", "clang-format --dry-run --Werror"])
-def test_it_is_written_in_our_style(tree, command):
+def test_it_is_written_in_our_style(tmp_path, command):
     name, *options = command.split()
     if tool(name) is None:
         pytest.skip(f"{name} is not installed")
+    tree = tree_with_the_toy(tmp_path)
     python = name == "ruff"
     shown = [path for path in files() if path.endswith(".py") == python and path != "pyvtk/__init__.py"]
     done = subprocess.run([tool(name), *options, *shown], cwd=tree, capture_output=True, text=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 
 import pytest
 import torch
-from fresh import ROOT, run
+from interpreter import passed_in_the_interpreter
 from support import assert_within_budget
 from test_score import ALL, extras, in_double, inputs
 
@@ -23,14 +22,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 
+@pytest.mark.long
 @pytest.mark.skipif(WHY_NOT is None, reason="the tests below run in this process")
 def test_in_the_interpreter(tmp_path):
-    command = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    arguments = ["-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
-    env = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    said = run("-c", command, str(ROOT / "tests" / "test_score_triton.py"), *arguments, cwd=tmp_path, env=env)
-    passed = int(re.search(r"(\d+) passed", said).group(1))
-    assert passed >= len(COMBINATIONS) and "failed" not in said, said
+    assert passed_in_the_interpreter(__file__, tmp_path) >= len(COMBINATIONS)
 
 
 # Against the reference -----------------------------------------------------------------------------------------------

@@ -6,8 +6,7 @@ query blocks that visit it, for all heads of the group. Every sum has one owner 
 bits each time. Both walks are cut in two: full blocks first, without the predicate, then partial ones with it.
 
 Rows are gathered by the numbers in a plan's slots; K and V are not repeated for the heads of a group, which lie beside
-the tokens in the rows of a tile instead. A head dimension is cut into two powers of two (80 = 64 + 16), so that it does
-not pay for the next one; the second part is empty (D2 = 0) where the first holds all.
+the tokens in the rows of a tile instead.
 """
 
 from __future__ import annotations
@@ -17,17 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INFINITE = 2**30
-SMALLEST = 1e-37
-LOG2_E = 1.4426950408889634
-_LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
-_FACTS: tl.constexpr = tl.constexpr(8)  # of a slot
-_LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
-_FIRST: tl.constexpr = tl.constexpr(-(2**31))
-_LAST: tl.constexpr = tl.constexpr(2**31 - 1)
-# the interpreter keeps bfloat16 as the integers of its bits and multiplies those: it gets float32 instead
-_INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+from . import _tiles
+from ._tiles import FIRST, LAST, LN_2, LOG2_E, SMALLEST, accumulate, load_rows, parts, products, store_rows, strides
 
+INFINITE = 2**30
+_FACTS: tl.constexpr = tl.constexpr(8)  # of a slot
 # visual_heads: absent, off heads keep the mass of visual keys, off heads do not see them
 NO_HEADS, KEEP, DROP = 0, 1, 2
 _KEEP: tl.constexpr = tl.constexpr(KEEP)
@@ -69,7 +62,7 @@ def _visible(
 ):  # fmt: skip
     """The one predicate of all plans. What is cheap is done on rows and columns, before they meet."""
     # an invalid token is later than every query, earlier than every key, and in no image
-    earlier = tl.where(k_image >= -1, k_position, _LAST) <= tl.where(q_image >= -1, q_position, _FIRST)
+    earlier = tl.where(k_image >= -1, k_position, LAST) <= tl.where(q_image >= -1, q_position, FIRST)
     same_image = tl.where(k_image >= 0, k_image, -1) == tl.where(q_image >= 0, q_image, -2)
     inside = same_image
     if BOX_T:
@@ -86,53 +79,6 @@ def _visible(
         return inside | (earlier & (same_image == 0))
     else:
         return inside | (earlier & ((q_image < 0) | (k_image < 0)))
-
-
-@triton.jit
-def _load(first, offset, here, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """Rows at ``first + offset``, zeros where not ``here``, in the two parts of the head dimension."""
-    d1 = tl.arange(0, D1)
-    if D1 <= D:
-        part1 = tl.load(first + offset[:, None] + d1[None, :], mask=here[:, None], other=0.0)
-    else:
-        part1 = tl.load(first + offset[:, None] + d1[None, :], mask=here[:, None] & (d1 < D)[None, :], other=0.0)
-    if D2 == 0:
-        return part1, part1
-    else:
-        d2 = D1 + tl.arange(0, D2)
-        if D1 + D2 <= D:
-            return part1, tl.load(first + offset[:, None] + d2[None, :], mask=here[:, None], other=0.0)
-        else:
-            here2 = here[:, None] & (d2 < D)[None, :]
-            return part1, tl.load(first + offset[:, None] + d2[None, :], mask=here2, other=0.0)
-
-
-@triton.jit
-def _store(first, offset, here, part1, part2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    d1 = tl.arange(0, D1)
-    value1 = part1.to(first.dtype.element_ty)
-    tl.store(first + offset[:, None] + d1[None, :], value1, mask=here[:, None] & (d1 < D)[None, :])
-    if D2:
-        d2 = D1 + tl.arange(0, D2)
-        value2 = part2.to(first.dtype.element_ty)
-        tl.store(first + offset[:, None] + d2[None, :], value2, mask=here[:, None] & (d2 < D)[None, :])
-
-
-@triton.jit
-def _dot(a, b, sums, PRECISION: tl.constexpr):
-    if _INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision=PRECISION)
-
-
-@triton.jit
-def _products(a1, a2, b1, b2, D2: tl.constexpr, PRECISION: tl.constexpr):
-    """Dot products of the rows of a with the rows of b."""
-    sums = tl.zeros([a1.shape[0], b1.shape[0]], tl.float32)
-    sums = _dot(a1, tl.trans(b1), sums, PRECISION)
-    if D2:
-        sums = _dot(a2, tl.trans(b2), sums, PRECISION)
-    return sums
 
 
 @triton.jit
@@ -197,7 +143,7 @@ def neighbor_attention_kernel(
         if ZERO_ROWS:
             active = active & ((off & (q_image >= 0)) == 0)
     q_offset = head.to(tl.int64) * q_head + row.to(tl.int64) * q_row
-    q1, q2 = _load(q + batch * q_batch, q_offset, active, D, D1, D2)
+    q1, q2 = load_rows(q + batch * q_batch, q_offset, active, D, D1, D2)
     if NEGATIVE:
         q1, q2 = -q1, -q2
 
@@ -226,11 +172,11 @@ def neighbor_attention_kernel(
             k_slot = tl.load(key_blocks + step // tiles) * BLOCK_K + (step % tiles) * TILE_K + tl.arange(0, TILE_K)
             key, k_image, k_t, k_y, k_x, k_position, k_region = _slots(key_slots, key_length, k_slot)
             here = k_image >= -1
-            k1, k2 = _load(k, key.to(tl.int64) * k_row, here, D, D1, D2)
-            logits = _products(q1, q2, k1, k2, D2, PRECISION)
+            k1, k2 = load_rows(k, key.to(tl.int64) * k_row, here, D, D1, D2)
+            logits = products(q1, q2, k1, k2, D2, PRECISION)
             if k_bias is not None:
                 bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0)
-                logits = logits * scale + (bias * _LOG2_E)[None, :]
+                logits = logits * scale + (bias * LOG2_E)[None, :]
             if PARTIAL:
                 seen = _visible(
                     q_image[:, None], q_t[:, None], q_y[:, None], q_x[:, None], q_position[:, None], q_region[:, None],
@@ -251,10 +197,10 @@ def neighbor_attention_kernel(
             top = new_top
             if HEADS_OFF == _KEEP:
                 p = tl.where(off[:, None] & (k_image >= 0)[None, :], 0.0, p)
-            v1, v2 = _load(v, key.to(tl.int64) * v_row, here, D, D1, D2)
-            sums1 = _dot(p.to(v1.dtype), v1, sums1 * keep[:, None], PRECISION)
+            v1, v2 = load_rows(v, key.to(tl.int64) * v_row, here, D, D1, D2)
+            sums1 = accumulate(p.to(v1.dtype), v1, sums1 * keep[:, None], PRECISION)
             if D2:
-                sums2 = _dot(p.to(v2.dtype), v2, sums2 * keep[:, None], PRECISION)
+                sums2 = accumulate(p.to(v2.dtype), v2, sums2 * keep[:, None], PRECISION)
 
     # NaN is not blind: it stays
     blind = (active == 0) | (mass == 0)
@@ -266,8 +212,8 @@ def neighbor_attention_kernel(
     row = tl.load(query_slots + batch * _FACTS * query_length + slot, volatile=True)
     exists = (row >= 0) & (member < GROUP)
     out_offset = head.to(tl.int64) * out_head + row.to(tl.int64) * out_row
-    _store(out + batch * out_batch, out_offset, exists, sums1, sums2, D, D1, D2)
-    natural = tl.where(blind, float("-inf"), (top + tl.log2(mass)) * _LN_2)
+    store_rows(out + batch * out_batch, out_offset, exists, sums1, sums2, D, D1, D2)
+    natural = tl.where(blind, float("-inf"), (top + tl.log2(mass)) * LN_2)
     tl.store(lse + (batch * heads * GROUP + head) * query_rows + row, natural, mask=exists)
 
 
@@ -290,9 +236,9 @@ def neighbor_attention_delta_kernel(
     place = (batch * heads + head) * query_rows + row
     sees = tl.load(lse + place, mask=here, other=float("-inf")) != float("-inf")
     grad = grad_out + batch * grad_batch + head * grad_head
-    grad1, grad2 = _load(grad, row.to(tl.int64) * grad_row, sees, D, D1, D2)
+    grad1, grad2 = load_rows(grad, row.to(tl.int64) * grad_row, sees, D, D1, D2)
     out += batch * out_batch + head * out_head
-    out1, out2 = _load(out, row.to(tl.int64) * out_row, sees, D, D1, D2)
+    out1, out2 = load_rows(out, row.to(tl.int64) * out_row, sees, D, D1, D2)
     sums = tl.sum(grad1.to(tl.float32) * out1.to(tl.float32), 1)
     if D2:
         sums += tl.sum(grad2.to(tl.float32) * out2.to(tl.float32), 1)
@@ -327,13 +273,13 @@ def neighbor_attention_query_grad_kernel(
     bound = tl.load(lse + place, mask=exists, other=float("-inf"))
     # blind, invalid and switched-off rows all have lse = -inf; they get p = exp2(-inf) = 0
     active = bound != float("-inf")
-    bound = tl.where(active, bound * _LOG2_E, float("inf"))
+    bound = tl.where(active, bound * LOG2_E, float("inf"))
     delta_row = tl.load(delta + place, mask=exists, other=0.0)
     if HEADS_OFF:
         off = tl.load(visual_heads + head, mask=member < GROUP, other=1) == 0
     wide = row.to(tl.int64)
-    q1, q2 = _load(q + batch * q_batch, head.to(tl.int64) * q_head + wide * q_row, active, D, D1, D2)
-    grad1, grad2 = _load(
+    q1, q2 = load_rows(q + batch * q_batch, head.to(tl.int64) * q_head + wide * q_row, active, D, D1, D2)
+    grad1, grad2 = load_rows(
         grad_out + batch * grad_batch, head.to(tl.int64) * grad_head + wide * grad_row, active, D, D1, D2
     )
 
@@ -357,12 +303,12 @@ def neighbor_attention_query_grad_kernel(
             k_slot = tl.load(key_blocks + step // tiles) * BLOCK_K + (step % tiles) * TILE_K + tl.arange(0, TILE_K)
             key, k_image, k_t, k_y, k_x, k_position, k_region = _slots(key_slots, key_length, k_slot)
             here = k_image >= -1
-            k1, k2 = _load(k, key.to(tl.int64) * k_row, here, D, D1, D2)
-            v1, v2 = _load(v, key.to(tl.int64) * v_row, here, D, D1, D2)
-            logits = _products(q1, q2, k1, k2, D2, PRECISION) * scale
+            k1, k2 = load_rows(k, key.to(tl.int64) * k_row, here, D, D1, D2)
+            v1, v2 = load_rows(v, key.to(tl.int64) * v_row, here, D, D1, D2)
+            logits = products(q1, q2, k1, k2, D2, PRECISION) * scale
             if k_bias is not None:
                 bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0)
-                logits += (bias * _LOG2_E)[None, :]
+                logits += (bias * LOG2_E)[None, :]
             p = tl.exp2(logits - bound[:, None])
             if PARTIAL:
                 seen = _visible(
@@ -372,23 +318,23 @@ def neighbor_attention_query_grad_kernel(
                     BOX_T, BOX_Y, BOX_X, ROUTES, CAUSAL_WINDOW, CROSS_IMAGE,
                 )  # fmt: skip
                 p = tl.where(seen, p, 0.0)
-            grad_p = _products(grad1, grad2, v1, v2, D2, PRECISION)
+            grad_p = products(grad1, grad2, v1, v2, D2, PRECISION)
             if HEADS_OFF == _DROP:
                 p = tl.where(off[:, None] & (k_image >= 0)[None, :], 0.0, p)
             if HEADS_OFF == _KEEP:
                 grad_p = tl.where(off[:, None] & (k_image >= 0)[None, :], 0.0, grad_p)
             grad_z = (p * (grad_p - delta_row[:, None])).to(k1.dtype)
-            sums1 = _dot(grad_z, k1, sums1, PRECISION)
+            sums1 = accumulate(grad_z, k1, sums1, PRECISION)
             if D2:
-                sums2 = _dot(grad_z, k2, sums2, PRECISION)
+                sums2 = accumulate(grad_z, k2, sums2, PRECISION)
 
     batch, block, kv_head, slot, member = _query_tile(query_order, blocks, heads, GROUP, BLOCK_Q, TILE_Q, HEADS, True)
     head = kv_head * GROUP + member
     row = tl.load(query_slots + batch * _FACTS * query_length + slot, volatile=True)
     exists = (row >= 0) & (member < GROUP)
     place = (batch * heads * GROUP + head) * query_rows + row
-    factor = scale * _LN_2
-    _store(grad_q, place * D, exists, sums1 * factor, sums2 * factor, D, D1, D2)
+    factor = scale * LN_2
+    store_rows(grad_q, place * D, exists, sums1 * factor, sums2 * factor, D, D1, D2)
 
 
 @triton.jit(do_not_specialize=["radius_t", "radius_y", "radius_x"])
@@ -414,15 +360,15 @@ def neighbor_attention_key_grad_kernel(
     key, k_image, k_t, k_y, k_x, k_position, k_region = _slots(facts, key_length, k_slot)
     here = k_image >= -1
     wide = key.to(tl.int64)
-    k1, k2 = _load(k + batch * k_batch + kv_head.to(tl.int64) * k_head, wide * k_row, here, D, D1, D2)
-    v1, v2 = _load(v + batch * v_batch + kv_head.to(tl.int64) * v_head, wide * v_row, here, D, D1, D2)
+    k1, k2 = load_rows(k + batch * k_batch + kv_head.to(tl.int64) * k_head, wide * k_row, here, D, D1, D2)
+    v1, v2 = load_rows(v + batch * v_batch + kv_head.to(tl.int64) * v_head, wide * v_row, here, D, D1, D2)
 
     grad_k1 = tl.zeros([TILE_K, D1], tl.float32)
     grad_v1 = tl.zeros([TILE_K, D1], tl.float32)
     grad_k2 = tl.zeros([TILE_K, D2 if D2 else 16], tl.float32)
     grad_v2 = tl.zeros([TILE_K, D2 if D2 else 16], tl.float32)
     if k_bias is not None:
-        bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0) * _LOG2_E
+        bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0) * LOG2_E
         grad_bias = tl.zeros([TILE_K], tl.float32)
     q += batch * q_batch
     grad_out += batch * grad_batch
@@ -448,11 +394,11 @@ def neighbor_attention_key_grad_kernel(
             head = kv_head * GROUP + member
             place = head.to(tl.int64) * query_rows + row
             # lse is -inf where a row sees nothing, padding too; such rows may hold NaN, and so may their gradients
-            bound = tl.load(lse + place, mask=(row >= 0) & (member < GROUP), other=float("-inf")) * _LOG2_E
+            bound = tl.load(lse + place, mask=(row >= 0) & (member < GROUP), other=float("-inf")) * LOG2_E
             active = bound != float("-inf")
             wide_row, wide_head = row.to(tl.int64), head.to(tl.int64)
-            q1, q2 = _load(q, wide_head * q_head + wide_row * q_row, active, D, D1, D2)
-            grad1, grad2 = _load(grad_out, wide_head * grad_head + wide_row * grad_row, active, D, D1, D2)
+            q1, q2 = load_rows(q, wide_head * q_head + wide_row * q_row, active, D, D1, D2)
+            grad1, grad2 = load_rows(grad_out, wide_head * grad_head + wide_row * grad_row, active, D, D1, D2)
             bound = tl.where(active, bound, float("inf"))  # p = exp2(-inf) = 0
             delta_row = tl.load(delta + place, mask=active, other=0.0)
             if PARTIAL:
@@ -462,13 +408,13 @@ def neighbor_attention_key_grad_kernel(
                     routes + batch * regions * regions, regions, radius_t, radius_y, radius_x,
                     BOX_T, BOX_Y, BOX_X, ROUTES, CAUSAL_WINDOW, CROSS_IMAGE,
                 )  # fmt: skip
-            logits = _products(k1, k2, q1, q2, D2, PRECISION) * scale
+            logits = products(k1, k2, q1, q2, D2, PRECISION) * scale
             if k_bias is not None:
                 logits += bias[:, None]
             p = tl.exp2(logits - bound[None, :])
             if PARTIAL:
                 p = tl.where(seen, p, 0.0)
-            grad_p = _products(v1, v2, grad1, grad2, D2, PRECISION)
+            grad_p = products(v1, v2, grad1, grad2, D2, PRECISION)
             used = p
             if HEADS_OFF:
                 off = tl.load(visual_heads + head, mask=member < GROUP, other=1) == 0
@@ -478,39 +424,27 @@ def neighbor_attention_key_grad_kernel(
                     p = used
                 else:
                     grad_p = tl.where(unused, 0.0, grad_p)
-            grad_v1 = _dot(used.to(grad1.dtype), grad1, grad_v1, PRECISION)
+            grad_v1 = accumulate(used.to(grad1.dtype), grad1, grad_v1, PRECISION)
             grad_z = p * (grad_p - delta_row[None, :])
             if k_bias is not None:
                 grad_bias += tl.sum(grad_z, 1)
             grad_z = grad_z.to(q1.dtype)
-            grad_k1 = _dot(grad_z, q1, grad_k1, PRECISION)
+            grad_k1 = accumulate(grad_z, q1, grad_k1, PRECISION)
             if D2:
-                grad_v2 = _dot(used.to(grad1.dtype), grad2, grad_v2, PRECISION)
-                grad_k2 = _dot(grad_z, q2, grad_k2, PRECISION)
+                grad_v2 = accumulate(used.to(grad1.dtype), grad2, grad_v2, PRECISION)
+                grad_k2 = accumulate(grad_z, q2, grad_k2, PRECISION)
 
-    factor = scale * _LN_2
+    factor = scale * LN_2
     batch, block, kv_head, k_slot = _key_tile(key_order, count, heads, BLOCK_K, TILE_K, True)
     key = tl.load(key_slots + batch * _FACTS * key_length + k_slot, volatile=True)
     place = (batch * heads + kv_head) * key_rows + key
-    _store(grad_k, place * D, key >= 0, grad_k1 * factor, grad_k2 * factor, D, D1, D2)
-    _store(grad_v, place * D, key >= 0, grad_v1, grad_v2, D, D1, D2)
+    store_rows(grad_k, place * D, key >= 0, grad_k1 * factor, grad_k2 * factor, D, D1, D2)
+    store_rows(grad_v, place * D, key >= 0, grad_v1, grad_v2, D, D1, D2)
     if k_bias is not None:
         tl.store(grad_k_bias + place, grad_bias, mask=key >= 0)
 
 
 # Launchers -----------------------------------------------------------------------------------------------------------
-
-
-def parts(head_dim: int, widest: int = 256) -> tuple[int, int]:
-    """A head dimension as a sum of two powers of two, the second 0 where one is as short; products need 16.
-
-    One part is at most ``widest`` where two suffice.
-    """
-    one = max(16, triton.next_power_of_2(head_dim))
-    if head_dim <= 16:
-        return one, 0
-    two = max(16, triton.next_power_of_2(head_dim - one // 2))
-    return (one // 2, two) if one // 2 + two < one or one > widest else (one, 0)
 
 
 def tiles(kernel: str, head_dim: int, dtype: torch.dtype, group: int, block_q: int, block_k: int,
@@ -575,30 +509,17 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, group: int, block_q: i
     }  # fmt: skip
 
 
-def _capability(tensor: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (8, 0)
-
-
-def _launch(kernel, programs: int, arguments: dict) -> None:
-    if programs > 0:
-        kernel[(programs,)](**arguments)
-
-
-def _strides(name: str, tensor: Tensor) -> dict[str, int]:
-    return {f"{name}_batch": tensor.stride(0), f"{name}_head": tensor.stride(1), f"{name}_row": tensor.stride(2)}
-
-
 def _common(kernel: str, q, k, v, k_bias, visual_heads, plan, rule, keep_mass) -> dict:
     """Arguments that the three walks share."""
     query_slots, key_slots, routes = plan[0], plan[1], plan[8]
     block_q, block_k, radius_t, radius_y, radius_x, causal_window, cross_image = rule
     head_dim, heads = q.shape[3], k.shape[1]
-    capability = _capability(q)
+    capability = _tiles.capability(q)
     return {
         "q": q, "k": k, "v": v, "k_bias": k_bias,
         "visual_heads": None if visual_heads is None else visual_heads.contiguous().view(torch.uint8),
         "query_slots": query_slots, "key_slots": key_slots, "routes": routes,
-        **_strides("q", q), **_strides("k", k), **_strides("v", v),
+        **strides("q", q), **strides("k", k), **strides("v", v),
         "query_rows": q.shape[2], "key_rows": k.shape[2],
         "query_length": query_slots.shape[2], "key_length": key_slots.shape[2], "heads": heads,
         "regions": routes.shape[1], "radius_t": radius_t, "radius_y": radius_y, "radius_x": radius_x,
@@ -606,8 +527,7 @@ def _common(kernel: str, q, k, v, k_bias, visual_heads, plan, rule, keep_mass) -
         "BOX_T": radius_t < INFINITE, "BOX_Y": radius_y < INFINITE, "BOX_X": radius_x < INFINITE,
         "ROUTES": routes.shape[1] > 0, "CAUSAL_WINDOW": bool(causal_window), "CROSS_IMAGE": bool(cross_image),
         "HEADS_OFF": NO_HEADS if visual_heads is None else KEEP if keep_mass else DROP,
-        # float32 in three products of TensorFloat32 keeps its accuracy; older devices have no such products
-        "PRECISION": "tf32x3" if capability >= (8, 0) else "ieee",
+        "PRECISION": _tiles.precision(capability),
         **tiles(kernel, head_dim, q.dtype, q.shape[1] // heads, block_q, block_k, capability),
     }  # fmt: skip
 
@@ -627,14 +547,13 @@ def neighbor_attention(q, k, v, k_bias, visual_heads, plan, rule, scale, keep_ma
     lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
     arguments = {
         **_common("forward", q, k, v, k_bias, visual_heads, plan, rule, keep_mass),
-        "out": out, "lse": lse, **_strides("out", out),
+        "out": out, "lse": lse, **strides("out", out),
         "key_blocks": plan[2], "key_counts": plan[3], "query_order": plan[4],
-        # 0 would make NaN of the -inf of unseen keys
-        "scale": max(abs(scale) * LOG2_E, SMALLEST), "NEGATIVE": scale < 0,
+        "scale": max(abs(scale) * LOG2_E.value, SMALLEST), "NEGATIVE": scale < 0,
         "ZERO_ROWS": zero_rows and visual_heads is not None,
     }  # fmt: skip
     with torch.cuda.device_of(q):
-        _launch(neighbor_attention_kernel, _query_programs(plan[4], arguments), arguments)
+        _tiles.launch(neighbor_attention_kernel, _query_programs(plan[4], arguments), arguments)
     return out, lse
 
 
@@ -654,23 +573,23 @@ def neighbor_attention_backward(
         first, second = parts(head_dim)
         arguments = {
             "grad_out": grad_out, "grad_lse": None if grad_lse is None else grad_lse.contiguous(), "out": out,
-            "lse": lse, "delta": delta, **_strides("grad", grad_out), **_strides("out", out), "query_rows": rows,
+            "lse": lse, "delta": delta, **strides("grad", grad_out), **strides("out", out), "query_rows": rows,
             "heads": heads, "D": head_dim, "D1": first, "D2": second, "ROWS": tile, "num_warps": 4,
         }  # fmt: skip
-        _launch(neighbor_attention_delta_kernel, batch * heads * triton.cdiv(rows, tile), arguments)
-        shared = {"grad_out": grad_out, "lse": lse, "delta": delta, "scale": scale * LOG2_E}
-        shared.update(_strides("grad", grad_out))
+        _tiles.launch(neighbor_attention_delta_kernel, batch * heads * triton.cdiv(rows, tile), arguments)
+        shared = {"grad_out": grad_out, "lse": lse, "delta": delta, "scale": scale * LOG2_E.value}
+        shared.update(strides("grad", grad_out))
         arguments = {
             **_common("query_grad", q, k, v, k_bias, visual_heads, plan, rule, keep_mass), **shared, "grad_q": grad_q,
             "key_blocks": plan[2], "key_counts": plan[3], "query_order": plan[4],
         }  # fmt: skip
-        _launch(neighbor_attention_query_grad_kernel, _query_programs(plan[4], arguments), arguments)
+        _tiles.launch(neighbor_attention_query_grad_kernel, _query_programs(plan[4], arguments), arguments)
         arguments = {
             **_common("key_grad", q, k, v, k_bias, visual_heads, plan, rule, keep_mass), **shared,
             "grad_k": grad_k, "grad_v": grad_v, "grad_k_bias": bias_parts,
             "query_blocks": plan[5], "query_counts": plan[6], "key_order": plan[7],
         }  # fmt: skip
         programs = plan[7].numel() * k.shape[1] * (arguments["BLOCK_K"] // arguments["TILE_K"])
-        _launch(neighbor_attention_key_grad_kernel, programs, arguments)
+        _tiles.launch(neighbor_attention_key_grad_kernel, programs, arguments)
     grad_bias = lse.new_empty(0) if bias_parts is None else bias_parts.sum(1)
     return grad_q, grad_k, grad_v, grad_bias

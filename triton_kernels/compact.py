@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _tiles
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Elements of a program's block; with more of them a gradient, which adds up, spills registers.
 _MOVED, _ADDED = 2048, 1024
@@ -111,11 +113,6 @@ def compact_kv_kernel(
 
 
 # Launchers -----------------------------------------------------------------------------------------------------------
-
-
-def _launch(kernel, programs: int, arguments: dict) -> None:
-    if programs > 0:
-        kernel[(programs,)](**arguments)
 
 
 def blocks(positions: int, channels: int, elements: int) -> dict:
@@ -240,7 +237,7 @@ def compact(indices, counts, align_right, tensors, dims, batch_dims, pads, total
         source, target = (_rows_apart(_integers(_plain(y)), heads) for y in (x, out))
         programs, arguments = _move_arguments(source, target, (dim, place), (batch_dim, batch_place), count, _MOVED)
         odd = {"tokens": tokens, "rows": rows, "pad": value[0], "pad_odd": value[-1], "PACKED": total is not None}
-        _launch(gather_kernel, programs * groups, {**arguments, **odd})
+        _tiles.launch(gather_kernel, programs * groups, {**arguments, **odd})
     return outs
 
 
@@ -302,7 +299,7 @@ def compact_backward(
         )
         wide = tl.float64 if source.dtype == torch.float64 else tl.float32
         more = {"starts": starts, "source_rows": from_rows, "source_positions": positions, "WIDE": wide}
-        _launch(scatter_kernel, programs * (1 if merged else rows), {**arguments, **more})
+        _tiles.launch(scatter_kernel, programs * (1 if merged else rows), {**arguments, **more})
     return results
 
 
@@ -324,4 +321,4 @@ def compact_kv_(indices, counts, caches) -> None:
             "PER_HEAD": indices.dim() == 3, "BLOCK_P": min(triton.next_power_of_2(capacity), 2048 // block_c),
             "BLOCK_C": block_c, "num_warps": 4,
         }  # fmt: skip
-        _launch(compact_kv_kernel, batch * heads * triton.cdiv(channels, block_c), arguments)
+        _tiles.launch(compact_kv_kernel, batch * heads * triton.cdiv(channels, block_c), arguments)

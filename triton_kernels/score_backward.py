@@ -18,23 +18,22 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from pyvtk.triton_kernels import attention
-from pyvtk.triton_kernels.attention import _dot, _load, _products, _store
-from pyvtk.triton_kernels.score import (
-    _FIRST,
-    _LAST,
-    _LOG2_E,
-    Walk,
-    _extent_base,
-    _keys_of,
-    _ordered,
-    _pair_values,
-    _place,
-    _positions,
-    _queries_of,
-    _sample,
-)  # fmt: skip
 from torch import Tensor
+
+from . import _tiles
+from ._tiles import FIRST, LOG2_E, accumulate, load_rows, products, store_rows, strides
+from .score_walk import (
+    Walk,
+    key_tile,
+    keys_of,
+    pair_values,
+    positions_at,
+    queries_of,
+    row_tile,
+    sample_at,
+    to_ordered,
+    work_of,
+)
 
 
 @triton.jit
@@ -45,16 +44,16 @@ def _winning_heads(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The head among ``pair_heads`` from ``first_head`` on with the largest value, for every pair [keys, queries]."""
-    largest = tl.full([key.shape[0], number.shape[0]], _FIRST, tl.int32)
+    largest = tl.full([key.shape[0], number.shape[0]], FIRST, tl.int32)
     who = tl.zeros([key.shape[0], number.shape[0]], tl.int32)
     for member in tl.range(0, pair_heads):
         head = first_head + member
-        value = _pair_values(
+        value = pair_values(
             q, k, bounds, k_bias, head_weights, entry, head, number, key, here, visible, first_q, first_k, queries,
             keys, q_heads, q_batch, q_head, q_row, k_batch, k_head, k_row, weights_batch, scale,
             GROUP, LOGIT, True, D, D1, D2, PRECISION,
         )  # fmt: skip
-        value = _ordered(value)
+        value = to_ordered(value)
         who = tl.where(value > largest, head, who)
         largest = tl.maximum(largest, value)
     return who
@@ -75,10 +74,10 @@ def attention_scores_query_grad_kernel(
     """grad_q = scale * dz k; dots = sums of value * c before the head's weight. ``scale`` is natural."""
     program = tl.program_id(0)
     head = program % heads
-    sample, tile = _place(program // heads, table, batch)
+    sample, tile = work_of(program // heads, table, batch)
     if sample < 0:
         return
-    entry, first_q, rows, first_k, count = _sample(sample, cu_q, cu_k, queries, keys)
+    entry, first_q, rows, first_k, count = sample_at(sample, cu_q, cu_k, queries, keys)
     if table is not None:
         window = count
         columns_here = count
@@ -86,18 +85,11 @@ def attention_scores_query_grad_kernel(
         tile = tl.cdiv(queries, ROWS) - 1 - tile
         columns_here = columns
     POSITIONS: tl.constexpr = q_positions is not None or k_positions is not None
-    row = tile * ROWS + tl.arange(0, ROWS)
-    exists = row < rows
-    valid = exists
     row_place = entry * queries + first_q
-    if q_mask is not None:
-        valid = valid & (tl.load(q_mask + row_place + row, mask=valid, other=0) != 0)
-    row_at = _positions(q_positions, row_place, row, valid, count - rows)
-    base = _extent_base(extent_first, sample, tl.cdiv(window, KEYS))
-    _, end = _keys_of(
-        tl.min(tl.where(valid, row_at, _LAST)), tl.max(tl.where(valid, row_at, _FIRST)), tile * ROWS,
-        tl.minimum(tile * ROWS + ROWS, rows) - 1, start, window, count - rows, extents, base, total,
-        CAUSAL, POSITIONS, KEYS,
+    row, exists, valid, row_at = row_tile(tile, q_mask, q_positions, row_place, rows, count - rows, ROWS)
+    _, end = keys_of(
+        tile, valid, row_at, rows, start, window, count - rows, extents, extent_first, sample, total,
+        CAUSAL, POSITIONS, ROWS, KEYS,
     )  # fmt: skip
     place = (entry * heads + head) * queries + first_q + row
     live = valid
@@ -112,7 +104,7 @@ def attention_scores_query_grad_kernel(
     if head_weights is not None:
         weight = tl.load(head_weights + entry * weights_batch + head)
     head_q = q + entry * q_batch + head.to(tl.int64) * q_head + first_q.to(tl.int64) * q_row
-    q1, q2 = _load(head_q, row.to(tl.int64) * q_row, live, D, D1, D2)
+    q1, q2 = load_rows(head_q, row.to(tl.int64) * q_row, live, D, D1, D2)
     head_k = k + entry * k_batch + (head // GROUP).to(tl.int64) * k_head + first_k.to(tl.int64) * k_row
     key_place = entry * keys + first_k
     score_place = (entry * heads + head) * columns + first_k - score_start
@@ -135,10 +127,10 @@ def attention_scores_query_grad_kernel(
                     here = here & (tl.load(k_mask + key_place + key, mask=here, other=0) != 0)
                 seen = here[None, :] & live[:, None]
                 if CAUSAL:
-                    key_at = _positions(k_positions, key_place, key, here, 0)
+                    key_at = positions_at(k_positions, key_place, key, here, 0)
                     seen = seen & (key_at[None, :] <= row_at[:, None])
-                k1, k2 = _load(head_k, key.to(tl.int64) * k_row, here, D, D1, D2)
-                logits = _products(q1, q2, k1, k2, D2, PRECISION) * scale
+                k1, k2 = load_rows(head_k, key.to(tl.int64) * k_row, here, D, D1, D2)
+                logits = products(q1, q2, k1, k2, D2, PRECISION) * scale
                 if k_bias is not None:
                     logits += tl.load(k_bias + key_place + key, mask=here, other=0.0)[None, :]
                 scored = here & (key >= score_start) & (key < score_start + columns_here)
@@ -154,7 +146,7 @@ def attention_scores_query_grad_kernel(
                     won = tl.load(max_query + score_place + key, mask=scored, other=-1)[None, :] == row[:, None]
                     c += tl.where(won, tl.load(grad_max + score_place + key, mask=scored, other=0.0)[None, :], 0.0)
                 if not LOGIT or grad_lse is not None:
-                    p = tl.exp2((logits - bound[:, None]) * _LOG2_E)
+                    p = tl.exp2((logits - bound[:, None]) * LOG2_E)
                 if WALK == 0:
                     dot += tl.sum(tl.where(seen, (logits if LOGIT else p) * c, 0.0), 1)
                     if NORMALISED:
@@ -167,9 +159,9 @@ def attention_scores_query_grad_kernel(
                     else:
                         grad = p * (c * (weight * factor)[:, None] + shift[:, None])
                     grad = tl.where(seen, grad, 0.0).to(k1.dtype)
-                    sums1 = _dot(grad, k1, sums1, PRECISION)
+                    sums1 = accumulate(grad, k1, sums1, PRECISION)
                     if D2:
-                        sums2 = _dot(grad, k2, sums2, PRECISION)
+                        sums2 = accumulate(grad, k2, sums2, PRECISION)
         if WALK == 0 and NORMALISED:
             factor = tl.where(mass == 0, 0.0, 1 / mass)
             if not LOGIT:
@@ -180,7 +172,7 @@ def attention_scores_query_grad_kernel(
     if unit is not None:
         whole = scale / tl.load(unit)
     to = grad_q + entry * grad_batch + head.to(tl.int64) * grad_head + first_q.to(tl.int64) * grad_row
-    _store(to, row.to(tl.int64) * grad_row, exists, sums1 * whole, sums2 * whole, D, D1, D2)
+    store_rows(to, row.to(tl.int64) * grad_row, exists, sums1 * whole, sums2 * whole, D, D1, D2)
     tl.store(dots + place, dot, mask=exists)
     tl.store(shifts + place, shift, mask=exists)
     tl.store(factors + place, factor, mask=exists)
@@ -201,32 +193,25 @@ def attention_scores_key_grad_kernel(
     """grad_k = scale * dz^T q, grad_bias = the sums of dz, one per key/value head; tiles stand as [keys, queries]."""
     program = tl.program_id(0)
     kv_head = program % heads
-    sample, tile = _place(program // heads, table, batch)
+    sample, tile = work_of(program // heads, table, batch)
     if sample < 0:
         return
-    entry, first_q, rows, first_k, count = _sample(sample, cu_q, cu_k, queries, keys)
+    entry, first_q, rows, first_k, count = sample_at(sample, cu_q, cu_k, queries, keys)
     if table is not None:
         window = count
         columns_here = count
     else:
         columns_here = columns
     POSITIONS: tl.constexpr = q_positions is not None or k_positions is not None
-    column = tile * KEYS + tl.arange(0, KEYS)
-    key = start + column
-    exists = column < window
     key_place = entry * keys + first_k
-    visible = exists
-    if k_mask is not None:
-        visible = visible & (tl.load(k_mask + key_place + key, mask=exists, other=0) != 0)
-    key_at = _positions(k_positions, key_place, key, exists, 0)
+    _, key, exists, visible, key_at = key_tile(tile, k_mask, k_positions, key_place, start, window, KEYS)
     extra = count - rows
-    base = _extent_base(extent_first, sample, tl.cdiv(queries, ROWS))
-    begin, _, end = _queries_of(
-        tl.min(tl.where(visible, key_at, _LAST)), tl.max(tl.where(visible, key_at, _FIRST)), start + tile * KEYS,
-        start + tl.minimum(tile * KEYS + KEYS, window) - 1, rows, extra, extents, base, total, CAUSAL, POSITIONS, ROWS,
+    begin, _, end = queries_of(
+        tile, visible, key_at, start, window, rows, extra, queries, extents, extent_first, sample, total,
+        CAUSAL, POSITIONS, ROWS, KEYS,
     )  # fmt: skip
     head_k = k + entry * k_batch + kv_head.to(tl.int64) * k_head + first_k.to(tl.int64) * k_row
-    k1, k2 = _load(head_k, key.to(tl.int64) * k_row, visible, D, D1, D2)
+    k1, k2 = load_rows(head_k, key.to(tl.int64) * k_row, visible, D, D1, D2)
     if k_bias is not None:
         bias = tl.load(k_bias + key_place + key, mask=visible, other=0.0)
         bias_sum = tl.zeros([KEYS], tl.float32)
@@ -259,10 +244,10 @@ def attention_scores_key_grad_kernel(
                     live = live & (bound != float("inf"))
             seen = visible[:, None] & live[None, :]
             if CAUSAL:
-                row_at = _positions(q_positions, row_place, row, valid, extra)
+                row_at = positions_at(q_positions, row_place, row, valid, extra)
                 seen = seen & (key_at[:, None] <= row_at[None, :])
-            q1, q2 = _load(head_q, row.to(tl.int64) * q_row, live, D, D1, D2)
-            logits = _products(k1, k2, q1, q2, D2, PRECISION) * scale
+            q1, q2 = load_rows(head_q, row.to(tl.int64) * q_row, live, D, D1, D2)
+            logits = products(k1, k2, q1, q2, D2, PRECISION) * scale
             if k_bias is not None:
                 logits += bias[:, None]
             c = from_linear[:, None] + tl.zeros_like(logits)
@@ -278,7 +263,7 @@ def attention_scores_key_grad_kernel(
             grad = c * weight
             if not LOGIT or GRAD_LSE:
                 shift = tl.load(shifts + place, mask=live, other=0.0)
-                p = tl.exp2((logits - bound[None, :]) * _LOG2_E)
+                p = tl.exp2((logits - bound[None, :]) * LOG2_E)
                 if LOGIT:
                     grad += p * shift[None, :]
                 else:
@@ -288,15 +273,15 @@ def attention_scores_key_grad_kernel(
             if k_bias is not None:
                 bias_sum += tl.sum(grad, 1)
             grad = grad.to(q1.dtype)
-            sums1 = _dot(grad, q1, sums1, PRECISION)
+            sums1 = accumulate(grad, q1, sums1, PRECISION)
             if D2:
-                sums2 = _dot(grad, q2, sums2, PRECISION)
+                sums2 = accumulate(grad, q2, sums2, PRECISION)
     whole = 1.0
     if unit is not None:
         whole = 1.0 / tl.load(unit)
     to = grad_k + entry * grad_batch + kv_head.to(tl.int64) * grad_head + first_k.to(tl.int64) * grad_row
     sums1, sums2 = sums1 * (scale * whole), sums2 * (scale * whole)
-    _store(to, key.to(tl.int64) * grad_row, exists, sums1, sums2, D, D1, D2)
+    store_rows(to, key.to(tl.int64) * grad_row, exists, sums1, sums2, D, D1, D2)
     if k_bias is not None:
         tl.store(grad_bias + (entry * heads + kv_head) * keys + first_k + key, bias_sum * whole, mask=exists)
 
@@ -355,18 +340,18 @@ def attention_scores_backward(
         table, _, total = walk.table(True, walk.queries, tile["ROWS"])
         arguments = {
             **shared, "grad_lse": grad_lse, "grad_q": to_q, "dots": dots, "table": table, "heads": walk.q_heads,
-            **walk.extents(False, start, window, tile["KEYS"]), **attention._strides("grad", to_q),
+            **walk.extents(False, start, window, tile["KEYS"]), **strides("grad", to_q),
             "LSE_GIVEN": lse_given, **tile,
         }  # fmt: skip
-        attention._launch(attention_scores_query_grad_kernel, total * walk.q_heads, arguments)
+        _tiles.launch(attention_scores_query_grad_kernel, total * walk.q_heads, arguments)
         tile = walk.tiles("key_grad", grad_max is not None)
         table, _, total = walk.table(False, window, tile["KEYS"])
         arguments = {
             **shared, "grad_k": to_k, "grad_bias": bias_parts, "table": table, "heads": walk.kv_heads,
-            **walk.extents(True, 0, walk.queries, tile["ROWS"]), **attention._strides("grad", to_k),
+            **walk.extents(True, 0, walk.queries, tile["ROWS"]), **strides("grad", to_k),
             "GRAD_LSE": grad_lse is not None, **tile,
         }  # fmt: skip
-        attention._launch(attention_scores_key_grad_kernel, total * walk.kv_heads, arguments)
+        _tiles.launch(attention_scores_key_grad_kernel, total * walk.kv_heads, arguments)
     if unit is not None:
         dots = dots / unit
     weights = dots.sum(2)

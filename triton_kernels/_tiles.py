@@ -1,0 +1,105 @@
+"""What the Triton kernels of several families share: rows cut in two, their products, launches.
+
+A head dimension is cut into two powers of two (80 = 64 + 16), so that it does not pay for the next one; the second part
+is empty (D2 = 0) where the first holds all.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# positions before and after all others
+FIRST: tl.constexpr = tl.constexpr(-(2**31))
+LAST: tl.constexpr = tl.constexpr(2**31 - 1)
+# in place of a scale of 0, which would make NaN of the -inf of unseen keys
+SMALLEST = 1e-37
+# the interpreter keeps bfloat16 as the integers of its bits and multiplies those: it gets float32 instead
+_INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+# Parts of kernels ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_rows(first, offset, here, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """Rows at ``first + offset``, zeros where not ``here``, in the two parts of the head dimension."""
+    d1 = tl.arange(0, D1)
+    if D1 <= D:
+        part1 = tl.load(first + offset[:, None] + d1[None, :], mask=here[:, None], other=0.0)
+    else:
+        part1 = tl.load(first + offset[:, None] + d1[None, :], mask=here[:, None] & (d1 < D)[None, :], other=0.0)
+    if D2 == 0:
+        return part1, part1
+    else:
+        d2 = D1 + tl.arange(0, D2)
+        if D1 + D2 <= D:
+            return part1, tl.load(first + offset[:, None] + d2[None, :], mask=here[:, None], other=0.0)
+        else:
+            here2 = here[:, None] & (d2 < D)[None, :]
+            return part1, tl.load(first + offset[:, None] + d2[None, :], mask=here2, other=0.0)
+
+
+@triton.jit
+def store_rows(first, offset, here, part1, part2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    d1 = tl.arange(0, D1)
+    value1 = part1.to(first.dtype.element_ty)
+    tl.store(first + offset[:, None] + d1[None, :], value1, mask=here[:, None] & (d1 < D)[None, :])
+    if D2:
+        d2 = D1 + tl.arange(0, D2)
+        value2 = part2.to(first.dtype.element_ty)
+        tl.store(first + offset[:, None] + d2[None, :], value2, mask=here[:, None] & (d2 < D)[None, :])
+
+
+@triton.jit
+def accumulate(a, b, sums, PRECISION: tl.constexpr):
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def products(a1, a2, b1, b2, D2: tl.constexpr, PRECISION: tl.constexpr):
+    """Dot products of the rows of a with the rows of b."""
+    sums = tl.zeros([a1.shape[0], b1.shape[0]], tl.float32)
+    sums = accumulate(a1, tl.trans(b1), sums, PRECISION)
+    if D2:
+        sums = accumulate(a2, tl.trans(b2), sums, PRECISION)
+    return sums
+
+
+# Launchers -----------------------------------------------------------------------------------------------------------
+
+
+def parts(head_dim: int, widest: int = 256) -> tuple[int, int]:
+    """A head dimension as a sum of two powers of two, the second 0 where one is as short; products need 16.
+
+    One part is at most ``widest`` where two suffice.
+    """
+    one = max(16, triton.next_power_of_2(head_dim))
+    if head_dim <= 16:
+        return one, 0
+    two = max(16, triton.next_power_of_2(head_dim - one // 2))
+    return (one // 2, two) if one // 2 + two < one or one > widest else (one, 0)
+
+
+def precision(capability: tuple[int, int]) -> str:
+    """float32 in three products of TensorFloat32 keeps its accuracy; older devices have no such products."""
+    return "tf32x3" if capability >= (8, 0) else "ieee"
+
+
+def capability(tensor: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (8, 0)
+
+
+def launch(kernel, programs: int, arguments: dict) -> None:
+    if programs > 0:
+        kernel[(programs,)](**arguments)
+
+
+def strides(name: str, tensor: Tensor) -> dict[str, int]:
+    return {f"{name}_batch": tensor.stride(0), f"{name}_head": tensor.stride(1), f"{name}_row": tensor.stride(2)}
