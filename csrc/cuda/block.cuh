@@ -20,6 +20,16 @@ __device__ __forceinline__ Number sum_of_warp(Number value) {
   return value;
 }
 
+// Of the values of the lanes up to this one, and with it.
+template <class Number>
+__device__ __forceinline__ Number sum_up_to_lane(Number value) {
+  for (int step = 1; step < 32; step *= 2) {
+    const Number lower = __shfl_up_sync(kAllLanes, value, static_cast<unsigned>(step));
+    if (lane_of_warp() >= step) value += lower;
+  }
+  return value;
+}
+
 // Sums of the warps before this one, and of all; `value` is the same in all lanes of a warp.
 template <class Number>
 struct Prefix {

@@ -35,18 +35,27 @@ inline constexpr int kDeclaredSharedBytes = (4 + 8) * (1 << kMostBits) + 2048;
 // Ordered as scores rank: NaN lowest, -0.0 as +0.0.
 __device__ __forceinline__ uint32_t rank_of(float score) {
   const uint32_t bits = std::bit_cast<uint32_t>(score);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return kNanRank;
-  if (bits == 0x80000000u) return kZeroRank;
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  const uint32_t rank = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? kNanRank : bits == 0x80000000u ? kZeroRank : rank;
 }
 __device__ __forceinline__ uint32_t rank_of(uint32_t rank) { return rank; }
+
+// As to_float, by one instruction; which NaN it is does not matter here.
+template <class T>
+__device__ __forceinline__ float widen(T x) {
+  if constexpr (std::is_same_v<T, float16>) {
+    return widen_half2(x.bits).x;
+  } else {
+    return to_float(x);
+  }
+}
 
 // Scores of a row: of a type that the kernel is compiled for,
 template <class T>
 struct ScoresOf {
   const T* data;
 
-  __device__ __forceinline__ float operator[](int64_t i) const { return to_float(data[i]); }
+  __device__ __forceinline__ float operator[](int64_t i) const { return widen(data[i]); }
   __device__ __forceinline__ ScoresOf from(int64_t i) const { return {data + i}; }
 };
 // or of a type that it looks up: the kernel that can do everything is large, and one of it does.
@@ -57,8 +66,24 @@ struct AnyScores {
 
   __device__ __forceinline__ float operator[](int64_t i) const {
     if (type == ScoreType::float32) return static_cast<const float*>(data)[i];
-    const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-    return type == ScoreType::bfloat16 ? to_float(bfloat16{bits}) : to_float(float16{bits});
+    return of_bits(static_cast<const uint16_t*>(data)[i]);
+  }
+  // Several, all of them on their way at once.
+  template <int kCount>
+  __device__ __forceinline__ void read(const int (&places)[kCount], float (&scores)[kCount]) const {
+    if (type == ScoreType::float32) {
+      PYVTK_UNROLL
+      for (int i = 0; i < kCount; ++i) scores[i] = static_cast<const float*>(data)[places[i]];
+    } else {
+      uint16_t bits[kCount];
+      PYVTK_UNROLL
+      for (int i = 0; i < kCount; ++i) bits[i] = static_cast<const uint16_t*>(data)[places[i]];
+      PYVTK_UNROLL
+      for (int i = 0; i < kCount; ++i) scores[i] = of_bits(bits[i]);
+    }
+  }
+  __device__ __forceinline__ float of_bits(uint16_t bits) const {
+    return type == ScoreType::bfloat16 ? widen(bfloat16{bits}) : widen(float16{bits});
   }
   __device__ __forceinline__ AnyScores from(int64_t i) const {
     return {static_cast<const char*>(data) + i * (type == ScoreType::float32 ? 4 : 2), type};
@@ -218,11 +243,7 @@ __device__ Bin<Mass> find_bin(const Mass* histogram, int bins, Mass need) {
   const int first = bins - 1 - thread * run;  // downwards
   Mass mine = 0;
   for (int bin = first; bin > first - run && bin >= 0; --bin) mine += histogram[bin];
-  Mass before = mine;  // of this warp's threads up to this one
-  for (int step = 1; step < 32; step *= 2) {
-    const Mass lower = __shfl_up_sync(kAllLanes, before, static_cast<unsigned>(step));
-    if (lane_of_warp() >= step) before += lower;
-  }
+  Mass before = sum_up_to_lane(mine);
   before += prefix_of_warps(__shfl_sync(kAllLanes, before, 31)).before - mine;
   if (before < need && need <= before + mine) {
     int bin = first;
@@ -413,8 +434,8 @@ __device__ void choose_with_masks(const SelectRow<Scores>& row, const SelectProb
 template <class Scores>
 __device__ Prefix<int> count(const SelectRow<Scores>& row, const uint32_t* bits) {
   int mine = 0;
-  for (int word = row.begin; word < row.end; ++word) mine += __popc(bits[word]);
-  return prefix_of_warps(mine);
+  for (int word = row.begin + lane_of_warp(); word < row.end; word += 32) mine += __popc(bits[word]);
+  return prefix_of_warps(sum_of_warp(mine));
 }
 
 // More stay than fit: fixed tokens go first, then the best of the others.
@@ -470,8 +491,11 @@ __device__ void write_row(const SelectRow<Scores>& row, const SelectProblem& pro
 
   const bool by_score = !kPlain && problem.by_score;
   int place = stayed.before;
+  uint32_t words = 0;  // a lane has one of 32 words
   for (int word = row.begin; word < row.end; ++word) {
-    const uint32_t bits = row.stay[word];
+    const int turn = (word - row.begin) % 32;
+    if (turn == 0) words = word + lane_of_warp() < row.end ? row.stay[word + lane_of_warp()] : 0;
+    const uint32_t bits = __shfl_sync(kAllLanes, words, turn);
     if (bits >> lane_of_warp() & 1) {
       const int token = word * 32 + lane_of_warp();
       int64_t value = row.first_token + token;

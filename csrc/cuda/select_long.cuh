@@ -70,19 +70,28 @@ struct LongRow {
   int64_t chunk;
   int begin, end;  // words of the chunk
 
-  // The ranks of this lane's tokens in kWordsOfWarp words; returns a bit for each that competes.
+  // The ranks of this lane's tokens in kWordsOfWarp words; returns a bit for each that competes. Reads before it asks.
   __device__ __forceinline__ uint32_t read(int first_word, uint32_t (&ranks)[kWordsOfWarp]) const {
-    uint32_t competing = 0;
+    int tokens[kWordsOfWarp];
+    float values[kWordsOfWarp];
+    PYVTK_UNROLL
+    for (int i = 0; i < kWordsOfWarp; ++i) tokens[i] = min((first_word + i) * 32 + lane_of_warp(), size - 1);
+    scores.read(tokens, values);
+    const uint32_t not_dropped = drop ? ~bits_of(drop, tokens) : kAllLanes;
+    uint32_t competing = not_dropped & (candidates ? bits_of(candidates, tokens) : kAllLanes);
     PYVTK_UNROLL
     for (int i = 0; i < kWordsOfWarp; ++i) {
-      const int token = (first_word + i) * 32 + lane_of_warp();
-      bool competes = first_word + i < end && token < size;
-      ranks[i] = competes ? rank_of(scores[token]) : kNanRank;
-      if (competes && drop) competes = !drop[token];
-      if (competes && candidates) competes = candidates[token];
-      competing |= static_cast<uint32_t>(competes && threshold.holds(ranks[i], token)) << i;
+      ranks[i] = rank_of(values[i]);
+      const bool exists = first_word + i < end && (first_word + i) * 32 + lane_of_warp() < size;
+      if (!exists || !threshold.holds(ranks[i], tokens[i])) competing &= ~(1u << i);
     }
     return competing;
+  }
+  __device__ __forceinline__ static uint32_t bits_of(const uint8_t* mask, const int (&tokens)[kWordsOfWarp]) {
+    uint32_t bits = 0;
+    PYVTK_UNROLL
+    for (int i = 0; i < kWordsOfWarp; ++i) bits |= static_cast<uint32_t>(mask[tokens[i]] != 0) << i;
+    return bits;
   }
 };
 
@@ -196,14 +205,17 @@ __device__ __forceinline__ void finish_long_row(const SelectProblem& problem, co
     const Cut inside = cut_at_count(list, Set{}, read_ranks(list), cut.needed);
     const uint32_t* const maybe = rows.maybe + number * rows.words;
     int before = count(row, maybe).before;  // of the list
-    for (int word = row.begin; word < row.end; ++word) {
-      const uint32_t bits = maybe[word];
-      if (bits == 0) continue;
-      const int place = before + __popc(bits & ((1u << lane_of_warp()) - 1));
-      const bool stays = bits >> lane_of_warp() & 1 && inside.holds(list.rank(place), place);
-      const uint32_t more = __ballot_sync(kAllLanes, stays);
-      if (lane_of_warp() == 0) row.stay[word] |= more;
-      before += __popc(bits);
+    for (int first = row.begin; first < row.end; first += 32) {
+      const int word = first + lane_of_warp();
+      const uint32_t bits = word < row.end ? maybe[word] : 0;
+      const int up_to_lane = sum_up_to_lane(__popc(bits));
+      uint32_t stays = 0;
+      int place = before + up_to_lane - __popc(bits);
+      for (uint32_t left = bits; left; left &= left - 1, ++place) {
+        if (inside.holds(list.rank(place), place)) stays |= left & -left;
+      }
+      if (stays) row.stay[word] |= stays;
+      before += __shfl_sync(kAllLanes, up_to_lane, 31);
     }
     __syncwarp();
   }
