@@ -1,9 +1,10 @@
 // select: the tokens that stay, row by row. pyvtk/reference/select.py is the definition; the CPU's way is cpu/select.h.
 //
-// One block per row. A score becomes a uint32 that orders as scores rank. All criteria keep a prefix of (rank
-// descending, token ascending), so each is a Cut and the most restrictive one decides. A cut is found by histograms
-// over the range of the ranks that are left, up to 11 bits at a time: usually two, and none where all are equal. Scores
-// are read once and their ranks stay in shared memory, if the row fits there; else every pass reads the scores again.
+// One block per row; few and long rows get more, by these functions too: select_long.cuh. A score becomes a uint32 that
+// orders as scores rank. All criteria keep a prefix of (rank descending, token ascending), so each is a Cut and the
+// most restrictive one decides. A cut is found by histograms over the range of the ranks that are left, up to 11 bits
+// at a time: usually two, and none where all are equal. Scores are read once and their ranks stay in shared memory, if
+// the row fits there; else every pass reads the scores again.
 //
 //   warp 0: tokens 0 .. 32 k - 1      warp 1: the next 32 k      ...      k words of 32 tokens for each warp
 //

@@ -17,7 +17,7 @@
 //
 // Work: scores and masks are read twice, 4 KiB of counts written for each chunk and read by all blocks of its row. By
 // reasoning, [1, 131072] is 32 blocks; each reads 128 KiB of counts, and the last one has 16 KiB of bits, the list and
-// the indices to go through. If the list does not fit shared memory (51 thousand ranks where a block may have 227 KiB),
+// the indices to go through. If the list does not fit shared memory (53 thousand ranks where a block may have 227 KiB),
 // as where half of all scores are about equal, that block reads it from memory two or three times. Not measured on a
 // GPU yet.
 #pragma once
