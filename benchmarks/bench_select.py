@@ -220,6 +220,8 @@ def on_cuda(device: str = "cuda") -> list[Case]:
         ("Qwen2-VL [1, 16384] to 2048, 8 different values", 2048, (1, 16384), beaten, 8),
         ("SnapKV per head [1, 4, 16384] to 2048", 2048, (1, 4, 16384), beaten, None),
         ("SnapKV per head [1, 8, 131072] to 4096", 4096, (1, 8, 131072), beaten, None),
+        ("long video [1, 131072] to 16384", 16384, (1, 131072), beaten, None),
+        ("long video [1, 131072] to 16384, 8 different values", 16384, (1, 131072), beaten, 8),
         ("4096 rows [4096, 576] to 144", 144, (4096, 576), beaten, None),
     ]
     found = [largest(*shape, device=device) for shape in shapes]

@@ -112,6 +112,17 @@ SELECT = {
     "many rows": Call("select", scores(300, 33), select(7)),
     "long rows": Call("select", scores(4, 16384), select(4096)),
     "longest row": Call("select", scores(1, 131072, values=1000), select(20000)),
+    # on CUDA in two launches: chunks that end within a word, a list of ranks that fits a block and one that does not
+    "longest row, few": Call("select", scores(1, 131072), select(16)),
+    "longest row, bf16": Call("select", scores(2, 3, 40001, dtype=BRAIN), select(9999)),
+    "longest row, fp16": Call("select", scores(3, 16385, dtype=HALF), select(8000)),
+    "longest row, all equal": Call("select", scores(1, 131072, values=1), select(65000)),
+    "longest row, odd values": Call("select", scores(2, 50000, odd=True), select(45000)),
+    "longest rows, many": Call("select", scores(100, 20000, values=100), select(5000)),
+    "longest row, masks": Call("select", masked(2, 70000, "drop", "candidates"),
+                               select(9000, names=("drop", "candidates"), capacity=9100, align="right")),
+    "longest row, threshold": Call("select", scores(2, 33000), lambda b, x: pyvtk.select(
+        x, torch.tensor([20000, 300], device=x.device), threshold=x[:, 0] * 0 - 0.5, capacity=15000, backend=b)),
     "heads": Call("select", scores(2, 4, 1001), select(100)),
     "ties": Call("select", scores(5, 997, values=8), select(333)),
     "all equal": Call("select", scores(3, 640, values=1), select(320)),

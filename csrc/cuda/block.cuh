@@ -1,6 +1,8 @@
-// Threads of a block at work together: where a thread stands, and sums over warps and blocks. Blocks are whole warps in
-// one dimension, at most kMostWarps of them.
+// Threads of a block at work together: where a thread stands, sums over warps and blocks, and which block comes last.
+// Blocks are whole warps in one dimension, at most kMostWarps of them.
 #pragma once
+#include <cstdint>
+
 #include "cuda/ptx.cuh"
 
 namespace pyvtk::cuda {
@@ -18,6 +20,16 @@ __device__ __forceinline__ Number sum_of_warp(Number value) {
   return value;
 }
 
+// Of the values of the lanes up to this one, and with it.
+template <class Number>
+__device__ __forceinline__ Number sum_up_to_lane(Number value) {
+  for (int step = 1; step < 32; step *= 2) {
+    const Number lower = __shfl_up_sync(kAllLanes, value, static_cast<unsigned>(step));
+    if (lane_of_warp() >= step) value += lower;
+  }
+  return value;
+}
+
 // Sums of the warps before this one, and of all; `value` is the same in all lanes of a warp.
 template <class Number>
 struct Prefix {
@@ -32,6 +44,21 @@ __device__ Prefix<Number> prefix_of_warps(Number value) {
   __syncthreads();
   const Number mine = lane_of_warp() < warps_of_block() ? sums[lane_of_warp()] : Number{0};
   return {sum_of_warp(lane_of_warp() < warp_of_block() ? mine : Number{0}), sum_of_warp(mine)};
+}
+
+// Whether this block is the last of `blocks` that come here; then it sees what all of them wrote before. For all
+// threads of the block at once.
+//   arrivals: 0 before the first of them comes
+__device__ inline bool is_last_block(uint32_t* arrivals, uint32_t blocks) {
+  PYVTK_SHARED(is_last, bool);
+  __syncthreads();  // all of the block have written
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(arrivals, 1u) + 1 == blocks;
+    __threadfence();
+  }
+  __syncthreads();
+  return is_last;
 }
 
 }  // namespace pyvtk::cuda

@@ -7,6 +7,9 @@
 #include "cuda/stream_binding.h"
 
 namespace pyvtk::cuda {
+
+extern template cudaError_t select<float>(const SelectPlan&, cudaStream_t);  // in select.cu: its kernels are large
+
 namespace {
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;

@@ -5,7 +5,8 @@
 //   score_columns_kernel reads k again for samples that keep no logits
 //   score_finish_kernel  a block per (run of keys, unit): softmax, reductions, scores; of each unit the last block to
 //                        arrive chooses the tokens that stay
-//   select_kernel        chooses them instead where rows are long                            (select.cuh)
+//   select               chooses them instead, afterwards, where rows are long               (select.cuh,
+//   select_long.cuh)
 //
 // The usual call is the first and the fourth of these. One launch could do it all, were the arrivals zero from the
 // start: but a memset is a launch as well, and one block alone would normalise and add up what here the whole device
@@ -21,6 +22,8 @@
 #include "cuda/ptx.cuh"
 #include "cuda/score_few.cuh"
 #include "cuda/select.cuh"
+#include "cuda/select_long.cuh"
+#include "cuda/workspace.cuh"
 
 namespace pyvtk::cuda {
 
@@ -62,7 +65,6 @@ __global__ void __launch_bounds__(kFewThreads, 2)
     score_finish_kernel(const FewProblem few, const FinishProblem finish, const SelectProblem select) {
   PYVTK_SHARED(reaches, int64_t[kFewQueries]);
   PYVTK_SHARED(parts, float[kFewWarps][kKeysOfGroup]);
-  PYVTK_SHARED(is_last, bool);
   const ScoreProblem& p = few.score;
   const int thread = static_cast<int>(threadIdx.x);
   const int unit = static_cast<int>(blockIdx.x % static_cast<unsigned>(few.units));
@@ -216,15 +218,8 @@ __global__ void __launch_bounds__(kFewThreads, 2)
   }
 
   if constexpr (kThen != Then::nothing) {
-    __syncthreads();  // all of the block have written
-    if (thread == 0) {
-      __threadfence();
-      const uint32_t blocks = static_cast<uint32_t>(runs_of(finish.runs, s.keys));
-      is_last = atomicAdd(&few.arrivals[number * few.units + unit], 1u) + 1 == blocks;
-      __threadfence();
-    }
-    __syncthreads();
-    if (!is_last) return;
+    const uint32_t blocks = static_cast<uint32_t>(runs_of(finish.runs, s.keys));
+    if (!is_last_block(&few.arrivals[number * few.units + unit], blocks)) return;
     const ScoresOf<float> scores{static_cast<const float*>(select.scores)};
     const int64_t first_row = p.cu_seqlens_k ? number : (number * few.units + unit) * few.outs_of_unit;
     for (int out = 0; out < few.outs_of_unit; ++out) {
@@ -245,40 +240,19 @@ struct ScoreAndSelectPlan {
   bool needs_lse;        // otherwise it is given, or logits are scored
   bool separate_lse;
   bool columns;       // some samples may keep no logits
-  bool select_later;  // in a launch of its own
+  bool select_later;  // in launches of its own
+  SelectPlan later;
   Then then;
   KeyRuns column_runs;
   int64_t workspace_bytes;
 };
-
-namespace detail {
-
-// Cuts a workspace into arrays that are aligned to 16 bytes; without memory it only counts.
-class Workspace {
- public:
-  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <class T>
-  T* take(bool needed, int64_t size) {
-    if (!needed) return nullptr;
-    T* const at = memory_ ? reinterpret_cast<T*>(memory_ + bytes_) : nullptr;
-    bytes_ += ceil_div<int64_t>(size * static_cast<int64_t>(sizeof(T)), 16) * 16;
-    return at;
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* memory_;
-  int64_t bytes_ = 0;
-};
-
-}  // namespace detail
 
 // Points the plan into a workspace of plan.workspace_bytes bytes, aligned to 16; nullptr: counts them.
 inline void set_workspace(ScoreAndSelectPlan& plan, void* memory) {
   FewProblem& few = plan.few;
   const ScoreProblem& p = few.score;
   const int64_t samples = p.packed() ? 1 : p.batch, scored = p.scored(), all = samples * p.keys * p.out_heads();
-  detail::Workspace space(memory);
+  Workspace space(memory);
   few.num_arrivals = plan.then == Then::nothing ? 0 : p.batch * few.units;
   few.arrivals = space.take<uint32_t>(few.num_arrivals > 0, few.num_arrivals);
   few.statistics = space.take<float2>(plan.needs_lse, few.runs.total * p.q_heads * few.queries);
@@ -287,9 +261,13 @@ inline void set_workspace(ScoreAndSelectPlan& plan, void* memory) {
   few.columns = space.take<float>(plan.columns, samples * few.units * few.columns_of_unit * scored);
   plan.finish.whole = space.take<float>(scored != p.keys, all);
   plan.finish.competing = space.take<uint8_t>(p.k_mask || scored != p.keys, all);
-  plan.workspace_bytes = std::max<int64_t>(space.bytes(), 16);
   if (plan.finish.whole) plan.select.scores = plan.finish.whole;
   if (plan.finish.competing) plan.select.candidates = {plan.finish.competing, 1};
+  if (plan.select_later) {
+    plan.later = plan_select(plan.select);
+    set_workspace(plan.later, space.take<unsigned char>(true, plan.later.workspace_bytes));
+  }
+  plan.workspace_bytes = std::max<int64_t>(space.bytes(), 16);
 }
 
 // How a problem is done; cudaErrorInvalidValue if these kernels cannot do it. Nothing depends on the device, so that
@@ -411,7 +389,7 @@ cudaError_t score_and_select(ScoreAndSelectPlan plan, cudaStream_t stream) {
   const FewProblem& few = plan.few;
   const ScoreProblem& p = few.score;
   if (p.batch == 0) return cudaSuccess;
-  if (!plan.finish.whole) plan.select.scores = p.scores;
+  if (!plan.finish.whole) plan.select.scores = plan.later.problem.scores = p.scores;
   const int64_t row_blocks = few.runs.total * p.kv_heads * few.row_tiles;
   const int64_t column_blocks = plan.column_runs.total * (few.pairwise ? few.units : p.kv_heads);
   const int64_t finish_blocks = plan.finish.runs.total * few.units;
@@ -445,7 +423,7 @@ cudaError_t score_and_select(ScoreAndSelectPlan plan, cudaStream_t stream) {
       break;
   }
   if (status != cudaSuccess || !plan.select_later) return status;
-  return select<float>(plan.select, stream);
+  return select<float>(plan.later, stream);
 }
 
 }  // namespace pyvtk::cuda

@@ -1,11 +1,15 @@
 // Binding of select for CUDA tensors. Meaning: pyvtk/reference/select.py.
+#include <optional>
 #include <tuple>
 
 #include "common/select_binding.h"
-#include "cuda/select.cuh"
+#include "cuda/select_long.cuh"
 #include "cuda/stream_binding.h"
 
 namespace pyvtk::cuda {
+
+template cudaError_t select<float>(const SelectPlan&, cudaStream_t);  // for score_and_select.cu as well
+
 namespace {
 
 using Result = std::tuple<Tensor, Tensor, Tensor>;
@@ -18,9 +22,15 @@ Result run(const Tensor& scores, const SelectArguments& arguments) {
   SelectProblem problem;
   SelectResult result = make_select_problem(scores, shape_of(scores), arguments, problem);
   set_scores(scores, problem);
+  SelectPlan plan = plan_select(problem);
+  std::optional<Tensor> workspace;
+  if (plan.workspace_bytes > 0) {
+    workspace = new_empty(scores, {plan.workspace_bytes}, ScalarType::Byte);
+    set_workspace(plan, workspace->mutable_data_ptr());
+  }
   const ScalarType dtype = scores.scalar_type();
-  const bool known = for_float_dtype(
-      dtype, [&](auto zero) { check(select<decltype(zero)>(problem, current_stream(scores)), "select"); });
+  const bool known =
+      for_float_dtype(dtype, [&](auto zero) { check(select<decltype(zero)>(plan, current_stream(scores)), "select"); });
   PYVTK_GUARD(known, "scores have dtype number ", static_cast<int>(dtype), ", expected float32, bfloat16 or float16");
   return {std::move(result.indices), std::move(result.counts), std::move(result.overflow)};
 }

@@ -1,9 +1,10 @@
 // select: the tokens that stay, row by row. pyvtk/reference/select.py is the definition; the CPU's way is cpu/select.h.
 //
-// One block per row. A score becomes a uint32 that orders as scores rank. All criteria keep a prefix of (rank
-// descending, token ascending), so each is a Cut and the most restrictive one decides. A cut is found by histograms
-// over the range of the ranks that are left, up to 11 bits at a time: usually two, and none where all are equal. Scores
-// are read once and their ranks stay in shared memory, if the row fits there; else every pass reads the scores again.
+// One block per row; few and long rows get more, by these functions too: select_long.cuh. A score becomes a uint32 that
+// orders as scores rank. All criteria keep a prefix of (rank descending, token ascending), so each is a Cut and the
+// most restrictive one decides. A cut is found by histograms over the range of the ranks that are left, up to 11 bits
+// at a time: usually two, and none where all are equal. Scores are read once and their ranks stay in shared memory, if
+// the row fits there; else every pass reads the scores again.
 //
 //   warp 0: tokens 0 .. 32 k - 1      warp 1: the next 32 k      ...      k words of 32 tokens for each warp
 //
@@ -35,9 +36,19 @@ inline constexpr int kDeclaredSharedBytes = (4 + 8) * (1 << kMostBits) + 2048;
 // Ordered as scores rank: NaN lowest, -0.0 as +0.0.
 __device__ __forceinline__ uint32_t rank_of(float score) {
   const uint32_t bits = std::bit_cast<uint32_t>(score);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return kNanRank;
-  if (bits == 0x80000000u) return kZeroRank;
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  const uint32_t rank = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? kNanRank : bits == 0x80000000u ? kZeroRank : rank;
+}
+__device__ __forceinline__ uint32_t rank_of(uint32_t rank) { return rank; }
+
+// As to_float, by one instruction; which NaN it is does not matter here.
+template <class T>
+__device__ __forceinline__ float widen(T x) {
+  if constexpr (std::is_same_v<T, float16>) {
+    return widen_half2(x.bits).x;
+  } else {
+    return to_float(x);
+  }
 }
 
 // Scores of a row: of a type that the kernel is compiled for,
@@ -45,7 +56,7 @@ template <class T>
 struct ScoresOf {
   const T* data;
 
-  __device__ __forceinline__ float operator[](int64_t i) const { return to_float(data[i]); }
+  __device__ __forceinline__ float operator[](int64_t i) const { return widen(data[i]); }
   __device__ __forceinline__ ScoresOf from(int64_t i) const { return {data + i}; }
 };
 // or of a type that it looks up: the kernel that can do everything is large, and one of it does.
@@ -56,12 +67,34 @@ struct AnyScores {
 
   __device__ __forceinline__ float operator[](int64_t i) const {
     if (type == ScoreType::float32) return static_cast<const float*>(data)[i];
-    const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-    return type == ScoreType::bfloat16 ? to_float(bfloat16{bits}) : to_float(float16{bits});
+    return of_bits(static_cast<const uint16_t*>(data)[i]);
+  }
+  // Several, all of them on their way at once.
+  template <int kCount>
+  __device__ __forceinline__ void read(const int (&places)[kCount], float (&scores)[kCount]) const {
+    if (type == ScoreType::float32) {
+      PYVTK_UNROLL
+      for (int i = 0; i < kCount; ++i) scores[i] = static_cast<const float*>(data)[places[i]];
+    } else {
+      uint16_t bits[kCount];
+      PYVTK_UNROLL
+      for (int i = 0; i < kCount; ++i) bits[i] = static_cast<const uint16_t*>(data)[places[i]];
+      PYVTK_UNROLL
+      for (int i = 0; i < kCount; ++i) scores[i] = of_bits(bits[i]);
+    }
+  }
+  __device__ __forceinline__ float of_bits(uint16_t bits) const {
+    return type == ScoreType::bfloat16 ? widen(bfloat16{bits}) : widen(float16{bits});
   }
   __device__ __forceinline__ AnyScores from(int64_t i) const {
     return {static_cast<const char*>(data) + i * (type == ScoreType::float32 ? 4 : 2), type};
   }
+};
+// or ranks already.
+struct RanksOf {
+  const uint32_t* data;
+
+  __device__ __forceinline__ uint32_t operator[](int64_t i) const { return data[i]; }
 };
 
 // A prefix of the ranking: ranks above the pivot, and those equal to it of tokens before `end`.
@@ -99,9 +132,19 @@ struct SelectRow {
   int bits;             // of a digit
   uint32_t* ranks;      // shared [size]; nullptr: they do not fit
   uint32_t* stay;       // shared [words]: the tokens that stay
-  uint32_t* fixed;      // shared [words]: those of them that do not compete; nullptr: none
-  uint32_t* candidate;  // shared [words]: not dropped, and of a segment that exists; nullptr: all
+  uint32_t* fixed;      // shared [words]: those of them that do not compete; nullptr without masks
+  uint32_t* candidate;  // shared [words]: not dropped, and of a segment that exists; nullptr without masks
 
+  // Sets the size, and what follows from it.
+  __device__ __forceinline__ void resize(int tokens) {
+    size = tokens;
+    words = (size + 31) / 32;
+    const int words_per_warp = (words + warps_of_block() - 1) / warps_of_block();
+    begin = min(warp_of_block() * words_per_warp, words);
+    end = min(begin + words_per_warp, words);
+    // Clearing and summing more bins than there are tokens would cost more than it narrows.
+    bits = min(max(32 - __clz(size) - 2, 5), kMostBits);
+  }
   __device__ __forceinline__ uint32_t rank(int token) const { return ranks ? ranks[token] : rank_of(scores[token]); }
   // Whether this lane's token of the word is in the set, for the warp that owns the word.
   __device__ __forceinline__ bool holds(const Set& set, int word) const {
@@ -184,19 +227,43 @@ __device__ Cut cut_after_ties(const SelectRow<Scores>& row, const Set& set, uint
   return {pivot, end};
 }
 
+// The bin in which, from the top, `need` is reached; what is still needed there, and all that it holds.
+template <class Mass>
+struct Bin {
+  int number;
+  Mass need;
+  Mass mass;
+};
+// histogram: shared [bins], written before a barrier; 1 <= need <= its sum
+template <class Mass>
+__device__ Bin<Mass> find_bin(const Mass* histogram, int bins, Mass need) {
+  PYVTK_SHARED(chosen, Bin<Mass>);
+  // Each thread takes a run of bins, each warp 32 runs.
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const int run = (bins + threads - 1) / threads;
+  const int first = bins - 1 - thread * run;  // downwards
+  Mass mine = 0;
+  for (int bin = first; bin > first - run && bin >= 0; --bin) mine += histogram[bin];
+  Mass before = sum_up_to_lane(mine);
+  before += prefix_of_warps(__shfl_sync(kAllLanes, before, 31)).before - mine;
+  if (before < need && need <= before + mine) {
+    int bin = first;
+    for (; histogram[bin] < need - before; --bin) before += histogram[bin];
+    chosen = {bin, need - before, histogram[bin]};
+  }
+  __syncthreads();
+  return chosen;
+}
+
 // The smallest prefix of the set's ranking that weighs `need` or more; 1 <= need <= what all of it weighs.
 template <class Mass, class Scores, class Weight>
 __device__ Cut find_cut(const SelectRow<Scores>& row, const Set& set, uint32_t low, uint32_t high, Mass need,
                         Weight weight) {
   PYVTK_SHARED(histogram, Mass[1 << kMostBits]);
-  PYVTK_SHARED(chosen_bin, int);
-  PYVTK_SHARED(chosen_need, Mass);
-  PYVTK_SHARED(chosen_mass, Mass);
-  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   while (low != high) {
     const int shift = max(0, 32 - __clz(static_cast<int>(high - low)) - row.bits);
     const int bins = static_cast<int>((high - low) >> shift) + 1;
-    for (int bin = thread; bin < bins; bin += threads) histogram[bin] = 0;
+    for (int bin = static_cast<int>(threadIdx.x); bin < bins; bin += static_cast<int>(blockDim.x)) histogram[bin] = 0;
     __syncthreads();
     for (int word = row.begin; word < row.end; ++word) {
       if (!row.holds(set, word)) continue;
@@ -204,31 +271,12 @@ __device__ Cut find_cut(const SelectRow<Scores>& row, const Set& set, uint32_t l
       if (rank >= low && rank <= high) atomicAdd(&histogram[(rank - low) >> shift], static_cast<Mass>(weight(rank)));
     }
     __syncthreads();
-
-    // From the top: each thread takes a run of bins, each warp 32 runs.
-    const int run = (bins + threads - 1) / threads;
-    const int first = bins - 1 - thread * run;  // downwards
-    Mass mine = 0;
-    for (int bin = first; bin > first - run && bin >= 0; --bin) mine += histogram[bin];
-    Mass before = mine;  // of this warp's threads up to this one
-    for (int step = 1; step < 32; step *= 2) {
-      const Mass lower = __shfl_up_sync(kAllLanes, before, static_cast<unsigned>(step));
-      if (lane_of_warp() >= step) before += lower;
-    }
-    before += prefix_of_warps(__shfl_sync(kAllLanes, before, 31)).before - mine;
-    if (before < need && need <= before + mine) {
-      int bin = first;
-      for (; histogram[bin] < need - before; --bin) before += histogram[bin];
-      chosen_bin = bin;
-      chosen_need = need - before;
-      chosen_mass = histogram[bin];
-    }
-    __syncthreads();
-    low += static_cast<uint32_t>(chosen_bin) << shift;
+    const Bin<Mass> bin = find_bin(histogram, bins, need);
+    low += static_cast<uint32_t>(bin.number) << shift;
     high = low + min(high - low, (1u << shift) - 1);
-    need = chosen_need;
+    need = bin.need;
     // Every token counts in a count: if all of a bin stay, nothing is left to divide.
-    if (std::is_same_v<Mass, unsigned> && need == chosen_mass && low > 0) return {low - 1, 0};
+    if (std::is_same_v<Mass, unsigned> && need == bin.mass && low > 0) return {low - 1, 0};
   }
   return cut_after_ties(row, set, low, static_cast<int64_t>(ceil_div<Mass>(need, weight(low))));
 }
@@ -246,7 +294,7 @@ __device__ Cut cut_at_count(const SelectRow<Scores>& row, const Set& set, int64_
 }
 
 // Integer mass of a score, given by its rank, if `largest` is the largest of its group: floor(s * 2^(31 - e)) with
-// largest = f * 2^e, 0.5 <= f < 1. Exact, also for subnormal numbers.
+// largest = f * 2^e, 0.5 <= f < 1. Exact, also for subnormal numbers. Where no score has mass, all have the same.
 struct MassOf {
   uint32_t largest;
   int left;      // shift of the significand for a score with the largest's exponent
@@ -260,7 +308,7 @@ struct MassOf {
   __device__ static uint32_t significand(uint32_t bits) { return (bits & 0x7fffffu) | (bits >> 23 ? 0x800000u : 0u); }
   __device__ unsigned long long operator()(uint32_t rank) const {
     if (largest == kInfinityRank) return rank == kInfinityRank;
-    if (rank <= kZeroRank) return 0;
+    if (rank <= kZeroRank) return largest <= kZeroRank;
     const uint32_t bits = rank & 0x7fffffffu;
     const int right = exponent - max(1, static_cast<int>(bits >> 23));
     return (static_cast<unsigned long long>(significand(bits)) << left) >> min(right, 63);
@@ -271,12 +319,15 @@ struct MassOf {
 template <class Scores>
 __device__ Cut cut_at_mass(const SelectRow<Scores>& row, const Set& set, double p) {
   const Summary<unsigned> all = summarize<unsigned>(row, set, One{});
-  if (all.high <= kZeroRank) return cut_at_count(row, set, all, 1);  // nothing has mass
+  if (all.mass == 0) return kKeepAll;
   const MassOf weight(all.high);
   const unsigned long long total = summarize<unsigned long long>(row, set, weight).mass;
   unsigned long long need = total;
-  if (p < 1.0) need = p > 0.0 ? static_cast<unsigned long long>(ceil(p * static_cast<double>(total))) : 0;
-  if (need == 0) return cut_at_count(row, set, all, 1);
+  if (all.high <= kZeroRank || p <= 0.0) {
+    need = 1;
+  } else if (p < 1.0) {
+    need = max(static_cast<unsigned long long>(ceil(p * static_cast<double>(total))), 1ull);
+  }
   return find_cut(row, set, all.low, all.high, need, weight);
 }
 
@@ -306,8 +357,9 @@ __device__ void mark(const SelectRow<Scores>& row, const Set& set, Cut cut, cons
   __syncwarp();
 }
 
+// Sets row.ranks, if there is room; the summary of all tokens.
 template <class Scores>
-__device__ void choose_from_all(const SelectRow<Scores>& row, const SelectProblem& problem, int64_t number) {
+__device__ Summary<unsigned> read_ranks(const SelectRow<Scores>& row) {
   uint32_t low = std::numeric_limits<uint32_t>::max(), high = 0;
   for (int token = row.begin * 32 + lane_of_warp(); token < min(row.end * 32, row.size); token += 32) {
     const uint32_t rank = rank_of(row.scores[token]);
@@ -315,14 +367,18 @@ __device__ void choose_from_all(const SelectRow<Scores>& row, const SelectProble
     low = min(low, rank);
     high = max(high, rank);
   }
+  Summary<unsigned> summary = summary_of_block(0u, low, high);
+  summary.mass = static_cast<unsigned>(row.size);
+  return summary;
+}
+
+// most: how many tokens may stay at most
+template <class Scores>
+__device__ void choose_from_all(const SelectRow<Scores>& row, const SelectProblem& problem, int64_t number,
+                                const Summary<unsigned>& summary, int64_t most) {
   const Set all{};
-  Cut cut = cut_of_threshold(problem, number, 0);
-  if (has_count(problem)) {
-    Summary<unsigned> summary = summary_of_block(0u, low, high);
-    summary.mass = static_cast<unsigned>(row.size);
-    cut = stricter(cut, cut_at_count(row, all, summary, count_of_row(problem, number, 0)));
-  }
-  mark(row, all, cut, nullptr);
+  const int64_t wanted = has_count(problem) ? min(count_of_row(problem, number, 0), most) : most;
+  mark(row, all, stricter(cut_of_threshold(problem, number, 0), cut_at_count(row, all, summary, wanted)), nullptr);
 }
 
 template <class Scores>
@@ -379,15 +435,15 @@ __device__ void choose_with_masks(const SelectRow<Scores>& row, const SelectProb
 template <class Scores>
 __device__ Prefix<int> count(const SelectRow<Scores>& row, const uint32_t* bits) {
   int mine = 0;
-  for (int word = row.begin; word < row.end; ++word) mine += __popc(bits[word]);
-  return prefix_of_warps(mine);
+  for (int word = row.begin + lane_of_warp(); word < row.end; word += 32) mine += __popc(bits[word]);
+  return prefix_of_warps(sum_of_warp(mine));
 }
 
 // More stay than fit: fixed tokens go first, then the best of the others.
 template <class Scores>
 __device__ void clip(const SelectRow<Scores>& row, int64_t capacity) {
-  const int num_fixed = row.fixed ? count(row, row.fixed).total : 0;
-  const bool only_fixed = num_fixed >= capacity && row.fixed;
+  const int num_fixed = count(row, row.fixed).total;
+  const bool only_fixed = num_fixed >= capacity;
   const Set set{only_fixed ? row.fixed : row.stay, only_fixed ? nullptr : row.fixed, nullptr, 0};
   const Cut cut = cut_at_count(row, set, only_fixed ? capacity : capacity - num_fixed);
   mark(row, set, cut, only_fixed ? nullptr : row.fixed);
@@ -419,62 +475,10 @@ __device__ inline void sort_by_block(unsigned long long* values, int64_t size) {
   __syncthreads();
 }
 
-// What a block needs of shared memory besides the declared: room for sets of tokens, and for ranks.
-struct SelectMemory {
-  int words;  // of 32 tokens, of the longest row
-  int ranks;  // rows of more tokens read their scores again
-  int64_t bytes;
-};
-
-// Chooses row `number`, with all threads of the block, and writes its indices, count and overflow. Scores may have been
-// written by this block before a barrier. Between two calls there has to be a barrier.
-//   kPlain: no masks, no segments, no top_p; ascending
-//   scores: problem.scores
-//   shared: [memory.bytes]
+// Writes a row's indices, count and overflow. stayed: of row.stay, as count() says, and no more than fit
 template <bool kPlain, class Scores>
-__device__ __forceinline__ void select_row(const SelectProblem& problem, const Scores scores, int64_t number,
-                                           SelectMemory memory, uint32_t* shared) {
-  SelectRow<Scores> row{};
-  if (problem.cu_seqlens) {
-    // Offsets that the host has not seen must not lead outside of the scores.
-    const int64_t begin = min(max(int64_t{problem.cu_seqlens[number]}, int64_t{0}), problem.tokens);
-    const int64_t end = min(max(int64_t{problem.cu_seqlens[number + 1]}, begin), problem.tokens);
-    row.first_token = begin;
-    row.size = static_cast<int>(end - begin);
-    row.scores = scores.from(begin);
-    row.segments = problem.segments ? problem.segments.data + begin : nullptr;
-  } else {
-    row.size = static_cast<int>(problem.tokens);
-    row.scores =
-        scores.from(number / problem.heads * problem.batch_stride + number % problem.heads * problem.head_stride);
-    row.segments = problem.segments.row(number, problem.tokens);
-  }
-  row.words = (row.size + 31) / 32;
-  const int words_per_warp = (row.words + warps_of_block() - 1) / warps_of_block();
-  row.begin = min(warp_of_block() * words_per_warp, row.words);
-  row.end = min(row.begin + words_per_warp, row.words);
-  // Clearing and summing more bins than there are tokens would cost more than it narrows.
-  row.bits = min(max(32 - __clz(row.size) - 2, 5), kMostBits);
-  row.stay = shared;
-  uint32_t* after = row.stay + memory.words;
-  if (!kPlain) {
-    row.fixed = after;
-    row.candidate = row.fixed + memory.words;
-    after = row.candidate + memory.words;
-  }
-  row.ranks = row.size <= memory.ranks ? after : nullptr;
-
-  if constexpr (kPlain) {
-    choose_from_all(row, problem, number);
-  } else {
-    choose_with_masks(row, problem, number);
-  }
-  Prefix<int> stayed = count(row, row.stay);
-  const bool overflow = stayed.total > problem.capacity;
-  if (overflow) {
-    clip(row, problem.capacity);
-    stayed = count(row, row.stay);
-  }
+__device__ void write_row(const SelectRow<Scores>& row, const SelectProblem& problem, int64_t number,
+                          Prefix<int> stayed, bool overflow) {
   if (threadIdx.x == 0) {
     problem.counts[number] = stayed.total;
     problem.overflow[number] = overflow;
@@ -488,8 +492,11 @@ __device__ __forceinline__ void select_row(const SelectProblem& problem, const S
 
   const bool by_score = !kPlain && problem.by_score;
   int place = stayed.before;
+  uint32_t words = 0;  // a lane has one of 32 words
   for (int word = row.begin; word < row.end; ++word) {
-    const uint32_t bits = row.stay[word];
+    const int turn = (word - row.begin) % 32;
+    if (turn == 0) words = word + lane_of_warp() < row.end ? row.stay[word + lane_of_warp()] : 0;
+    const uint32_t bits = __shfl_sync(kAllLanes, words, turn);
     if (bits >> lane_of_warp() & 1) {
       const int token = word * 32 + lane_of_warp();
       int64_t value = row.first_token + token;
@@ -506,6 +513,70 @@ __device__ __forceinline__ void select_row(const SelectProblem& problem, const S
     sort_by_block(reinterpret_cast<unsigned long long*>(out), stayed.total);
     for (int64_t i = threadIdx.x; i < stayed.total; i += blockDim.x) out[i] = row.first_token + (out[i] & 0x7fffffff);
   }
+}
+
+// What a block needs of shared memory besides the declared: room for sets of tokens, and for ranks.
+struct SelectMemory {
+  int words;  // of 32 tokens, of the longest row
+  int ranks;  // rows of more tokens read their scores again
+  int64_t bytes;
+};
+
+// Chooses row `number`, with all threads of the block, and writes its indices, count and overflow. Scores may have been
+// written by this block before a barrier. Between two calls there has to be a barrier.
+//   kPlain: no masks, no segments, no top_p; ascending
+//   scores: problem.scores
+//   shared: [memory.bytes]
+template <bool kPlain, class Scores>
+__device__ __forceinline__ void select_row(const SelectProblem& problem, const Scores scores, int64_t number,
+                                           SelectMemory memory, uint32_t* shared) {
+  SelectRow<Scores> row{};
+  int size = static_cast<int>(problem.tokens);
+  if (problem.cu_seqlens) {
+    // Offsets that the host has not seen must not lead outside of the scores.
+    const int64_t begin = min(max(int64_t{problem.cu_seqlens[number]}, int64_t{0}), problem.tokens);
+    const int64_t end = min(max(int64_t{problem.cu_seqlens[number + 1]}, begin), problem.tokens);
+    row.first_token = begin;
+    size = static_cast<int>(end - begin);
+    row.scores = scores.from(begin);
+    row.segments = problem.segments ? problem.segments.data + begin : nullptr;
+  } else {
+    row.scores =
+        scores.from(number / problem.heads * problem.batch_stride + number % problem.heads * problem.head_stride);
+    row.segments = problem.segments.row(number, problem.tokens);
+  }
+  row.resize(size);
+  row.stay = shared;
+  uint32_t* after = row.stay + memory.words;
+  if (!kPlain) {
+    row.fixed = after;
+    row.candidate = row.fixed + memory.words;
+    after = row.candidate + memory.words;
+  }
+  row.ranks = row.size <= memory.ranks ? after : nullptr;
+
+  Prefix<int> stayed{};
+  bool overflow = false;
+  if constexpr (kPlain) {
+    // Of a prefix, the best that fit are a shorter prefix: the same code finds it.
+    const Summary<unsigned> summary = read_ranks(row);
+    PYVTK_NOT_UNROLLED
+    for (int64_t most = row.size;; most = problem.capacity) {
+      choose_from_all(row, problem, number, summary, most);
+      stayed = count(row, row.stay);
+      if (stayed.total <= problem.capacity) break;
+      overflow = true;
+    }
+  } else {
+    choose_with_masks(row, problem, number);
+    stayed = count(row, row.stay);
+    overflow = stayed.total > problem.capacity;
+    if (overflow) {
+      clip(row, problem.capacity);
+      stayed = count(row, row.stay);
+    }
+  }
+  write_row<kPlain>(row, problem, number, stayed, overflow);
 }
 
 template <class Scores, bool kPlain>
@@ -575,22 +646,26 @@ cudaError_t launch_select(const SelectProblem& problem, Scores scores, cudaStrea
                 static_cast<size_t>(memory.bytes), stream, problem, scores, memory);
 }
 
+inline constexpr int64_t kMostTokens = std::numeric_limits<int32_t>::max() - 32;
+
+template <class T>
+AnyScores any_scores(const SelectProblem& problem) {
+  return {problem.scores, std::is_same_v<T, float>      ? ScoreType::float32
+                          : std::is_same_v<T, bfloat16> ? ScoreType::bfloat16
+                                                        : ScoreType::float16};
+}
+
 // All rows of a problem whose scores are of type T; writes their indices, counts and overflow. Sets of tokens have to
 // fit shared memory: cudaErrorInvalidValue above 1.6 million tokens without masks (on devices with 227 KiB), half a
 // million with.
 template <class T>
 cudaError_t select(const SelectProblem& problem, cudaStream_t stream) {
   if (problem.rows == 0) return cudaSuccess;
-  if (problem.rows > std::numeric_limits<int32_t>::max() || problem.tokens > std::numeric_limits<int32_t>::max() - 32) {
-    return cudaErrorInvalidValue;
-  }
+  if (problem.rows > std::numeric_limits<int32_t>::max() || problem.tokens > kMostTokens) return cudaErrorInvalidValue;
   if (is_plain(problem)) {
     return launch_select<true>(problem, ScoresOf<T>{static_cast<const T*>(problem.scores)}, stream);
   }
-  const ScoreType type = std::is_same_v<T, float>      ? ScoreType::float32
-                         : std::is_same_v<T, bfloat16> ? ScoreType::bfloat16
-                                                       : ScoreType::float16;
-  return launch_select<false>(problem, AnyScores{problem.scores, type}, stream);
+  return launch_select<false>(problem, any_scores<T>(problem), stream);
 }
 
 }  // namespace pyvtk::cuda

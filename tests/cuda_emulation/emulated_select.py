@@ -12,9 +12,10 @@ from torch import Tensor
 
 def select(
     scores: Tensor, num_keep, num_keep_per_row, threshold, top_p, keep, drop, candidates, keep_others, segments,
-    num_segments, cu_seqlens, capacity, align_right, by_score,
+    num_segments, cu_seqlens, capacity, align_right, by_score, *, words_of_chunk=0, threads=512,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The operator pyvtk::select by the CUDA kernel; arguments as in pyvtk/reference/select.py."""
+    """The operator pyvtk::select by the CUDA kernels; arguments as in pyvtk/reference/select.py. With words_of_chunk in
+    two launches, by blocks of so many threads for 32 * words_of_chunk tokens each; the caller knows that they can."""
     lead = tuple(scores.shape[:-1]) if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
     rows, tokens = math.prod(lead), scores.shape[-1]
     heads = scores.shape[1] if scores.dim() == 3 else 1
@@ -40,5 +41,6 @@ def select(
         *per_group(top_p, torch.float64), *per_token(keep, torch.bool), *per_token(drop, torch.bool),
         *per_token(candidates, torch.bool), int(keep_others), *per_token(segments, torch.int32), number(num_segments),
         number(capacity), int(align_right), int(by_score), *(ctypes.c_void_p(output.address) for output in outputs),
+        number(words_of_chunk), threads,
     )  # fmt: skip
     return tuple(output.read() for output in outputs)

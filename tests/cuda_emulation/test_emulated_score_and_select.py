@@ -265,6 +265,11 @@ WAYS = {
         {"key_start": 100, "key_stop": 4100},
         {"selected_at_once": False},
     ),
+    "a row for two launches": (
+        {"q_heads": 2, "keys": 16400, "dim": 8},
+        {"key_start": 100, "key_stop": 16390},
+        {"selected_at_once": False},
+    ),
     "few channels": ({"dim": 8}, {}, {"lanes_of_key": 2}),
     "many channels": ({"dim": 256}, {}, {"lanes_of_key": 16}),
     "many channels of 16 bits": ({"dim": 256, "dtype": torch.bfloat16}, {}, {"lanes_of_key": 8}),

@@ -1,4 +1,4 @@
-"""The CUDA kernel of select, run by the emulation: bit for bit what the reference says."""
+"""The CUDA kernels of select, run by the emulation: bit for bit what the reference says."""
 
 import emulated
 import pytest
@@ -16,6 +16,8 @@ INFINITY, NAN = float("inf"), float("nan")
 SPECIAL = torch.tensor([NAN, INFINITY, -INFINITY, 0.0, -0.0, 1.0, 1.0, -1.0, 0.5, 1e-42, -1e-42, 3e38])
 # Room for sets and ranks of rows up to about a thousand tokens, and for no ranks at all.
 PLENTY, LITTLE = 0, 27 * 1024
+# Rows in two launches: room for 64 ranks of a list.
+LITTLE_LIST = 18 * 1024 + 256
 
 
 def make_scores(kind: str, shape: tuple, generator: torch.Generator) -> torch.Tensor:
@@ -35,20 +37,20 @@ def make_scores(kind: str, shape: tuple, generator: torch.Generator) -> torch.Te
 KINDS = ["special", "ties", "equal", "softmax", "bits", "normal"]
 
 
-def assert_same(arguments: tuple) -> None:
+def assert_same(arguments: tuple, **how) -> None:
     for name, actual, expected in zip(
-        ("indices", "counts", "overflow"), select(*arguments), reference.select(*arguments)
+        ("indices", "counts", "overflow"), select(*arguments, **how), reference.select(*arguments)
     ):
         assert actual.dtype == expected.dtype and actual.shape == expected.shape
         assert torch.equal(actual, expected), f"{name}: {actual} != {expected}"
 
 
 @st.composite
-def problems(draw):
-    """Arguments of the operator."""
+def problems(draw, long=False):
+    """Arguments of the operator; ``long``: such as the kernels for long rows take."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     tokens = draw(st.sampled_from([0, 1, 2, 31, 32, 33, 64, 65, 127, 130, 257, 576, 1025, 1500]))
-    packed = draw(st.integers(0, 4)) == 0
+    packed = not long and draw(st.integers(0, 4)) == 0
     if packed:
         cuts = torch.randint(tokens + 1, (draw(st.integers(1, 4)),), generator=generator).sort().values
         cu_seqlens, lead = cuts.int(), (len(cuts) - 1,)
@@ -68,6 +70,8 @@ def problems(draw):
     plain = draw(st.booleans())
     keep, drop, candidates = (None, None, None) if plain else (mask(0.1), mask(0.2), mask(0.7))
     segments, num_segments = None, 1
+    keep = None if long else keep
+    plain = plain or long
     if not plain and draw(st.integers(0, 2)) == 0:
         num_segments = draw(st.integers(1, 4))
         segments = torch.randint(-1, num_segments + 1, mask_shape(), generator=generator).int()
@@ -85,7 +89,7 @@ def problems(draw):
     capacity = draw(st.sampled_from([0, 1, tokens // 4, tokens, tokens + 7]))
     by_score = not plain and draw(st.booleans())
     return (
-        scores, num_keep, per_row, threshold, top_p, keep, drop, candidates, draw(st.booleans()), segments,
+        scores, num_keep, per_row, threshold, top_p, keep, drop, candidates, not long and draw(st.booleans()), segments,
         num_segments, cu_seqlens, capacity, draw(st.booleans()), by_score,
     )  # fmt: skip
 
@@ -95,6 +99,16 @@ def problems(draw):
 def test_equals_the_reference(arguments, seed, blocks_alive, shared_bytes):
     emulated.configure(seed, blocks_alive, shared_bytes)
     assert_same(arguments)
+
+
+@settings(max_examples=100 if emulated.SANITIZER else 400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    problems(long=True), st.sampled_from([0, 0, 1, 2, 3]), st.sampled_from([1, 2, 5]),
+    st.sampled_from([PLENTY, LITTLE_LIST]), st.sampled_from([1, 2, 5, 8, 9, 17, 40]), st.sampled_from([32, 64, 160]),
+)  # fmt: skip
+def test_long_rows_equal_the_reference(arguments, seed, blocks_alive, shared_bytes, words_of_chunk, threads):
+    emulated.configure(seed, blocks_alive, shared_bytes)
+    assert_same(arguments, words_of_chunk=words_of_chunk, threads=threads)
 
 
 def top(scores: torch.Tensor, num_keep: int) -> tuple:
@@ -111,13 +125,38 @@ def test_top(kind, tokens, dtype):
         assert_same(top(scores, num_keep))
 
 
+@pytest.mark.parametrize("dtype", emulated.DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 33, 1100, 5000])
+def test_top_of_long_rows(kind, tokens, dtype):
+    scores = make_scores(kind, (2, tokens), torch.Generator().manual_seed(tokens)).to(dtype)
+    for shared_bytes in (PLENTY, LITTLE_LIST):
+        emulated.configure(tokens, 3, shared_bytes)
+        for num_keep in sorted({0, 1, tokens // 4, tokens - 1, tokens}):
+            assert_same(top(scores, num_keep), words_of_chunk=max(tokens // 150, 1), threads=64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_so_long_that_it_gets_two_launches(kind):
+    emulated.configure(1, 3)
+    assert_same(top(make_scores(kind, (1, 16391), torch.Generator().manual_seed(0)), 5000))
+
+
+def test_same_bits_whatever_the_order_of_blocks():
+    """On the way too: the list of a bin is in the order of tokens, so nothing can depend on who comes first."""
+    scores = make_scores("ties", (3, 1500), torch.Generator().manual_seed(0))
+    for seed in range(8):
+        emulated.configure(seed, 1 + seed % 5)
+        assert_same(top(scores, 333), words_of_chunk=3, threads=64)
+
+
 def test_a_row_whose_ranks_do_not_fit():
     emulated.configure(shared_bytes=40 * 1024)
-    scores = torch.randn(1, 20001, generator=torch.Generator().manual_seed(0))
+    scores = torch.randn(1, 16001, generator=torch.Generator().manual_seed(0))
     assert_same(top(scores, 5000))
 
 
 def test_sets_that_do_not_fit_are_an_error():
     emulated.configure(shared_bytes=27 * 1024)
     with pytest.raises(AssertionError, match="invalid argument"):
-        select(*top(torch.zeros(1, 40000), 1))
+        select(*top(torch.zeros(1, 16000), 1))

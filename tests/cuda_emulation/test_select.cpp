@@ -1,12 +1,12 @@
-// The select kernel against sorting: random problems, small enough for the sanitizers. test_emulated_select.py compares
-// more of them with the reference, in a process that ThreadSanitizer does not watch.
+// The select kernels against sorting: random problems, small enough for the sanitizers. test_emulated_select.py
+// compares more of them with the reference, in a process that ThreadSanitizer does not watch.
 #include <cmath>
 #include <cstring>
 #include <numeric>
 #include <vector>
 
 #include "check.h"
-#include "cuda/select.cuh"
+#include "cuda/select_long.cuh"
 #include "problems.h"
 
 using namespace pyvtk;
@@ -127,8 +127,9 @@ struct Oracle {
   }
 };
 
+// long_rows: in two launches, as rows are that are far longer; by small blocks
 template <class T>
-void one_problem() {
+void one_problem(bool long_rows) {
   SelectProblem problem;
   problem.rows = any(0, 3);
   problem.tokens = chance(80) ? any(0, 200) : any(900, 1100);
@@ -138,19 +139,19 @@ void one_problem() {
   const Array<uint8_t> keep = mask_of(scores.size, 10), drop = mask_of(scores.size, 20),
                        candidates = mask_of(scores.size, 70);
   const bool plain = chance(40);
-  if (!plain && chance(60)) problem.keep.data = keep.begin();
+  if (!long_rows && !plain && chance(60)) problem.keep.data = keep.begin();
   if (!plain && chance(60)) problem.drop.data = drop.begin();
   if (!plain && chance(60)) problem.candidates.data = candidates.begin();
-  problem.keep_others = chance(30);
+  problem.keep_others = !long_rows && chance(30);
   Array<int32_t> segments(scores.size);
   for (int32_t& segment : segments) segment = static_cast<int32_t>(any(-1, 3));
-  if (!plain && chance(40)) {
+  if (!long_rows && !plain && chance(40)) {
     problem.segments.data = segments.begin();
     problem.num_segments = 3;
   }
   Array<double> top_p(problem.rows);
   for (double& p : top_p) p = static_cast<double>(any(-1, 11)) / 10;
-  if (!plain && chance(40)) problem.top_p.data = top_p.begin();
+  if (!long_rows && !plain && chance(40)) problem.top_p.data = top_p.begin();
   Array<int64_t> num_keep(problem.rows);
   for (int64_t& count : num_keep) count = any(-2, problem.tokens + 2);
   Array<float> threshold(problem.rows);
@@ -160,7 +161,7 @@ void one_problem() {
   if (chance(20)) problem.threshold.data = threshold.begin();
   problem.capacity = chance(50) ? problem.tokens : any(0, problem.tokens + 3);
   problem.align_right = chance(30);
-  problem.by_score = !plain && chance(40);
+  problem.by_score = !long_rows && !plain && chance(40);
   Array<int64_t> indices(problem.rows * problem.capacity);
   Array<int32_t> counts(problem.rows);
   Array<bool> overflow(problem.rows);
@@ -169,7 +170,13 @@ void one_problem() {
   problem.counts = counts.begin();
   problem.overflow = overflow.begin();
 
-  const cudaError_t status = cuda::select<T>(problem, nullptr);
+  const int threads = static_cast<int>(32 * any(1, 3));
+  cuda::SelectPlan plan =
+      long_rows ? cuda::plan_long_rows(problem, any(1, chance(50) ? 3 : 12), threads) : cuda::plan_select(problem);
+  const Array<unsigned char> workspace(plan.workspace_bytes);
+  std::fill(workspace.begin(), workspace.end(), static_cast<unsigned char>(0xff));
+  cuda::set_workspace(plan, workspace.begin());
+  const cudaError_t status = cuda::select<T>(plan, nullptr);
   CHECK(status == cudaSuccess, cudaGetErrorString(status));
   for (int64_t row = 0; row < problem.rows; ++row) {
     std::vector<int64_t> expected = Oracle<T>{problem, scores.begin() + row * problem.tokens}.row(row);
@@ -184,15 +191,51 @@ void one_problem() {
   }
 }
 
+// Which rows get two launches, and how they are cut.
+void decisions() {
+  const uint8_t bit = 0;
+  const auto with = [](int64_t rows, int64_t tokens) {
+    SelectProblem problem;
+    problem.rows = rows;
+    problem.tokens = tokens;
+    return problem;
+  };
+  const auto is_long = [](const SelectProblem& problem) { return cuda::plan_select(problem).is_long; };
+  CHECK(!is_long(with(1, 16384)), "a row of one block");
+  CHECK(!is_long(with(129, 131072)), "a block for each of many rows");
+  SelectProblem problem = with(1, 131072);
+  problem.candidates.data = problem.drop.data = &bit;
+  CHECK(is_long(problem), "masks");
+  problem.keep_others = true;
+  CHECK(!is_long(problem), "what is no candidate stays");
+  problem.candidates = {};
+  CHECK(is_long(problem), "all are candidates");
+  problem.by_score = true;
+  CHECK(!is_long(problem), "by score");
+  for (const int64_t rows : {1, 8, 100, 128}) {
+    for (const int64_t tokens : {16385, 131072, 1000000, 100000000}) {
+      const cuda::LongRows cut = cuda::plan_select(with(rows, tokens)).rows;
+      CHECK(cut.chunks > 1 && 32 * cut.words_of_chunk < 65536, rows, tokens, cut.chunks, cut.words_of_chunk);
+      CHECK(cut.chunks * cut.words_of_chunk >= cut.words && (cut.chunks - 1) * cut.words_of_chunk < cut.words, rows,
+            tokens, cut.chunks, cut.words_of_chunk);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  decisions();
   for (int i = 0; i < kProblems && failures == 0; ++i) {
     cuda_emulation::options() = {};
     cuda_emulation::options().seed = static_cast<uint64_t>(i % 3);
     cuda_emulation::options().blocks_alive = 1 + i % 2;
-    if (chance(40)) cuda_emulation::options().shared_bytes = 27 * 1024;  // no room for ranks
-    i % 4 == 0 ? one_problem<bfloat16>() : i % 4 == 1 ? one_problem<float16>() : one_problem<float>();
+    const bool long_rows = i % 5 < 2;
+    if (chance(40))
+      cuda_emulation::options().shared_bytes = long_rows ? 18 * 1024 + 64 : 27 * 1024;  // no room for ranks
+    i % 4 == 0   ? one_problem<bfloat16>(long_rows)
+    : i % 4 == 1 ? one_problem<float16>(long_rows)
+                 : one_problem<float>(long_rows);
   }
   return report();
 }

@@ -1,11 +1,27 @@
-#include "cuda/select.cuh"
+#include <cstring>
+#include <memory>
 
+#include "cuda/select_long.cuh"
 #include "library.h"
 
 using namespace pyvtk;
 
+namespace {
+
+// As the binding does it, with a workspace of exactly its size and full of ones.
+template <class T>
+cudaError_t select(cuda::SelectPlan plan) {
+  const size_t bytes = static_cast<size_t>(plan.workspace_bytes);
+  const std::unique_ptr<void, decltype(&std::free)> workspace(std::malloc(bytes), &std::free);
+  std::memset(workspace.get(), 0xff, bytes);
+  cuda::set_workspace(plan, workspace.get());
+  return cuda::select<T>(plan, nullptr);
+}
+
+}  // namespace
+
 // dtype: 0 float32, 1 bfloat16, 2 float16. Absent pointers are null; rows_each: rows of scores that one row of a mask
-// serves; per_row: 1 or num_segments.
+// serves; per_row: 1 or num_segments. words_of_chunk: how rows are cut for two launches; 0: as it is usually decided
 EXPORT int emulated_select(int dtype, const void* scores, int64_t rows, int64_t heads, int64_t tokens,
                            int64_t batch_stride, int64_t head_stride, const int32_t* cu_seqlens, int64_t num_keep,
                            const int64_t* num_keep_per_row, int64_t num_keep_count, const float* threshold,
@@ -13,7 +29,8 @@ EXPORT int emulated_select(int dtype, const void* scores, int64_t rows, int64_t 
                            int64_t keep_rows_each, const uint8_t* drop, int64_t drop_rows_each,
                            const uint8_t* candidates, int64_t candidates_rows_each, int keep_others,
                            const int32_t* segments, int64_t segments_rows_each, int64_t num_segments, int64_t capacity,
-                           int align_right, int by_score, int64_t* indices, int32_t* counts, bool* overflow) {
+                           int align_right, int by_score, int64_t* indices, int32_t* counts, bool* overflow,
+                           int64_t words_of_chunk, int threads) {
   SelectProblem problem;
   problem.scores = scores;
   problem.rows = rows;
@@ -38,7 +55,7 @@ EXPORT int emulated_select(int dtype, const void* scores, int64_t rows, int64_t 
   problem.indices = indices;
   problem.counts = counts;
   problem.overflow = overflow;
-  return report(dtype == 0   ? cuda::select<float>(problem, nullptr)
-                : dtype == 1 ? cuda::select<bfloat16>(problem, nullptr)
-                             : cuda::select<float16>(problem, nullptr));
+  const cuda::SelectPlan plan =
+      words_of_chunk > 0 ? cuda::plan_long_rows(problem, words_of_chunk, threads) : cuda::plan_select(problem);
+  return report(dtype == 0 ? select<float>(plan) : dtype == 1 ? select<bfloat16>(plan) : select<float16>(plan));
 }
