@@ -667,7 +667,8 @@ def run(
 
     Args:
         path: the report is written there after every case.
-        before: results of another run, taken instead of measuring these cases again.
+        before: results of another run, taken instead of measuring these cases again. Those of cases that are not chosen
+            stay in the file.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -682,12 +683,12 @@ def run(
         task = progress.add_task("", total=len(chosen))
         for case in chosen:
             progress.update(task, description=case.id[:70].ljust(70), refresh=True)
-            found = known.get((case.family, case.name, short(case.dtype)))
+            found = known.pop((case.family, case.name, short(case.dtype)), None)
             if found is None and not console.is_terminal:
                 print(case.id, file=sys.stderr, flush=True)
             report.results.append(found or run_case(case, seconds=seconds))
             if path is not None:
-                path.write_text(report.to_json())
+                path.write_text(dataclasses.replace(report, results=[*report.results, *known.values()]).to_json())
             progress.advance(task)
     return report
 

@@ -290,6 +290,10 @@ def test_resumed_run_measures_only_what_is_missing(tmp_path, monkeypatch, capsys
     assert main(["bench", "--json", str(path), "--resume"]) == 0
     assert measured == ["first", "interrupted", "second"]
     assert [r.name for r in harness.Report.from_json(path.read_text()).results] == ["first", "second"]
+    # what is not chosen this time is not lost
+    monkeypatch.setattr(harness, "cases", lambda *_: [second])
+    assert main(["bench", "--json", str(path), "--resume"]) == 0
+    assert sorted(r.name for r in harness.Report.from_json(path.read_text()).results) == ["first", "second"]
 
 
 def test_rounds_rotate():
