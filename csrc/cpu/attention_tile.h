@@ -235,64 +235,89 @@ PYVTK_INLINE void touch_row(const float* row, int64_t dim) {
   for (int64_t d = 0; d < dim; d += 16) asm volatile("" : : "r"(*reinterpret_cast<const int32_t*>(row + d)));
 }
 
-// Keys and values of one head as float32.
+// Where float arrays start, so that their vectors do not straddle cache lines.
+struct AttentionMemory {
+  std::unique_ptr<float[]> memory;
+  float* next;
+
+  explicit AttentionMemory(int64_t floats)
+      : memory(std::make_unique_for_overwrite<float[]>(static_cast<size_t>(floats + 16))) {
+    next = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64 / sizeof(float);
+  }
+  float* take(int64_t floats) {
+    float* result = next;
+    next += floats;
+    return result;
+  }
+};
+
+// Keys and values of one head as float32: where they lie, or as copies. A copy's row is an odd number of cache lines,
+// which spreads rows over all sets of the caches. Rows of [tokens, heads, dim] lie a multiple of 4 KiB apart: of a head
+// the first-level cache keeps a few of them, the second not many more.
 template <class T>
 class KeyRows {
  public:
   FloatRows k, v;
 
-  explicit KeyRows(const AttentionProblem& p) : p_(p), pitch_(ceil_div(p.dim, kLanes) * kLanes) {
-    if constexpr (!std::is_same_v<T, float>) {
-      wide_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(2 * p.keys * pitch_));
-      owner_.assign(static_cast<size_t>(p.keys), -1);
-    }
-  }
+  explicit KeyRows(const AttentionProblem& p)
+      : p_(p), pitch_(ceil_div(p.dim, kLanes) * kLanes), stride_((ceil_div(2 * pitch_, kLine) | 1) * kLine) {}
 
-  // For tiles that need `entries` rows, counted as often as they need them. Many: all are widened, in the order of
-  // memory. Few: when they are needed first.
+  // For tiles that need `entries` rows, counted as often as they need them. Many: all are copied, in the order of
+  // memory. Few: 16-bit ones are, when they are needed first.
   void choose(int64_t b, int64_t kv_head, int64_t entries) {
     head_ = b * p_.kv_heads + kv_head;
     k_ = p_.k.head<T>(b, kv_head);
     v_ = p_.v.head<T>(b, kv_head);
     if constexpr (std::is_same_v<T, float>) {
-      k = {k_, p_.k.row_stride};
-      v = {v_, p_.v.row_stride};
-      // Tiles ask for rows in no order that the hardware could foresee; in the order of memory they come quickly.
-      for (int64_t key = 0; key < p_.keys && entries >= p_.keys; ++key) {
-        touch_row(k_ + key * p_.k.row_stride, p_.dim);
-        touch_row(v_ + key * p_.v.row_stride, p_.dim);
+      if (entries < kWorthACopy * p_.keys) {
+        k = {k_, p_.k.row_stride};
+        v = {v_, p_.v.row_stride};
+        // Tiles ask for rows in no order that the hardware could foresee; in the order of memory they come quickly.
+        for (int64_t key = 0; key < p_.keys && entries >= p_.keys; ++key) {
+          touch_row(k_ + key * p_.k.row_stride, p_.dim);
+          touch_row(v_ + key * p_.v.row_stride, p_.dim);
+        }
+        return;
       }
-    } else {
-      k = {wide_.get(), 2 * pitch_};
-      v = {wide_.get() + pitch_, 2 * pitch_};
-      for (int64_t key = 0; key < p_.keys && entries >= p_.keys; ++key) widen(key);
     }
+    if (copies_ == nullptr) {
+      memory_.emplace(p_.keys * stride_);
+      copies_ = memory_->take(p_.keys * stride_);
+      owner_.assign(static_cast<size_t>(p_.keys), -1);
+    }
+    k = {copies_, stride_};
+    v = {copies_ + pitch_, stride_};
+    for (int64_t key = 0; key < p_.keys && entries >= p_.keys; ++key) copy(key);
   }
 
   void need(const KeyChunk& chunk) {
     if constexpr (!std::is_same_v<T, float>) {
       for (const KeyRun& run : chunk.runs) {
-        for (int64_t i = 0; i < run.count; ++i) widen(run.row[i]);
+        for (int64_t i = 0; i < run.count; ++i) copy(run.row[i]);
       }
     }
   }
 
  private:
-  void widen(int64_t key) {
+  static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(float));
+  static constexpr int64_t kWorthACopy = 4;  // tiles that need a key, on average
+
+  void copy(int64_t key) {
     if (owner_[static_cast<size_t>(key)] == head_) return;
     owner_[static_cast<size_t>(key)] = head_;
-    float* to = wide_.get() + 2 * key * pitch_;
+    float* to = copies_ + key * stride_;
     widen_row(k_ + key * p_.k.row_stride, p_.dim, pitch_, to);
     widen_row(v_ + key * p_.v.row_stride, p_.dim, pitch_, to + pitch_);
   }
 
   const AttentionProblem& p_;
-  int64_t pitch_;
+  int64_t pitch_, stride_;
   int64_t head_ = 0;
   const T* k_ = nullptr;
   const T* v_ = nullptr;
-  std::unique_ptr<float[]> wide_;  // [keys][key and value][pitch]
-  std::vector<int64_t> owner_;     // [keys]: the head that wide_ has the row of
+  std::optional<AttentionMemory> memory_;
+  float* copies_ = nullptr;     // [keys][stride]: a key, and its value at `pitch`
+  std::vector<int64_t> owner_;  // [keys]: the head that a copy is of
 };
 
 #if PYVTK_VECTOR_BYTES == 32
@@ -354,22 +379,6 @@ void tile_floats(const T* head, int64_t row_stride, const int32_t* number, uint3
     rows[i] = wide + i * padded_dim;
   }
 }
-
-// Where float arrays start, so that their vectors do not straddle cache lines.
-struct AttentionMemory {
-  std::unique_ptr<float[]> memory;
-  float* next;
-
-  explicit AttentionMemory(int64_t floats)
-      : memory(std::make_unique_for_overwrite<float[]>(static_cast<size_t>(floats + 16))) {
-    next = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64 / sizeof(float);
-  }
-  float* take(int64_t floats) {
-    float* result = next;
-    next += floats;
-    return result;
-  }
-};
 
 // Rows of a tile that are needed soon.
 template <class T>
