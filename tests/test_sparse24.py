@@ -362,12 +362,12 @@ def test_dense_copies_are_made_at_first_need():
     [
         ((), ()),
         ((0, 0, 8, 1), (0, 0, 8, 1)),
-        ((0, 2), (0, 0, 32, 1)),
-        ((0, 0, 8, 2), (0, 0, 8, 0, 32, 1)),
-        ((0, 1, 8, 2, 16, 1), (0, 1, 8, 0, 16, 1)),
-        ((0, 0, 64, 2, 128, 1), (0, 0, 64, 1, 128, 1)),
-        ((40, 2), (40, 1)),
-        ((0, 0, 16, 3, 64, 2), (0, 0, 16, 0, 32, 1, 64, 1)),
+        ((0, 2), (0, -1)),
+        ((0, 0, 8, 2), (0, 0, 8, -1)),
+        ((0, 1, 8, 2, 16, 1), (0, 1, 8, -1, 16, 1)),
+        ((0, 0, 64, 2, 128, 1), (0, 0, 64, -1, 128, 1)),
+        ((40, 2), (40, -1)),
+        ((0, 0, 16, 3, 64, 2), (0, 0, 16, -1, 64, -1)),
     ],
 )
 def test_a_choice_without_copies(choice, expected_choice):
@@ -376,7 +376,18 @@ def test_a_choice_without_copies(choice, expected_choice):
     assert without(choice) == expected_choice
     for rows in range(200):
         expected = kernel_at(choice, rows)
-        assert kernel_at(expected_choice, rows) == (expected if expected < 2 else (0 if rows < 32 else 1))
+        assert kernel_at(expected_choice, rows) == (expected if expected < 2 else -1)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 31, 32, 65])
+def test_the_default_kernel_is_that_of_an_empty_choice(rows):
+    """Bit for bit, which the kernels are not among each other: they add up in other orders."""
+    _, weight24 = weight(16, 512)
+    call = torch.randn(rows, 512), weight24.values, weight24.metadata
+    empty = ops.linear(*call, backend="compiled")
+    assert torch.equal(ops.linear(*call, choice=(0, -1), backend="compiled"), empty)
+    other = 1 if rows < 8 else 0
+    assert not torch.equal(ops.linear(*call, choice=(0, other), backend="compiled"), empty)
 
 
 # Gradients

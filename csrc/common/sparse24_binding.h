@@ -21,16 +21,17 @@ inline int sparse24_activation_named(const std::string& name) {
 
 enum class Sparse24Kernel : int { few, many, dense, vendor };
 
-// choice: pairs (rows, kernel), ascending in rows; from so many rows on, this kernel. Where it says nothing, the kernel
-// for few rows takes less than few_below of them.
+// choice: pairs (rows, kernel), ascending in rows; from so many rows on, this kernel. Where it says nothing, or -1, the
+// kernel for few rows takes less than few_below of them, the one for many the rest.
 inline Sparse24Kernel sparse24_kernel_chosen(int64_t rows, const std::vector<int64_t>& choice, bool has_dense,
                                              bool has_vendor, int64_t few_below) {
   PYVTK_GUARD(choice.size() % 2 == 0, "choice must be pairs (rows, kernel)");
-  int64_t kernel = rows < few_below ? 0 : 1;
+  int64_t kernel = -1;
   for (size_t i = 0; i + 1 < choice.size(); i += 2) {
-    PYVTK_GUARD(choice[i + 1] >= 0 && choice[i + 1] <= 3, "choice has kernel ", choice[i + 1], ", expected 0 to 3");
+    PYVTK_GUARD(choice[i + 1] >= -1 && choice[i + 1] <= 3, "choice has kernel ", choice[i + 1], ", expected -1 to 3");
     if (rows >= choice[i]) kernel = choice[i + 1];
   }
+  if (kernel == -1) kernel = rows < few_below ? 0 : 1;
   PYVTK_GUARD(kernel != 2 || has_dense, "choice takes the dense kernel, but there is no dense weight");
   PYVTK_GUARD(kernel != 3 || has_vendor, "choice takes the vendor's kernel, but there is no weight in its form");
   return static_cast<Sparse24Kernel>(kernel);

@@ -7,8 +7,8 @@
 
 namespace pyvtk::cpu::PYVTK_ISA {
 
-// Vectors of rows per tile: six pairs of 16 groups of so many fill two thirds of the first-level cache, and
-// their sums the registers (with eight of them the compiler spills).
+// Vectors of rows per tile: six pairs of 16 groups of so many fill two thirds of the first-level cache, and their
+// sums the registers (with eight of them the compiler spills).
 inline constexpr int64_t kPairVectors = 7;
 inline constexpr int64_t kPairs = 6;
 inline constexpr int64_t kFirstOf[kPairs] = {0, 0, 0, 1, 1, 2}, kSecondOf[kPairs] = {1, 2, 3, 2, 3, 3};

@@ -43,8 +43,8 @@ backends.define(
     dtypes=(*backends.HALF_AND_SINGLE, torch.int8),
 )
 # choice: pairs (rows, kernel), ascending: from so many rows of x on, this kernel. The operator looks at x's rows, so
-# that torch.compile with dynamic rows needs no guard. Empty: few below 8 rows, many from there. vendor: the weight as
-# torch._cslt_compress packs it.
+# that torch.compile with dynamic rows needs no guard. Empty, and kernel -1: few below 8 rows (CUDA: 32), many from
+# there. vendor: the weight as torch._cslt_compress packs it.
 backends.define(
     "sparse24_linear",
     "(Tensor x, Tensor values, Tensor metadata, Tensor? scales, Tensor? dense, Tensor? bias, Tensor? mul, "
@@ -169,10 +169,10 @@ def check_choice(op: str, choice, dense: Tensor | None, vendor: Tensor | None) -
         raise TypeError(f"{op}: choice must be a flat tuple of ints (rows, kernel, ...), got {choice!r}")
     starts, kernels = choice[0::2], choice[1::2]
     ascending = all(a < b for a, b in pairwise(starts))
-    if len(choice) % 2 or not ascending or any(kernel not in (0, 1, 2, 3) for kernel in kernels):
+    if len(choice) % 2 or not ascending or any(kernel not in (-1, 0, 1, 2, 3) for kernel in kernels):
         raise ValueError(
-            f"{op}: choice must be pairs (rows, kernel) ascending in rows, kernel 0 (few), 1 (many), 2 (dense) or "
-            f"3 (vendor), got {choice!r}"
+            f"{op}: choice must be pairs (rows, kernel) ascending in rows, kernel -1 (default), 0 (few), 1 (many), "
+            f"2 (dense) or 3 (vendor), got {choice!r}"
         )
     for name, tensor, kernel in (("dense", dense, 2), ("vendor", vendor, 3)):
         if tensor is None and kernel in kernels:
@@ -239,7 +239,7 @@ def linear(
         bias: [N], of x's dtype or float32. mul: [..., N] in x's dtype.
         activation: one of :data:`ACTIVATIONS`; "gelu" is the one with erf, "quick_gelu" is z sigmoid(1.702 z).
         choice: pairs (rows, kernel), ascending; from so many rows of x on, this kernel of :data:`KERNELS`, by number.
-            Empty: few below 8 rows, many from there.
+            Empty, and -1 for a kernel: few below 8 rows (on CUDA 32), many from there.
         vendor: [N, opaque] in x's dtype, the same weight as ``torch._cslt_compress`` packs it, contiguous; for rows
             where ``choice`` takes the vendor's kernel (CUDA; :mod:`pyvtk.sparse24.vendor` has its limits).
         backend: "compiled", "reference", or None for the first that can run.

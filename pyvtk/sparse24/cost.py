@@ -36,7 +36,7 @@ _VENDOR_FROM = 8  # rows from which the vendor's kernel is measured: it works on
 # A dense product, or the vendor's, has to win by more than noise before memory is spent on a copy.
 _MARGIN = 1.03
 # What mma.sp is assumed to reach of the sparse rate of Hopper, whose own instruction (wgmma) only the vendor's kernel
-# uses. Not measured: dense mma is said to reach about as much of the dense rate.
+# uses. A guess, not measured.
 _MMA_OF_WGMMA = 0.6
 
 
@@ -404,7 +404,8 @@ def calibrate(
     reads.
 
     The calls take turns, so that a slow spell hits all alike, and medians are stored. Weights are used in turn too, so
-    that they come from memory. With the threads that torch is set to; another number is another table. A minute or two.
+    that they come from memory. With the threads that torch is set to; another number is another table. Half a
+    minute on a CPU.
 
     Args:
         device: the device to measure.

@@ -10,10 +10,9 @@ from pyvtk.ops import sparse24 as ops
 from pyvtk.reference import sparse24 as reference
 from pyvtk.sparse24 import vendor as cusparselt
 from pyvtk.sparse24.format import (
+    DEFAULT,
     DENSE,
-    FEW,
     FORMAT_VERSION,
-    MANY,
     VENDOR,
     Sparse24Weight,
     check_metadata,
@@ -21,12 +20,11 @@ from pyvtk.sparse24.format import (
 )
 
 FALLBACKS = ("cache", "never")
-_MANY_ROWS = 32  # where an empty choice goes from few to many
 
 
 def kernel_at(choice: tuple[int, ...], rows: int) -> int:
     """The kernel that ``choice`` takes for so many rows."""
-    kernel = FEW if rows < _MANY_ROWS else MANY
+    kernel = DEFAULT
     for start, chosen in zip(choice[0::2], choice[1::2]):
         if rows >= start:
             kernel = chosen
@@ -36,23 +34,16 @@ def kernel_at(choice: tuple[int, ...], rows: int) -> int:
 def without(choice: tuple[int, ...], missing: tuple[int, ...] = (DENSE, VENDOR)) -> tuple[int, ...]:
     """``choice`` for a weight without copies for these kernels: the sparse kernel of an empty choice stands in."""
     result: list[int] = []
-    starts = choice[0::2]
-    for i, (start, kernel) in enumerate(zip(starts, choice[1::2])):
-        end = starts[i + 1] if i + 1 < len(starts) else None
-        if not any(kernel == other for other in missing):
-            result += [start, kernel]
-            continue
-        if start < _MANY_ROWS:
-            result += [start, FEW]
-        if end is None or end > _MANY_ROWS:
-            result += [max(start, _MANY_ROWS), MANY]
+    for start, kernel in zip(choice[0::2], choice[1::2]):
+        # not `in`, which under torch.compile(dynamic=True) misses a number that it made symbolic
+        result += [start, DEFAULT if any(kernel == other for other in missing) else kernel]
     return tuple(result)
 
 
 def _copies(weight: Sparse24Weight, x: Tensor, fallback: str) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
     """The dense copy and the vendor's form, as far as this call may use them, and the choice that fits."""
     choice = weight.choice
-    # not `in`, which under torch.compile(dynamic=True) misses a number that it made symbolic
+    # as in without(), not `in`
     if not any(kernel == DENSE or kernel == VENDOR for kernel in choice[1::2]):
         return None, None, choice
     if fallback == "never" or weight.values.requires_grad:
