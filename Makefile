@@ -7,6 +7,7 @@
 #              of registers, shared memory and occupancy of every kernel
 #   emulate, emulate-asan, emulate-tsan    the CUDA kernels on the CPU: results, bounds, races (no nvcc, no GPU)
 #   triton     the Triton kernels, compiled for every architecture (no GPU)
+#   oldest     the tests with the oldest torch and Triton that pyvtk takes, in an environment of its own
 #   lint       what a change must pass                                       format   rewrites the files so that it does
 #   clean      removes what was built; the virtual environment stays
 #
@@ -17,6 +18,11 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= triton
+# the oldest that pyvtk takes: the interpreter of Triton 3.6 needs numpy < 2.4. torch 2.11.0 is a CUDA build everywhere.
+OLDEST_VENV ?= .venv-oldest
+OLDEST_PYTHON ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12.*/bin/python3 $(PYTHON); do \
+  $$python -c '' 2> /dev/null && echo $$python && break; done)
+OLDEST = VENV=$(OLDEST_VENV) PYTHON=$(OLDEST_PYTHON) TORCH=torch==2.11.0 TRITON="triton==3.6.0 'numpy<2.4'"
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 PYTEST_ARGS ?=
 
@@ -30,7 +36,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 CXX_FILES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: build test demo bench asan cpp-test cuda triton emulate emulate-asan emulate-tsan wheel lint lint-python \
+.PHONY: build test oldest demo bench asan cpp-test cuda triton emulate emulate-asan emulate-tsan wheel lint lint-python \
   lint-cpp lint-text format clean
 .DEFAULT_GOAL := build
 .DELETE_ON_ERROR:
@@ -79,6 +85,9 @@ build: $(VENV)/.built
 test: $(VENV)/.built
 	$(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
+oldest:
+	$(MAKE) test $(OLDEST)
+
 # A second installation, in build/asan, beside the ordinary one. The sanitizers' runtimes have to be loaded before
 # Python, and libstdc++ with them, or exceptions cannot be followed. Tests that compile code of their own are left out.
 # So are the harness of the benchmarks, which needs an installation from the checkout and no kernel of its own, and the
@@ -105,7 +114,7 @@ cpp-test: $(VENV)/.tools
 # Through a wheel of its own, so that the installed package stays as it is. For all of setup.py's architectures.
 cuda: $(VENV)/.built
 	rm -rf build/cuda
-	PYVTK_CUDA=1 PYVTK_CUDA_LIBRARY= TORCH_CUDA_ARCH_LIST= $(PIP) wheel -q --no-build-isolation --no-deps -w build/cuda .
+	PYVTK_CUDA=1 PYVTK_PREBUILT= TORCH_CUDA_ARCH_LIST= $(PIP) wheel -q --no-build-isolation --no-deps -w build/cuda .
 	$(BIN)/python .ci/check_cuda.py build/cuda/*.whl
 
 # The CUDA kernels, compiled by g++ and run on the CPU (tests/cuda_emulation). Python runs beside ThreadSanitizer, not

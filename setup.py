@@ -5,7 +5,8 @@ Objects are kept in build/, one folder per Python and sanitizer, so a second bui
 Environment:
   PYVTK_CUDA=auto|0|1       CUDA library: where nvcc is found (auto, the default), never, or always (else an error)
   PYVTK_SANITIZE            sanitizers for the CPU library, e.g. "address,undefined"
-  PYVTK_CUDA_LIBRARY        path of a libpyvtk_cuda.so built elsewhere, to be packed instead of compiling one
+  PYVTK_PREBUILT            folder with compiled parts from elsewhere, taken instead of compiling them: libpyvtk_cuda.so,
+                            or libpyvtk_cpu.so and _C of this Python (then nothing is compiled), or all three
   TORCH_CUDA_ARCH_LIST      e.g. "8.0;8.6;8.9;9.0a"; default: the architectures of DEFAULT_ARCHITECTURES
   MAX_JOBS                  parallel compiler processes
   CUDA_HOME                 where nvcc lives, if it is not on PATH
@@ -26,6 +27,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 11)
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0"
+CPU, CUDA = "libpyvtk_cpu.so", "libpyvtk_cuda.so"
 
 
 def version() -> str:
@@ -88,6 +90,11 @@ def jobs() -> str:
     return wanted
 
 
+def remove_stale_cuda(destination: Path) -> None:
+    """Left by an earlier build with CUDA, it would be packed as if it belonged to this one."""
+    (destination / CUDA).unlink(missing_ok=True)
+
+
 def require(name: str, hint: str) -> str:
     """Path of a build tool: from PATH, or beside the interpreter (a virtual environment that is not activated)."""
     places = [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)]
@@ -98,17 +105,47 @@ def require(name: str, hint: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """One CMake run builds every extension; what it built is printed at the end."""
+    """One CMake run builds every extension that is not given; what was built or taken is printed at the end."""
 
     def run(self):
         wanted = os.environ.get("PYVTK_CUDA") or "auto"
         if wanted not in ("auto", "0", "1"):
             raise SystemExit(f"pyvtk: PYVTK_CUDA must be auto, 0 or 1, got {wanted!r}")
-        ready = os.environ.get("PYVTK_CUDA_LIBRARY")
-        if ready and not Path(ready).is_file():
-            raise SystemExit(f"pyvtk: PYVTK_CUDA_LIBRARY must be a libpyvtk_cuda.so, got {ready!r}, which is no file")
-        nvcc = find_nvcc() if wanted != "0" and not ready else None
-        if wanted == "1" and nvcc is None and not ready:
+        module = Path(self.get_ext_fullpath("pyvtk._C")).resolve()
+        given = self.prebuilt(module.name)
+        destination = module.parent
+        destination.mkdir(parents=True, exist_ok=True)
+        if module.name not in given:
+            built = self.compile(destination, wanted, given)
+        elif wanted == "1" and CUDA not in given:
+            raise SystemExit(f"pyvtk: PYVTK_CUDA=1 but PYVTK_PREBUILT holds no {CUDA}; nothing else is compiled here")
+        else:
+            built = "compiled nothing"
+            if CUDA not in given:
+                remove_stale_cuda(destination)
+        for path in given.values():
+            if path != destination / path.name:
+                (destination / path.name).unlink(missing_ok=True)  # a process that has it loaded keeps the old one
+                shutil.copyfile(path, destination / path.name)
+        if given:
+            built += f"; took {', '.join(given)} from {next(iter(given.values())).parent}"
+        print(f"pyvtk {version()}: {built}", flush=True)
+
+    def prebuilt(self, module: str) -> dict[str, Path]:
+        """Name -> path of the compiled parts in PYVTK_PREBUILT. ``module`` and the CPU library come from one build."""
+        named = os.environ.get("PYVTK_PREBUILT")
+        if not named:
+            return {}
+        found = {name: Path(named).resolve() / name for name in (module, CPU, CUDA)}
+        found = {name: path for name, path in found.items() if path.is_file()}
+        if not found or (module in found) != (CPU in found):
+            raise SystemExit(f"pyvtk: PYVTK_PREBUILT={named} must hold {CUDA}, or {CPU} and {module}, or all of them")
+        return found
+
+    def compile(self, destination: Path, wanted: str, given: dict[str, Path]) -> str:
+        """Compiles what is not given, and returns what was built."""
+        nvcc = find_nvcc() if wanted != "0" and CUDA not in given else None
+        if wanted == "1" and nvcc is None and CUDA not in given:
             raise SystemExit(
                 "pyvtk: PYVTK_CUDA=1 but nvcc was not found on PATH or under CUDA_HOME; install the CUDA toolkit "
                 "(13.0 or newer, nvcc and cudart), or set PYVTK_CUDA=0 to build for the CPU only"
@@ -128,7 +165,6 @@ class CMakeBuild(build_ext):
         ninja = require("ninja", "pip install ninja, or your system's package")
 
         build = build_folder()
-        destination = Path(self.get_ext_fullpath("pyvtk._C")).resolve().parent
         arguments = [
             cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPYVTK_TORCH_ROOT={root}", f"-DPython_EXECUTABLE={sys.executable}", f"-DPYVTK_VERSION={version()}",
@@ -137,26 +173,20 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         if nvcc:
             arguments += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
-        elif not ready or Path(ready).resolve() != destination / "libpyvtk_cuda.so":
-            # Left by an earlier build with CUDA, it would be packed as if it belonged to this one.
-            (destination / "libpyvtk_cuda.so").unlink(missing_ok=True)
+        elif CUDA not in given:
+            remove_stale_cuda(destination)
         for command in (arguments, [cmake, "--build", str(build), "--target", "install", "-j", processes]):
             if subprocess.run(command).returncode != 0:
                 raise SystemExit("pyvtk: the build failed; the compiler's message stands above")
 
         sets = "portable, AVX2, AVX-512" if platform.machine() == "x86_64" else "portable"
-        built = f"pyvtk {version()}: built libpyvtk_cpu.so ({sets}) against torch {found}"
-        if ready:
-            if not (destination / "libpyvtk_cuda.so").is_file():
-                shutil.copyfile(ready, destination / "libpyvtk_cuda.so")
-            built += f"; took libpyvtk_cuda.so from {ready}"
-        elif nvcc:
-            built += f"; built libpyvtk_cuda.so for {architectures} with {nvcc}"
-        elif wanted == "0":
-            built += "; NOT built: libpyvtk_cuda.so (PYVTK_CUDA=0)"
-        else:
-            built += "; NOT built: libpyvtk_cuda.so (nvcc not found on PATH or under CUDA_HOME)"
-        print(built, flush=True)
+        built = f"built {CPU} ({sets}) against torch {found}"
+        if nvcc:
+            built += f"; built {CUDA} for {architectures} with {nvcc}"
+        elif CUDA not in given:
+            reason = "PYVTK_CUDA=0" if wanted == "0" else "nvcc not found on PATH or under CUDA_HOME"
+            built += f"; NOT built: {CUDA} ({reason})"
+        return built
 
     def get_outputs(self):
         destination = Path(self.get_ext_fullpath("pyvtk._C")).parent

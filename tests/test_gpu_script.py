@@ -82,7 +82,7 @@ def test_all_tests_of_triton_kernels_are_found(gpu):
     [
         (["nothing"], {}, "no part nothing; there are build test-cuda"),
         (["build"], {"PYTHON": "no-such-python"}, "no no-such-python; set PYTHON"),
-        (["build"], {"PYVTK_CUDA_LIBRARY": "none.so"}, "names none.so, which is no file"),
+        (["build"], {"PYVTK_PREBUILT": "none"}, "names none, which is no folder"),
     ],
 )
 def test_refuses(gpu, parts, settings, message):

@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -253,11 +254,13 @@ def test_sdist_and_wheel(tmp_path):
 
 # Errors of the build
 
+MODULE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 
-def build_ext(tmp_path: Path, **env: str) -> str:
+
+def build_ext(tmp_path: Path, ok: bool = False, **env: str) -> str:
     env = {"PATH": "/nonexistent", "CUDA_HOME": "", "TORCH_CUDA_ARCH_LIST": "", "PYVTK_CUDA": "", **env}
     arguments = ["setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
-    return run(*arguments, cwd=ROOT, env=env, ok=False)
+    return run(*arguments, cwd=ROOT, env=env, ok=ok)
 
 
 def test_cuda_wanted_without_nvcc(tmp_path):
@@ -289,3 +292,29 @@ def test_bad_architectures(tmp_path, value):
 def test_bad_max_jobs(tmp_path, value):
     said = build_ext(tmp_path, PYVTK_CUDA="0", MAX_JOBS=value)
     assert f"pyvtk: MAX_JOBS must be a positive number, got {value!r}" in said
+
+
+@pytest.mark.parametrize("parts", [[], ["libpyvtk_cpu.so"], ["_C"], ["libpyvtk_cpu.so", "libpyvtk_cuda.so"]])
+def test_bad_prebuilt_parts(tmp_path, parts):
+    (tmp_path / "given").mkdir()
+    for name in parts:
+        (tmp_path / "given" / (MODULE if name == "_C" else name)).touch()
+    said = build_ext(tmp_path, PYVTK_PREBUILT=str(tmp_path / "given"))
+    assert re.search(r"must hold libpyvtk_cuda.so, or libpyvtk_cpu.so and _C\.\S+\.so, or all of them", said)
+
+
+def test_prebuilt_parts_are_taken_and_nothing_is_compiled(tmp_path):
+    names = ("libpyvtk_cpu.so", MODULE)
+    for folder, extra in (("whole", ["libpyvtk_cuda.so"]), ("cpu", [])):
+        given, made = tmp_path / folder, tmp_path / f"from_{folder}"
+        given.mkdir()
+        for name in (*names, *extra):
+            (given / name).write_text(name)
+        (made / "pyvtk").mkdir(parents=True)
+        (made / "pyvtk" / "libpyvtk_cuda.so").write_text("of another build")
+        said = build_ext(made, PYVTK_PREBUILT=str(given), ok=True)
+        assert re.search(rf"pyvtk \S+: compiled nothing; took .* from {re.escape(str(given))}\n", said)
+        left = {path.name: path.read_text() for path in (made / "pyvtk").iterdir()}
+        assert left == {name: name for name in (*names, *extra)}
+    said = build_ext(tmp_path, PYVTK_PREBUILT=str(tmp_path / "cpu"), PYVTK_CUDA="1")
+    assert "PYVTK_CUDA=1 but PYVTK_PREBUILT holds no libpyvtk_cuda.so" in said

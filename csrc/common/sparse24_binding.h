@@ -51,7 +51,7 @@ inline void guard_sparse24(const Tensor& values, const Tensor& metadata) {
 inline Tensor sparse24_dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -81,7 +81,7 @@ inline Tensor sparse24_vendor_linear(const Tensor& x, const Tensor& packed, cons
                                     from(true),                              // result [rows, features]
                                     from(algorithm),    from(split_k),
                                     from(split_k_mode)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_cslt_sparse_mm", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_cslt_sparse_mm", "", stack.data(), TORCH_ABI_VERSION));
   Tensor result = torch::stable::detail::to<Tensor>(stack[0]);
   guard_shape(result, {whole.size(0), features}, "cuSPARSELt's product");
   return whole.size(0) == rows ? result : torch::stable::narrow(result, 0, 0, rows);

@@ -127,7 +127,7 @@ Tensor linear_by_torch(const Tensor& x, const Tensor& weight, bool packed, const
     std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
                                       torch::stable::detail::from(torch::stable::transpose(weight, 0, 1)),
                                       torch::stable::detail::from(call.out)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // what is returned is owned
     if (plain && !bias.has_value()) return std::move(call.out);
   } else {

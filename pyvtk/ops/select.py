@@ -182,8 +182,9 @@ def resolve(
     if capacity is None:
         capacity = tokens
         if per_row is None and num_keep is not None and keep is None and others == "drop":
-            # min() of symbolic sizes would compile one graph for each outcome; sym_min takes its time with plain ints.
-            capacity = (torch.sym_min if torch.compiler.is_compiling() else min)(limit * groups, tokens)
+            # torch.compile makes min() of symbolic sizes sym_min, without a guard on the outcome; torch 2.11 refuses
+            # sym_min of plain ints
+            capacity = min(limit * groups, tokens)
     elif capacity == "exact":
         exact, capacity = True, tokens
     else:

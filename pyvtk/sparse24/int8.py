@@ -58,7 +58,9 @@ class FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, scale)
         ctx.clips = clips
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return (_round(x.to(wide), scale.to(wide)) * scale.to(wide)).to(x.dtype)
+        rounded = _round(x.to(wide), scale.to(wide)) * scale.to(wide)
+        # torch.compile of torch 2.11 loses the gradient of a Function that ends in a .to() of no effect
+        return rounded if wide == x.dtype else rounded.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
