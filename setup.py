@@ -5,8 +5,8 @@ Objects are kept in build/, one folder per Python and sanitizer, so a second bui
 Environment:
   PYVTK_CUDA=auto|0|1       CUDA library: where nvcc is found (auto, the default), never, or always (else an error)
   PYVTK_SANITIZE            sanitizers for the CPU library, e.g. "address,undefined"
-  PYVTK_PREBUILT            folder with compiled parts from elsewhere, taken instead of compiling them: libpyvtk_cuda.so,
-                            or libpyvtk_cpu.so and _C of this Python (then nothing is compiled), or all three
+  PYVTK_PREBUILT            folder with compiled parts from elsewhere, taken instead of compiling them:
+                            libpyvtk_cuda.so, or libpyvtk_cpu.so and _C of this Python (nothing is compiled), or all
   TORCH_CUDA_ARCH_LIST      e.g. "8.0;8.6;8.9;9.0a"; default: the architectures of DEFAULT_ARCHITECTURES
   MAX_JOBS                  parallel compiler processes
   CUDA_HOME                 where nvcc lives, if it is not on PATH
