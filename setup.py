@@ -1,6 +1,6 @@
 """Builds the compiled parts of pyvtk by driving CMakeLists.txt with Ninja, and says what was built.
 
-Objects are kept in build/, one folder per Python and sanitizer, so a second build compiles only what changed.
+Objects are kept in build/, one folder per Python, torch and sanitizer, so a second build compiles only what changed.
 
 Environment:
   PYVTK_CUDA=auto|0|1       CUDA library: where nvcc is found (auto, the default), never, or always (else an error)
@@ -72,10 +72,10 @@ def cuda_architectures() -> str:
     return ";".join(architectures)
 
 
-def build_folder() -> Path:
-    """Where CMake works: under build/, apart for every Python and every sanitizer."""
-    name = "-".join(["cmake", sys.implementation.cache_tag, *re.findall(r"\w+", os.environ.get("PYVTK_SANITIZE", ""))])
-    folder = ROOT / "build" / name
+def build_folder(torch: str) -> Path:
+    """Where CMake works: under build/, apart for every Python, every torch and every sanitizer."""
+    parts = [sys.implementation.cache_tag, f"torch{torch.partition('+')[0]}"]
+    folder = ROOT / "build" / "-".join(["cmake", *parts, *re.findall(r"\w+", os.environ.get("PYVTK_SANITIZE", ""))])
     cache = folder / "CMakeCache.txt"
     if cache.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
         shutil.rmtree(folder)  # copied along with the tree: CMake refuses a folder made for another one
@@ -164,7 +164,7 @@ class CMakeBuild(build_ext):
         cmake = require("cmake", "pip install cmake, or your system's package")
         ninja = require("ninja", "pip install ninja, or your system's package")
 
-        build = build_folder()
+        build = build_folder(found)
         arguments = [
             cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPYVTK_TORCH_ROOT={root}", f"-DPython_EXECUTABLE={sys.executable}", f"-DPYVTK_VERSION={version()}",

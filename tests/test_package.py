@@ -186,6 +186,20 @@ def test_libraries_know_no_python(library):
     assert not [name for name in undefined_symbols(PACKAGE / library) if name.startswith(("Py", "_Py"))]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_libraries_register_what_their_sources_name(device):
+    """Of the CUDA library this needs a CUDA build of torch, and no GPU."""
+    if device == "cuda" and (torch.version.cuda is None or not (PACKAGE / "libpyvtk_cuda.so").is_file()):
+        pytest.skip("needs the CUDA library, and a torch that can load it")
+    sources = "".join(path.read_text() for path in sorted((ROOT / "csrc" / device).glob("*.c[pu]*")))
+    names = re.findall(r'm\.impl\("(\w+)", TORCH_BOX', sources)
+    assert len(names) > 10
+    missing = [
+        name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvtk::{name}", device.upper())
+    ]
+    assert missing == []
+
+
 # Wheel and sdist
 
 
