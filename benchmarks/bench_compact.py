@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pyvtk
 
-from .harness import BEST, Case, Limit, bandwidth_limit, copy_limit, made_on, same
+from .harness import BEST, Case, Limit, bandwidth_limit, copy_limit, made_on, marked, same
 
 
 def chosen(rows: tuple[int, ...], tokens: int, keep: int) -> pyvtk.Selection:
@@ -36,10 +36,10 @@ def kept_part(x: Tensor, count: int) -> Tensor:
 
 
 def limit_of(device: str, views) -> Limit:
-    """Copying ``views`` of the inputs; on CUDA at the rate of a large copy: a small one is bound by its launch."""
+    """Copying ``views`` of the inputs; on CUDA copying as many bytes in one piece."""
     if device == "cpu":
         return copy_limit(views)
-    return bandwidth_limit(lambda *inputs: 2 * sum(view.nbytes for view in views(*inputs)), device)
+    return bandwidth_limit(lambda *inputs: 2 * sum(view.nbytes for view in views(*inputs)), device, as_large=True)
 
 
 # ---- one tensor
@@ -76,7 +76,6 @@ def hidden(name, shape, keep, dtype, bars, into=True, device="cpu"):
         bars=bars,
         cold=True,
         device=device,
-        graph=True,
     )
 
 
@@ -145,7 +144,6 @@ def bundle(keep, into, bars, device="cpu"):
         bars=bars,
         cold=True,
         device=device,
-        graph=True,
     )
 
 
@@ -205,7 +203,6 @@ def cache_in_place(name, shape, keep, layers, per_head, bars, device="cpu"):
         mutates=True,
         memory=True,
         device=device,
-        graph=True,
     )
 
 
@@ -236,7 +233,6 @@ def cache_into_new(name, shape, keep, layers, bars, device="cpu"):
         bars=bars,
         cold=True,
         device=device,
-        graph=True,
     )
 
 
@@ -270,7 +266,6 @@ def crops(device="cpu"):
         bars={"best": 1.0},
         cold=True,
         device=device,
-        graph=True,
         eager=("x[mask]",),  # asks the host how many there are
     )
 
@@ -311,7 +306,6 @@ def training(name, shape, keep, dtype, bars, device="cpu"):
         bars=bars,
         cold=True,
         device=device,
-        graph=True,
     )
 
 
@@ -344,6 +338,7 @@ def backward(name, shape, keep, dtype, bars, device="cpu"):
         limit=limit_of(device, lambda x, *rest: [kept_part(x.detach(), batch * (keep + tokens) // 2)]),
         bars=bars,
         device=device,
+        eager=tuple(moves),
     )
 
 
@@ -377,20 +372,19 @@ def put_back(name, shape, keep, dtype, bars, device="cpu"):
         bars=bars,
         cold=True,
         device=device,
-        graph=True,
     )
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
 CASES = [
-    hidden("[8, 2880, 4096] to 720", (8, 2880, 4096), 720, BF16, {"index_select": 1.0, "limit": 0.7}),
+    marked(hidden("[8, 2880, 4096] to 720", (8, 2880, 4096), 720, BF16, {"index_select": 1.0, "limit": 0.7})),
     hidden("[8, 2880, 4096] to 720", (8, 2880, 4096), 720, BF16, {"best": 1.0}, into=False),
     hidden("LLaVA-NeXT hidden [1, 2950, 4096] to 790", (1, 2950, 4096), 790, torch.float16, {"best": 1.0}),
     hidden("LLaVA-NeXT hidden [1, 2950, 4096] to 790", (1, 2950, 4096), 790, torch.float16, {"best": 1.0}, into=False),
     hidden("LLaVA-1.5 hidden [1, 640, 4096] to 208", (1, 640, 4096), 208, BF16, {"best": 1.0}),
     hidden("Qwen2-VL hidden [1, 4096, 3584] to 1024", (1, 4096, 3584), 1024, BF16, {"best": 1.0}),
-    bundle(160, into=False, bars={"best": 1.3}),
+    marked(bundle(160, into=False, bars={"best": 1.3})),
     bundle(160, into=True, bars={"best": 1.3}),
     cache_in_place(
         "LLaVA-1.5 cache of 2 layers, in place, 640 to 160", (1, 32, 640, 128), 160, 2, False, {"best": 1.0}
@@ -412,22 +406,23 @@ CASES = [
 def on_cuda(device: str = "cuda") -> list[Case]:
     best, over_loop = {BEST: 1.0}, {"loop of index_select": 3.0}
     return [
-        hidden("[8, 2880, 4096] to 720", (8, 2880, 4096), 720, BF16, {"limit": 0.85}, device=device),
-        hidden("[8, 2880, 4096] to 720", (8, 2880, 4096), 720, BF16, {"limit": 0.85}, into=False, device=device),
+        marked(hidden("[8, 2880, 4096] to 720", (8, 2880, 4096), 720, BF16, {"limit": 0.85}, device=device)),
+        marked(hidden("[8, 2880, 4096] to 720", (8, 2880, 4096), 720, BF16, {"limit": 0.85}, into=False, device=device),
+               2),
         hidden("LLaVA-1.5 hidden [1, 640, 4096] to 208", (1, 640, 4096), 208, BF16, best, device=device),
         hidden("Qwen2-VL hidden [1, 4096, 3584] to 1024", (1, 4096, 3584), 1024, BF16, best, device=device),
-        bundle(160, into=False, bars=best, device=device),
+        marked(bundle(160, into=False, bars=best, device=device), 2),
         bundle(160, into=True, bars=best, device=device),
-        cache_in_place("Qwen2-VL cache of 28 layers, in place, 2048 to 512", (1, 4, 2048, 128), 512, 28, False,
-                       {"index_select, copy back": 3.0}, device),
-        cache_into_new("Qwen2-VL cache of 28 layers, new tensors, 2048 to 512", (1, 4, 2048, 128), 512, 28, over_loop,
-                       device),
+        marked(cache_in_place("Qwen2-VL cache of 28 layers, in place, 2048 to 512", (1, 4, 2048, 128), 512, 28, False,
+                              {"index_select, copy back": 3.0}, device)),
+        marked(cache_into_new("Qwen2-VL cache of 28 layers, new tensors, 2048 to 512", (1, 4, 2048, 128), 512, 28,
+                              over_loop, device)),
         cache_in_place("LLaVA-1.5 cache of 32 layers, in place, 640 to 160", (1, 32, 640, 128), 160, 32, False, best,
                        device),
         cache_in_place("SnapKV cache of 28 layers, in place, by head, 16384 to 2048", (1, 4, 16384, 128), 2048, 28,
                        True, best, device),
         crops(device),
-        backward("backward of [8, 2880, 4096] to 720", (8, 2880, 4096), 720, BF16, {"gather": 2.0}, device),
+        marked(backward("backward of [8, 2880, 4096] to 720", (8, 2880, 4096), 720, BF16, {"gather": 2.0}, device), 2),
         backward("PyramidDrop backward of [8, 640, 4096] to 352", (8, 640, 4096), 352, BF16, {"gather": 2.0}, device),
         training("PyramidDrop training, forward and backward, [8, 640, 4096] to 352", (8, 640, 4096), 352, BF16, best,
                  device),

@@ -15,7 +15,20 @@ from torch.nn.functional import scaled_dot_product_attention
 import pyvtk
 
 from . import harness
-from .harness import BEST, DENSE, OURS, SHARE, TIME, Case, bandwidth_limit, close, made_on, matmul_limit, read_limit
+from .harness import (
+    BEST,
+    DENSE,
+    OURS,
+    SHARE,
+    TIME,
+    Case,
+    bandwidth_limit,
+    close,
+    made_on,
+    marked,
+    matmul_limit,
+    read_limit,
+)
 
 BOTH = (torch.float32, torch.bfloat16)
 
@@ -174,8 +187,6 @@ def last_token(name, shape, dtype, bars, reduce="mean", make=cached, device="cpu
         limit=reading(device, lambda q, k: k),
         bars=bars,
         device=device,
-        optional=tuple(compiled),
-        graph=True,
     )
 
 
@@ -273,18 +284,18 @@ def last_token_select(name, shape, keep, dtype, bars, device="cpu"):
         limit=reading(device, lambda q, k: k),
         bars=bars,
         device=device,
-        optional=tuple(compiled),
-        graph=True,
     )
 
 
 SCORE_AND_SELECT = [
-    last_token_select(
-        "LLaVA-1.5 score and select 640 to 144, 32/32 heads",
-        (1, 32, 32, 1, 640, 128),
-        144,
-        dtype,
-        {"eager + topk + sort": bar},
+    marked(
+        last_token_select(
+            "LLaVA-1.5 score and select 640 to 144, 32/32 heads",
+            (1, 32, 32, 1, 640, 128),
+            144,
+            dtype,
+            {"eager + topk + sort": bar},
+        )
     )
     for dtype, bar in ((torch.float32, 2.5), (torch.bfloat16, 3.0))
 ] + [
@@ -335,8 +346,6 @@ def text_rows(queries, dtype, device="cpu", keys=640):
         limit=matmul_limit(operations(causal=True), dtype, device),
         bars={"best": 1.0},
         device=device,
-        optional=tuple(compiled),
-        graph=True,
     )
 
 
@@ -368,8 +377,6 @@ def window(keys, queries, dtype, device="cpu"):
         bars={"best": 1.0},
         memory=True,
         device=device,
-        optional=tuple(compiled),
-        graph=True,
     )
 
 
@@ -413,7 +420,6 @@ def probes(keys, dtype, device="cpu"):
         bars={"best": 1.0},
         memory=True,
         device=device,
-        graph=True,
     )
 
 
@@ -473,7 +479,6 @@ def packed(dtype, device="cpu", tokens=3552):
         bars={"best": 1.0},
         memory=True,
         device=device,
-        graph=True,
     )
 
 
@@ -484,9 +489,10 @@ def flash_colreduce_peer() -> tuple[dict, dict[str, str]]:
     """The peer, or why it is absent. It takes as many key heads as query heads, and scores each head."""
     if importlib.util.find_spec("flash_colreduce") is None:
         return {}, {"flash-colreduce": "not installed"}
-    from flash_colreduce import flash_colreduce
 
     def call(q, k, v, lse):
+        from flash_colreduce import flash_colreduce  # where it cannot be imported, that is this peer's failure
+
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         return flash_colreduce(q, k, "sum", is_causal=True).float().mean(1) / q.shape[2]
 
@@ -556,9 +562,7 @@ def all_rows_beside_attention(tokens, bars, device="cuda", heads=(32, 8), size=1
         bars=bars,
         device=device,
         absent=absent,
-        optional=tuple(name for name in providers if name.startswith(("SDPA", "flash", "compiled"))),
         dense=tuple(floors),
-        graph=True,
     )
 
 
@@ -598,7 +602,6 @@ def training(name, shape, dtype, device="cpu"):
         limit=reading(device, lambda q, k, grad: k.detach()),
         bars={"eager": 1.0},
         device=device,
-        graph=True,
     )
 
 
@@ -621,22 +624,23 @@ def on_cuda(device: str = "cuda") -> list[Case]:
     bf16, best, chain = torch.bfloat16, {BEST: 1.0}, "compiled eager + topk + sort"
     floor = {DENSE: 1 / 0.7}  # 0.7 of the time of the faster attention
     return [
-        last_token_select("LLaVA-1.5 score and select 640 to 144, 32/32 heads", (1, 32, 32, 1, 640, 128), 144, bf16,
-                          {TIME: 15e-6, chain: 4.0}, device),
-        last_token_select("LLaVA-NeXT score and select, batch 16, 2950 to 720, 32/32 heads",
-                          (16, 32, 32, 1, 2950, 128), 720, bf16, {SHARE: 0.7}, device),
+        marked(last_token_select("LLaVA-1.5 score and select 640 to 144, 32/32 heads", (1, 32, 32, 1, 640, 128), 144,
+                                 bf16, {TIME: 15e-6, chain: 4.0}, device)),
+        marked(last_token_select("LLaVA-NeXT score and select, batch 16, 2950 to 720, 32/32 heads",
+                                 (16, 32, 32, 1, 2950, 128), 720, bf16, {SHARE: 0.7}, device)),
         last_token_select("Qwen2-VL score and select 4096 to 1024, 28/4 heads", (1, 28, 4, 1, 4096, 128), 1024, bf16,
                           best, device),
-        last_token_select("Qwen2-VL score and select 16384 to 4096, 28/4 heads", (1, 28, 4, 1, 16384, 128), 4096, bf16,
-                          best, device),
+        marked(last_token_select("Qwen2-VL score and select 16384 to 4096, 28/4 heads", (1, 28, 4, 1, 16384, 128), 4096,
+                                 bf16, best, device), 2),
         last_token("LLaVA-1.5 last token, 32/32 heads, N=640", (1, 32, 32, 1, 640, 128), bf16, best, device=device),
         last_token("Qwen2-VL last token, 28/4 heads, N=4096", (1, 28, 4, 1, 4096, 128), bf16, best, device=device),
         last_token("HiRED CLS row, 5 crops x 16 heads, N=577, D=64", (5, 16, 577, 64), bf16, best, "sum", tower,
                    device),
-        *[text_rows(queries, bf16, device) for queries in (20, 200)],
+        marked(text_rows(20, bf16, device), 2),
+        text_rows(200, bf16, device),
         *[window(keys, 32, bf16, device) for keys in (4096, 16384)],
         probes(4096, bf16, device),
-        *[all_rows_beside_attention(tokens, floor, device) for tokens in (2880, 16384)],
+        *[marked(all_rows_beside_attention(tokens, floor, device)) for tokens in (2880, 16384)],
         packed(bf16, device),
         training("PyramidDrop training, 8 x 32/32 heads, M=8, N=1024", (8, 32, 32, 8, 1024, 128), bf16, device),
         training("all rows, forward and backward, 8/2 heads, M=N=2880, D=64", (1, 8, 2, 2880, 2880, 64), bf16, device),

@@ -1,8 +1,8 @@
 """2:4 sparse weights against dense products of torch. Weights of few rows come from memory, as in decoding.
 
 A table of all rows, shapes and dtypes takes an hour; what runs is every case with a bar and a sweep over the rows. The
-environment variable PYVTK_BENCH_SPARSE24=full asks for the table. On CUDA the harness overwrites the L2 cache before
-every call, so that weights come from memory; peers are cuBLAS, torch's semi-structured tensors and torchao.
+environment variable PYVTK_BENCH_SPARSE24=full asks for the table. On CUDA the harness empties the L2 cache before every
+call, so that weights come from memory; peers are cuBLAS, torch's semi-structured tensors and torchao.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pyvtk.reference import sparse24 as reference
 from pyvtk.sparse24 import Linear24
 
 from . import harness
-from .harness import OURS, Case, bandwidth_limit, close, made_on, matmul_limit, read_limit
+from .harness import OURS, Case, bandwidth_limit, close, made_on, marked, matmul_limit, read_limit
 
 SHAPES = {  # out_features, in_features
     "4096 x 4096": (4096, 4096),
@@ -152,8 +152,9 @@ def all_cases():
     if os.environ.get("PYVTK_BENCH_SPARSE24") == "full":
         chosen = list(bars)
     else:
-        chosen = [key for key, bar in bars.items() if bar is not NEVER_SLOWER or key in sweep]
+        chosen = [which for which, bar in bars.items() if bar is not NEVER_SLOWER or which in sweep]
     found = [linear(name, rows, dtype, bars[name, rows, dtype]) for name, rows, dtype in chosen]
+    found = [marked(case) if which == (UP, 1, torch.bfloat16) else case for case, which in zip(found, chosen)]
     return found + [linear_int8(MEDIUM, rows, {"F.linear fp32": 0.97}) for rows in (1, 16, 577)]
 
 
@@ -280,12 +281,10 @@ def linear_on_cuda(name, rows, dtype, bars, device="cuda", shape=None, int8=Fals
         providers,
         expect,
         limit=limits_on_cuda(rows, outputs, columns, dtype, device),
-        bars={peer: bar for peer, bar in bars.items() if peer in providers},
+        bars=bars,
         cold=True,
         device=device,
         absent=absent,
-        optional=tuple(peer for peer in providers if peer.startswith(("cuSPARSELt", "CUTLASS", "torchao", VENDOR))),
-        graph=True,
     )
 
 
@@ -359,12 +358,10 @@ def int8_on_cuda(name, rows, bars, device="cuda", shape=None, dtype=torch.bfloat
         expect,
         # torch's plain product has no int8
         limit=limits_on_cuda(rows, outputs, columns, dtype, device),
-        bars={peer: bar for peer, bar in bars.items() if peer in providers},
+        bars=bars,
         cold=True,
         device=device,
         absent=absent,
-        optional=tuple(peer for peer in providers if peer.startswith(("compiled", "torchao"))),
-        graph=True,
     )
 
 
@@ -434,20 +431,31 @@ def on_cuda(device: str = "cuda") -> list[Case]:
     else:
         chosen = [(UP, rows) for rows in ROWS] + [(SQUARE, rows) for rows in (1, 16, 577, 2950)]
         chosen += [(DOWN, 1), (DOWN, 577), (MEDIUM, 64), (MEDIUM, 577), (MEDIUM, 2950), (SMALL, 197), (SMALL, 2950)]
-    found = [linear_on_cuda(name, rows, bf16, bars_of(name, rows), device) for name, rows in chosen]
+    judged = [(UP, 1), (UP, 16), (SQUARE, 577), (SQUARE, 2950)]
+    found = [
+        marked(linear_on_cuda(name, rows, bf16, bars_of(name, rows), device), 1 if (name, rows) in judged else 0)
+        for name, rows in chosen
+    ]
     found += [linear_on_cuda(name, rows, fp16, bars_of(name, rows), device) for name, rows in ((UP, 16), (MEDIUM, 577))]
-    found += [linear_on_cuda(UP, rows, bf16, {"F.linear": 1.4}, device, int8=True) for rows in (1, 16)]
     found += [
-        int8_on_cuda(name, rows, bars_of_int8(name, rows), device)
-        for name, rows in ((UP, 1), (UP, 16), (UP, 2950), (MEDIUM, 577))
+        marked(linear_on_cuda(UP, rows, bf16, {"F.linear": 1.4}, device, int8=True), place)
+        for rows, place in ((1, 0), (16, 2))
+    ]
+    found += [
+        marked(int8_on_cuda(name, rows, bars_of_int8(name, rows), device), place)
+        for name, rows, place in ((UP, 1, 0), (UP, 16, 1), (UP, 2950, 1), (MEDIUM, 577, 0))
     ]
     # 16 images of 577 tokens
     found += [
-        training_on_cuda(name, 16 * 577, shape, transposable, {"nn.Linear": 1.15}, device)
-        for name, shape in (("ViT-L MLP 1024 x 4096", (1024, 4096)), ("ViT-L MLP 4096 x 1024", (4096, 1024)))
-        for transposable in (False, True)
+        marked(training_on_cuda(name, 16 * 577, shape, transposable, {"nn.Linear": 1.15}, device), place)
+        for name, shape, transposable, place in (
+            ("ViT-L MLP 1024 x 4096", (1024, 4096), False, 1),
+            ("ViT-L MLP 1024 x 4096", (1024, 4096), True, 0),
+            ("ViT-L MLP 4096 x 1024", (4096, 1024), False, 0),
+            ("ViT-L MLP 4096 x 1024", (4096, 1024), True, 0),
+        )
     ]
-    return found  # fmt: skip
+    return found
 
 
 def cases(device: str) -> list[Case]:

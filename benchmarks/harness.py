@@ -7,43 +7,66 @@ A case says what is computed and by whom; nothing about timing. The rules, and w
 - a warm case reads its inputs before each call, so that no provider pays for the cache misses of all; a cold case
   rotates through copies that together exceed the last-level cache, and every call gets one that was long unused;
 - the limit (a plain read, copy or matrix product of the same size) is one more provider of the same rounds;
-- on CUDA, events tell the time and the L2 cache is overwritten before each call; where a case asks for it, calls are
-  replayed as CUDA graphs, so that the host's part does not count (those that cannot be captured are named);
-- a case in which any provider fails the check gets no number at all.
+- on CUDA, events tell the time and every call begins with a cold and clean L2 cache; calls are replayed as CUDA graphs,
+  limits too, so that the host's part does not count (those that cannot be captured are named, and where ours is one of
+  them the limit is launched like it);
+- a case in which ours is wrong gets no number at all. On the CPU neither does one in which a peer is: there all of them
+  are known to run, so the case is wrong. On a GPU a peer that is wrong, raises or does not fit is absent, and why.
+
+A run survives its cases: what one raises is its error. The report is written before and after each of them, so a case
+that ends the process is known to the next one (``--resume``), which goes on behind it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import datetime
 import functools
-import json
+import gc
 import os
-import platform
-import subprocess
+import signal
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-import pyvtk
-from pyvtk._measure import OnCuda, Timing, captured, extra_memory, extra_memory_on_cuda, interleave, on_host
+from pyvtk._measure import OnCuda, captured, extra_memory, extra_memory_on_cuda, interleave, on_host
 
-OURS = "pyvtk"
-BEST = "best"  # in bars: the fastest peer of the row
-SHARE = "limit"  # in bars: share of the machine's limit
-MEMORY = "memory"  # in bars: extra memory as a share of the first peer's
-DENSE = "dense"  # in bars: the fastest peer that computes every pair
-TILE = "tile"  # in bars: share of the speed-up over DENSE that the visited pairs allow
-TIME = "time"  # in bars: seconds
-RESERVED = (OURS, BEST, SHARE, MEMORY, DENSE, TILE, TIME)
-UPPER = (MEMORY, TIME)  # the less the better
+from .report import (
+    BEGUN,
+    BEST,
+    DENSE,
+    LOST,
+    MEMORY,
+    OURS,
+    RESERVED,
+    SHARE,
+    TILE,
+    TIME,
+    UPPER,
+    Bar,
+    Pairs,
+    Report,
+    Result,
+    cache_bytes,
+    header,
+    machine,
+    not_again,
+    short,
+    summary,
+    table,
+    write,
+)
+
 FAMILIES = ("score", "select", "compact", "merge", "attention", "sparse24")
+GO_ON = 86  # exit status where the device is of no use to this process any more: another one can go on with --resume
+_PATIENCE = 60  # seconds; what was cut off later than that into a case may never end, and counts as lost
 
 
 @dataclass
@@ -66,15 +89,6 @@ class Limit:
 
 
 @dataclass
-class Pairs:
-    """Pairs of a query and a key, per head: what a case needs, what its tiles visit, what dense peers compute."""
-
-    needed: int
-    visited: int
-    dense: int
-
-
-@dataclass
 class Case:
     """One row: inputs, providers, and what is expected of them.
 
@@ -92,12 +106,13 @@ class Case:
         mutates: providers change their inputs (the check then works on copies).
         memory: measure extra memory too.
         device: "cpu" or "cuda".
-        absent: peers that cannot run here, and why.
-        optional: peers that not every installation can run; those that raise become absent.
+        absent: peers that cannot run here, and why. Bars over them are not judged.
+        optional: peers that not every CPU or installation can run; those that raise become absent, as all do on CUDA.
         dense: peers that compute every pair (of a causal case: every causal one), for ``pairs``.
         pairs: how sparse the case is.
-        graph: on CUDA, replay calls as CUDA graphs where they can be captured.
-        eager: providers that cannot (they synchronise), so that it is not tried.
+        eager: providers that no CUDA graph can capture (they synchronise, for instance), so that it is not tried.
+        place: in the run of --key, which goes by this number; 0: not in it. See :func:`marked`.
+        spared: peers that the run of --key leaves out.
     """
 
     family: str
@@ -116,16 +131,18 @@ class Case:
     optional: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
     pairs: Callable[[], Pairs] | None = None
-    graph: bool = False
     eager: tuple[str, ...] = ()
+    place: int = 0
+    spared: tuple[str, ...] = ()
 
     def __post_init__(self):
         first, *peers = self.providers
+        known = {*peers, *self.absent}
         assert first == OURS, f"{self.name}: the first provider must be {OURS!r}"
-        assert not set(peers) & set(RESERVED), f"{self.name}: peers must not be named {RESERVED}"
-        assert set(self.bars) <= {*peers, *RESERVED[1:]}, f"{self.name}: unknown bar in {set(self.bars)}"
-        assert set(self.eager) <= set(self.providers), f"{self.name}: {self.eager} are no providers"
-        assert {*self.dense, *self.optional} <= set(peers), f"{self.name}: {self.dense}, {self.optional} are no peers"
+        assert not known & set(RESERVED), f"{self.name}: peers must not be named {RESERVED}"
+        assert set(self.bars) <= {*known, *RESERVED[1:]}, f"{self.name}: unknown bar in {set(self.bars)}"
+        assert set(self.eager) <= {OURS, *known}, f"{self.name}: {self.eager} are no providers"
+        assert {*self.dense, *self.optional, *self.spared} <= known, f"{self.name}: no such peers in {known}"
         assert not set(self.absent) & set(self.providers), f"{self.name}: absent peers are there"
 
     @property
@@ -133,76 +150,25 @@ class Case:
         return f"{self.family}: {self.name}, {short(self.dtype)}"
 
 
-@dataclass
-class Bar:
-    required: float
-    reached: float
-    met: bool
+def marked(case: Case, place: int = 1, spared: tuple[str, ...] = ()) -> Case:
+    """The case, marked as one that says much of a device in little time: --key runs those.
+
+    Args:
+        place: 1 for what the package is judged by, 2 for what is worth a look, more for what takes long to compile.
+        spared: peers that are left out there, as they take long and say little more.
+    """
+    return dataclasses.replace(case, place=place, spared=spared)
 
 
-@dataclass
-class Result:
-    """Everything that is known about one case; plain values only, so that it survives JSON."""
-
-    family: str
-    name: str
-    dtype: str
-    times: dict[str, Timing] = field(default_factory=dict)
-    limit: str | None = None
-    limit_time: float | None = None  # seconds the limit needs for this case's amount
-    amount: float | None = None  # bytes or floating-point operations
-    memory: dict[str, int] = field(default_factory=dict)  # provider -> extra bytes at the peak
-    bars: dict[str, Bar] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)  # peer -> why it did not run
-    dense: list[str] = field(default_factory=list)  # peers that compute every pair
-    pairs: Pairs | None = None
-    launched: list[str] = field(default_factory=list)  # timed as launched by the host, not as CUDA graphs
-    error: str | None = None  # why there are no numbers
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        """How many times as long each peer takes."""
-        return {n: t.median / self.times[OURS].median for n, t in self.times.items() if n != OURS}
-
-    @property
-    def share(self) -> float | None:
-        """Share of the limit's speed that is reached."""
-        return None if self.limit_time is None else self.limit_time / self.times[OURS].median
-
-    @property
-    def over_dense(self) -> float | None:
-        """How many times as long the fastest dense peer takes."""
-        return min((self.ratios[name] for name in self.dense), default=None)
-
-    @property
-    def tile_ideal(self) -> float | None:
-        """The same if every visited pair took as long as one of a dense peer's."""
-        return None if self.pairs is None else self.pairs.dense / self.pairs.visited
-
-
-@dataclass
-class Report:
-    machine: dict
-    results: list[Result]
-
-    def to_json(self) -> str:
-        return json.dumps({"schema": 1, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
-
-    @staticmethod
-    def from_json(text: str) -> Report:
-        raw = json.loads(text)
-        results = []
-        for row in raw["results"]:
-            row["times"] = {name: Timing(**t) for name, t in row["times"].items()}
-            row["bars"] = {name: Bar(**b) for name, b in row["bars"].items()}
-            row["pairs"] = Pairs(**row["pairs"]) if row.get("pairs") else None
-            results.append(Result(**row))
-        return Report(raw["machine"], results)
+def without(case: Case, name: str, why: str) -> Case:
+    """The case without a peer."""
+    providers = {other: call for other, call in case.providers.items() if other != name}
+    return dataclasses.replace(case, providers=providers, absent={**case.absent, name: why})
 
 
 @functools.cache
 def clock(device: str) -> Callable[[Callable, tuple], float]:
-    return OnCuda() if device == "cuda" else on_host
+    return OnCuda(device) if device == "cuda" else on_host
 
 
 # ---- limits
@@ -260,14 +226,23 @@ def _copy_operands(device: str) -> tuple[Tensor, Tensor]:
     return tuple(torch.randint(256, (_BANDWIDTH[device],), dtype=torch.uint8, device=device) for _ in range(2))
 
 
-def bandwidth_limit(amount: Callable[..., float], device: str) -> Limit:
-    """Moving so many bytes, read and written ones together, at the rate of a large copy."""
+def bandwidth_limit(amount: Callable[..., float], device: str, as_large: bool = False) -> Limit:
+    """Moving so many bytes, read and written ones together, at the rate of a large copy.
+
+    Args:
+        as_large: of a copy that moves just as many. That is fair where a case writes about as much as it reads: up to
+            the size of a GPU's cache, what is written is still there when the call ends, and does not count.
+    """
+
+    def copied(*inputs) -> int:
+        return min(_BANDWIDTH[device], max(1, int(amount(*inputs)) // 2)) if as_large else _BANDWIDTH[device]
 
     def probe(*inputs):
+        count = copied(*inputs)
         source, target = _copy_operands(device)
-        target.copy_(source)
+        target[:count].copy_(source[:count])
 
-    return Limit("copy", probe, amount, lambda *inputs: amount(*inputs) / (2 * _BANDWIDTH[device]))
+    return Limit("copy", probe, amount, lambda *inputs: amount(*inputs) / (2 * copied(*inputs)))
 
 
 def matmul_limit(operations: Callable[..., float], dtype: torch.dtype, device: str = "cpu") -> Limit:
@@ -324,14 +299,6 @@ def same(expected) -> Callable:
 
 
 # ---- running
-
-
-def cache_bytes() -> int:
-    """Size of the last-level cache; 32 MiB where the system does not say."""
-    sizes = [32 << 20]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        sizes.append(int(path.read_text().strip().removesuffix("K")) << 10)
-    return max(sizes)
 
 
 def _tensors(inputs) -> list[Tensor]:
@@ -395,104 +362,156 @@ class Pool:
         return inputs
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+def reason(error: Exception) -> str:
+    """In a line: what was asserted, or what was raised."""
+    text = (str(error).splitlines() or [""])[0][:160]
+    plain = text and isinstance(error, (AssertionError, torch.OutOfMemoryError))
+    return text if plain else f"{type(error).__name__}: {text}"
 
 
-def present(case: Case, inputs: tuple) -> Case:
-    """The case without the optional peers that cannot run."""
-    absent = dict(case.absent)
-    for name in case.optional:
-        try:
-            case.providers[name](*(_copy(inputs) if case.mutates else inputs))
-        except Exception as error:  # a peer may fail in many ways where it is not at home
-            absent[name] = first_line(error)[:120] or type(error).__name__
-    return dataclasses.replace(
-        case,
-        providers={name: call for name, call in case.providers.items() if name not in absent},
-        bars={name: bar for name, bar in case.bars.items() if name not in absent},
-        dense=tuple(name for name in case.dense if name not in absent),
-        eager=tuple(name for name in case.eager if name not in absent),
-        absent=absent,
-        optional=(),
-    )
+class Failed(Exception):
+    """A provider raised, or its result is wrong."""
+
+    def __init__(self, name: str, error: Exception, wrong: bool, when: str):
+        super().__init__(f"{name}: {when}{reason(error)}")
+        self.name, self.wrong = name, wrong
+        self.why = f"{'wrong: ' if wrong else ''}{when}{reason(error)}"  # of its absence
 
 
-def verify(case: Case, inputs: tuple) -> str | None:
-    """What is wrong with any provider of the case; None if all pass."""
-    check = case.expect(*(_copy(inputs) if case.mutates else inputs))
+@contextlib.contextmanager
+def blaming(name: str, wrong: bool = False, when: str = "") -> Iterator[None]:
+    """Whatever is raised inside is this provider's failure."""
+    try:
+        yield
+    except Exception as error:
+        raise Failed(name, error, wrong, when) from error
+
+
+def still_works(device: str) -> bool:
+    """Whether other cases can run in this process: after a bad access a GPU is of no use to it, and a capture that
+    failed may leave behind that nothing can draw random numbers."""
+    if device == "cpu":
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.rand(1, device=device).item()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def forgiven(case: Case, failed: Failed) -> bool:
+    """Whether the case goes on without the provider that failed: never without ours (or the limit)."""
+    if failed.name not in case.providers or failed.name == OURS:
+        return False
+    if case.device == "cuda":
+        return still_works(case.device)
+    return failed.name in case.optional and not failed.wrong
+
+
+def settled(case: Case, inputs: tuple) -> tuple[Case, Callable]:
+    """The case without the peers that it can be without, all others checked; and the check.
+
+    Raises:
+        Failed: a provider fails, and the case is nothing without it.
+    """
+
+    def fresh():
+        return _copy(inputs) if case.mutates else inputs
+
+    check = case.expect(*fresh())
     for name, provider in case.providers.items():
         try:
-            check(name, provider(*(_copy(inputs) if case.mutates else inputs)))
-        except Exception as error:  # whatever went wrong, the row must not show numbers
-            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-            return f"{name}: {kind}{first_line(error)}"
-    return None
+            with blaming(name):
+                result = provider(*fresh())
+            with blaming(name, wrong=True):
+                check(name, result)
+        except Failed as failed:
+            if not forgiven(case, failed):
+                raise
+            case = without(case, name, failed.why)
+    return case, check
 
 
 def judge(case: Case, result: Result) -> dict[str, Bar]:
-    """Compare the case's bars with what was measured."""
+    """Compare with what was measured those of the case's bars that can be."""
     bars = {}
     for name, required in case.bars.items():
+        reached = None
         if name == SHARE:
             reached = result.share
         elif name == BEST:
-            reached = min(result.ratios.values())
+            reached = min(result.ratios.values(), default=None)
         elif name == DENSE:
             reached = result.over_dense
-        elif name == TILE:
+        elif name == TILE and result.dense:
             reached = result.over_dense / result.tile_ideal
-        elif name == MEMORY:
-            if len(result.memory) < 2:
-                continue  # this system cannot measure it
+        elif name == MEMORY and len(result.memory) > 1:
             reached = result.memory[OURS] / max(1, result.memory[list(case.providers)[1]])
         elif name == TIME:
             reached = result.times[OURS].median
         else:
-            reached = result.ratios[name]
-        bars[name] = Bar(required, reached, reached <= required if name in UPPER else reached >= required)
+            reached = result.ratios.get(name)
+        if reached is not None:
+            bars[name] = Bar(required, reached, reached <= required if name in UPPER else reached >= required)
     return bars
 
 
-def replayed(case: Case, calls: dict[str, Callable], pool: Pool) -> tuple[dict[str, Callable], list[str]]:
-    """The calls as replays of CUDA graphs, each of the first inputs, and the names of those that stay as they are."""
-    found, launched = {}, []
+_GRAPH = "as a graph, "
+
+
+def replayed(case: Case, calls: dict[str, Callable], entry: tuple, check: Callable) -> dict[str, Callable]:
+    """Those of the calls on ``entry`` that can be captured, as replays of CUDA graphs. What they compute is checked, as
+    a graph that leaves work out is fast; but not where they change their inputs, which are no longer what they were."""
+    found = {}
     for name, call in calls.items():
+        if name in case.eager:
+            continue
         try:
-            if name in case.eager:
-                raise RuntimeError("known not to be capturable")
-            graph = captured(call, pool.entries[0])
-            found[name] = lambda *inputs, graph=graph: graph()
-        except RuntimeError:
-            torch.cuda.synchronize()
-            found[name] = call
-            launched.append(name)
-    return found, launched
+            found[name] = captured(call, entry)
+        except Exception as error:  # whatever it was, it is launched instead, and named
+            if not still_works(case.device):
+                raise Failed(name, error, wrong=False, when=_GRAPH) from error
+            continue
+        if name in case.providers and not case.mutates:
+            with blaming(name, wrong=True, when=_GRAPH):
+                check(name, found[name].result)
+    if OURS not in found:
+        found.pop(SHARE, None)  # the limit as ours
+    return found
 
 
 def run_case(case: Case, *, seconds: float = 2.0) -> Result:
-    """Check a case, then measure it. Where the device has no memory for it, that is the error."""
-    try:
-        return _run_case(case, seconds)
-    except torch.OutOfMemoryError as error:
-        return Result(case.family, case.name, short(case.dtype), error=first_line(error)[:120])
-    finally:
-        if case.device == "cuda":
-            torch.cuda.empty_cache()
+    """Check a case, then measure it. Whatever goes wrong is said in the result: a peer that fails is absent where it is
+    :func:`forgiven`, all else is the case's error."""
+    while True:
+        try:
+            return _run_case(case, seconds)
+        except Failed as failed:
+            if forgiven(case, failed):
+                case = without(case, failed.name, failed.why)
+                continue
+            error = str(failed)
+        except Exception as raised:
+            error = reason(raised)
+        return Result(case.family, case.name, short(case.dtype), absent=case.absent, error=error)
 
 
 def _run_case(case: Case, seconds: float) -> Result:
+    if case.device == "cuda":
+        gc.collect()  # what exceptions hold on to
+        torch.cuda.empty_cache()
     torch.manual_seed(0)
     inputs = case.inputs()
-    case = present(case, inputs)
-    result = Result(case.family, case.name, short(case.dtype), absent=case.absent, dense=list(case.dense))
-    result.error = verify(case, inputs)
-    if result.error:
-        return result
+    case, check = settled(case, inputs)
+    result = Result(case.family, case.name, short(case.dtype), absent=case.absent)
+    result.dense = [name for name in case.dense if name in case.providers]
     if case.memory:
         for name, provider in case.providers.items():
             measure = extra_memory_on_cuda if case.device == "cuda" else extra_memory
-            used = measure(functools.partial(provider, *inputs))
+            with blaming(name):
+                used = measure(functools.partial(provider, *inputs))
             if used is not None:
                 result.memory[name] = used
     del inputs
@@ -501,11 +520,22 @@ def _run_case(case: Case, seconds: float) -> Result:
     if case.limit:
         calls[SHARE] = case.limit.probe
     pool = Pool(case)
-    for position, call in enumerate(calls.values()):
-        call(*pool(0, position))
-    if case.graph and case.device == "cuda":
-        calls, result.launched = replayed(case, calls, pool)
-    times = interleave(calls, pool, seconds=seconds, clock=clock(case.device))
+    for position, (name, call) in enumerate(calls.items()):
+        with blaming(name):
+            call(*pool(0, position))
+    if case.device == "cuda":
+        graphs = replayed(case, calls, pool.entries[0], check)  # of the same inputs as those that were checked
+        result.launched = [name for name in calls if name not in graphs]
+        calls |= graphs
+    del check
+    names = {id(call): name for name, call in calls.items()}
+    timed = clock(case.device)
+
+    def blame(call, arguments):
+        with blaming(names[id(call)]):
+            return timed(call, arguments)
+
+    times = interleave(calls, pool, seconds=seconds, clock=blame)
     if case.limit:
         entry = pool.entries[0]
         result.limit = case.limit.kind
@@ -514,141 +544,34 @@ def _run_case(case: Case, seconds: float) -> Result:
     result.times = times
     result.pairs = case.pairs() if case.pairs else None
     result.bars = judge(case, result)
+    result.unjudged = [name for name in case.bars if name not in result.bars]
     return result
 
 
-def machine(command: str, device: str = "cpu") -> dict:
-    """Where and when the numbers were taken. ``load`` is the load average at the start: above 0.5, expect noise."""
-    facts = pyvtk.info()
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    commit = git("rev-parse", "--short=10", "HEAD")
-    if commit and git("status", "--porcelain", "--untracked-files=no"):
-        commit += " with changes"
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "cpu": cpu,
-        "instruction_set": facts["instruction_set"],
-        "cache": cache_bytes(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": facts["triton"],
-        "cuda": torch.version.cuda,
-        "pyvtk": facts["pyvtk"],
-        "python": platform.python_version(),
-        "commit": (git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""))
-        or None,
-        "command": command,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "load": round(os.getloadavg()[0], 2),
-    }
-
-
-# ---- showing
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
-
-
-def size(count: float) -> str:
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f} B"
-
-
-def _limit_cell(result: Result) -> str:
-    if result.share is None:
-        return "-"
-    rate = result.amount / result.times[OURS].median
-    unit = "GFLOP/s" if result.limit == "matmul" else "GB/s"
-    return f"{100 * result.share:3.0f} % of {result.limit} ({rate / 1e9:.3g} {unit})"
-
-
-def _bar_cell(name: str, bar: Bar) -> str:
-    sign = "✓" if bar.met else "✗"
-    if name == SHARE:
-        return f"{sign} limit ≥ {100 * bar.required:.0f} %"
-    if name == MEMORY:
-        return f"{sign} memory ≤ {100 * bar.required:.0f} %"
-    if name == TIME:
-        return f"{sign} ≤ {duration(bar.required)}"
-    if name == TILE:
-        return f"{sign} tile-ideal ≥ {100 * bar.required:.0f} %"
-    return f"{sign} {name} ≥ {bar.required:g}x"
-
-
-def table(results: list[Result]) -> str:
-    """Aligned text, one block per family."""
-    blocks = []
-    for family in dict.fromkeys(r.family for r in results):
-        rows = [("case", "dtype", "pyvtk", "20-80 %", "limit", "peers: times as long", "bars")]
-        for r in (r for r in results if r.family == family):
-            if r.error:
-                rows.append((r.name, r.dtype, "RED", "-", "-", f"no numbers: {r.error}", ""))
-                continue
-            ours = r.times[OURS]
-            peers = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in r.ratios.items())
-            bars = ", ".join(_bar_cell(name, bar) for name, bar in r.bars.items())
-            spread = f"{duration(ours.low)} - {duration(ours.high)}"
-            rows.append((r.name, r.dtype, duration(ours.median), spread, _limit_cell(r), peers, bars))
-            if r.memory:
-                used = ", ".join(f"{name} {size(n)}" for name, n in r.memory.items())
-                rows.append(("", "", "", "", "", f"extra memory: {used}", ""))
-            if r.pairs:
-                share = r.pairs.needed / r.pairs.dense
-                ideal = f"needs {share:.1%} of the dense pairs, visits {1 / r.tile_ideal:.1%}"
-                rows.append(("", "", "", "", "", ideal, ""))
-            if r.launched:
-                rows.append(("", "", "", "", "", f"as launched, not as CUDA graphs: {', '.join(r.launched)}", ""))
-            if r.absent:
-                reasons = "; ".join(f"{name} ({why})" for name, why in r.absent.items())
-                rows.append(("", "", "", "", "", f"absent: {reasons}", ""))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        blocks.append("\n".join([family, *("  " + line for line in lines)]))
-    return "\n\n".join(blocks)
-
-
-def summary(results: list[Result]) -> str:
-    bars = [bar for r in results for bar in r.bars.values()]
-    red = sum(r.error is not None for r in results)
-    text = f"{len(results)} cases, {sum(bar.met for bar in bars)} of {len(bars)} bars met"
-    return text + (f", {red} RED (wrong result, no number)" if red else ", every result checked")
-
-
-def header(facts: dict) -> str:
-    lines = (
-        *(["{device}, beside"] if facts["device"] != "cpu" else []),
-        "{cpu}, {instruction_set}, {threads} thread, last-level cache {cache}, load {load}",
-        "pyvtk {pyvtk} at commit {commit}, torch {torch}, Python {python}, {date}",
-        "{command}",
-    )
-    return "\n".join(lines).format(**{**facts, "cache": size(facts["cache"])})
+def replay_floor(device: str) -> float | None:
+    """Seconds of the replay of one tiny kernel, about what is in every number; None where nothing is replayed."""
+    if device == "cpu":
+        return None
+    one = torch.zeros(1, device=device)
+    try:
+        replay = captured(lambda: one.add_(1), ())
+    except RuntimeError:  # then all is launched, and every case says so
+        return None
+    return interleave({"floor": replay}, seconds=0.02, clock=clock(device))["floor"].median
 
 
 # ---- the command
 
 
-def cases(families: list[str] | None = None, text: str | None = None, device: str = "cpu") -> list[Case]:
+def cases(
+    families: list[str] | None = None, text: str | None = None, device: str = "cpu", key: bool = False
+) -> list[Case]:
     """All cases of these families on the device whose id contains ``text``. A family lists ``CASES`` for the CPU, or
-    has a function ``cases(device)`` where the shapes depend on it."""
+    has a function ``cases(device)`` where the shapes depend on it.
+
+    Args:
+        key: only :func:`marked` cases, in their order and without the peers that they spare.
+    """
     import importlib
 
     found = []
@@ -656,7 +579,18 @@ def cases(families: list[str] | None = None, text: str | None = None, device: st
         module = importlib.import_module(f"{__package__}.bench_{family}")
         of_family = module.cases(device) if hasattr(module, "cases") else module.CASES if device == "cpu" else []
         found += [case for case in of_family if text is None or text.lower() in case.id.lower()]
-    return found
+    if not key:
+        return found
+    chosen = sorted((case for case in found if case.place), key=lambda case: case.place)
+    for i, case in enumerate(chosen):
+        for name in case.spared:
+            case = without(case, name, "left out by --key")
+        chosen[i] = case
+    return chosen
+
+
+class DeviceLost(Exception):
+    """The case after which the device is of no use to this process."""
 
 
 def run(
@@ -666,16 +600,24 @@ def run(
     """Measure cases one after the other under a progress bar (on a terminal).
 
     Args:
-        path: the report is written there after every case.
-        before: results of another run, taken instead of measuring these cases again. Those of cases that are not chosen
-            stay in the file.
+        path: the report is written there before and after every case.
+        before: results of another run, taken instead of measuring these cases again (:func:`not_again`). Those of cases
+            that are not chosen stay in the file.
+
+    Raises:
+        DeviceLost: the rest has to be measured by another process; the report is written.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     torch.set_num_threads(1)
-    report = Report(machine(command, device), [])
-    known = {(r.family, r.name, r.dtype): r for r in before if r.error is None}
+    report = Report(machine(command, device, replay_floor(device)), [])
+    known = not_again(before)
+
+    def written(*more: Result) -> None:
+        if path is not None:
+            write(path, dataclasses.replace(report, results=[*report.results, *more, *known.values()]))
+
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # refreshed by hand: a drawing thread would disturb the timings
@@ -683,18 +625,43 @@ def run(
         task = progress.add_task("", total=len(chosen))
         for case in chosen:
             progress.update(task, description=case.id[:70].ljust(70), refresh=True)
-            found = known.pop((case.family, case.name, short(case.dtype)), None)
-            if found is None and not console.is_terminal:
-                print(case.id, file=sys.stderr, flush=True)
-            report.results.append(found or run_case(case, seconds=seconds))
-            if path is not None:
-                path.write_text(dataclasses.replace(report, results=[*report.results, *known.values()]).to_json())
+            begun = Result(case.family, case.name, short(case.dtype), error=BEGUN)
+            found, works = known.pop(begun.of, None), True
+            if found is None:
+                if not console.is_terminal:
+                    print(case.id, file=sys.stderr, flush=True)
+                written(begun)
+                start = monotonic()
+                try:
+                    found = run_case(case, seconds=seconds)
+                except BaseException:  # interrupted, or told to end: no fault of the case, unless it took too long
+                    if monotonic() - start < _PATIENCE:
+                        written()
+                    raise
+                works = still_works(device)
+                if found.error and not works:
+                    found.error = f"{LOST}the device works no more: {found.error}"
+            report.results.append(found)
+            written()
             progress.advance(task)
+            if not works:
+                raise DeviceLost(case.id)
     return report
 
 
+@contextlib.contextmanager
+def ended_by_exception() -> Iterator[None]:
+    """SIGTERM (a time limit's first signal) raises SystemExit, so that a case which is merely cut off can be told from
+    one that hangs."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(args: argparse.Namespace) -> int:
-    chosen = cases(args.families, args.filter, args.device)
+    chosen = cases(args.families, args.filter, args.device, args.key)
     if args.list:
         print("\n".join(case.id for case in chosen))
         return 0
@@ -702,15 +669,25 @@ def main(args: argparse.Namespace) -> int:
         wanted = f"contains {args.filter!r}" if args.filter else f"runs on {args.device}"
         print(f"pyvtk bench: no case {wanted}; --list shows them", file=sys.stderr)
         return 2
+    if args.key:  # FlashInfer is a peer where its kernels come built; compiling them takes minutes
+        os.environ.setdefault("FLASHINFER_DISABLE_JIT", "1")
     for folder in ([Path(args.json).parent] if args.json else []) + ([Path(args.plots)] if args.plots else []):
         folder.mkdir(parents=True, exist_ok=True)  # now, lest the numbers be lost after the run
-    words = ["python -m pyvtk bench", *(args.families or []), *(["--quick"] if args.quick else [])]
+    words = ["python -m pyvtk bench", *(args.families or []), *(["--key"] if args.key else [])]
+    words += ["--quick"] if args.quick else []
     words += [f"--device {args.device}"] if args.device != "cpu" else []
     words += [f"--filter {args.filter!r}"] if args.filter else []
     path = Path(args.json) if args.json else None
     before = Report.from_json(path.read_text()).results if args.resume and path is not None and path.is_file() else []
     seconds = 0.2 if args.quick else 2.0
-    report = run(chosen, seconds=seconds, command=" ".join(words), device=args.device, path=path, before=before)
+    try:
+        with ended_by_exception():
+            report = run(chosen, seconds=seconds, command=" ".join(words), device=args.device, path=path, before=before)
+    except DeviceLost as case:
+        print(f"pyvtk bench: the device works no more after {case}; --resume goes on behind it", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(GO_ON)  # at once: what torch does at the end of a process may crash without a device
     print(header(report.machine), table(report.results), summary(report.results), sep="\n\n")
     if args.plots:
         from . import plots

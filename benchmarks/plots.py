@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .harness import BEST, Report, Result, duration
+from .report import BEST, Report, Result, duration
 
 INK, PALE, DEEP, WARM, GRID = "#22303c", "#b9d3e6", "#2b6ca3", "#d1495b", "#e3e7ea"
 TODAY, LIMITS = "#8fa3b3", {"read": "#3a9188", "copy": "#6b5ca5", "matmul": "#c98b2b"}

@@ -22,9 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="score, select, ...; default: all")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     parser.add_argument("--quick", action="store_true", help="0.2 s of measured time per case instead of 2")
+    parser.add_argument("--key", action="store_true", help="only the cases that say most of a device in little time")
     parser.add_argument("--filter", metavar="TEXT", help="only cases whose line in --list contains TEXT")
     parser.add_argument("--json", metavar="PATH", help="write every number, with machine, versions and commit")
-    parser.add_argument("--resume", action="store_true", help="take cases that PATH of --json holds from there")
+    parser.add_argument("--resume", action="store_true", help="go on behind the cases that PATH of --json holds")
     parser.add_argument("--plots", metavar="DIR", help="write one picture per family")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
 

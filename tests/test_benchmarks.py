@@ -1,6 +1,12 @@
 """The benchmark harness: the gate, the bars, the report; and the command that finds it."""
 
 import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pyvtk import bench
 from pyvtk.__main__ import main
-from pyvtk._measure import Timing, extra_memory, interleave
+from pyvtk._measure import Replay, Timing, on_host
 
 harness = bench.load()
+commit_of = bench.load("report").commit_of
 
 
 def doubling(ours=lambda x: x * 2, peer=lambda x: x + x, **options):
@@ -47,7 +54,7 @@ def test_measures_checked_case():
 def test_gate_blocks_numbers(wrong, who):
     result = harness.run_case(doubling(**{who: wrong}, bars={"peer": 1.0}, memory=True), seconds=0.01)
     assert result.error.startswith("pyvtk: " if who == "ours" else "peer: ")
-    assert not result.times and not result.bars and not result.memory
+    assert not result.times and not result.bars and not result.memory and not result.absent
     text = harness.table([result])
     assert "RED" in text and "µs" not in text
     assert "1 RED" in harness.summary([result])
@@ -97,8 +104,8 @@ def test_optional_peer_that_cannot_run_is_absent():
     case = sparse(peer=missing, optional=("peer",), absent={"other": "not installed"}, bars={"peer": 1.0})
     result = harness.run_case(case, seconds=0.01)
     assert result.error is None and set(result.times) == {"pyvtk"} and not result.bars and not result.dense
-    assert result.absent == {"other": "not installed", "peer": "no such kernel"}
-    assert "absent: other (not installed); peer (no such kernel)" in harness.table([result])
+    assert result.absent == {"other": "not installed", "peer": "RuntimeError: no such kernel"}
+    assert "absent: other (not installed); peer (RuntimeError: no such kernel)" in harness.table([result])
     # one that runs and computes something else is no such case
     assert harness.run_case(sparse(peer=lambda x: x, optional=("peer",)), seconds=0.01).error.startswith("peer: ")
 
@@ -117,7 +124,7 @@ def test_mutating_case_is_checked_on_copies():
     case = doubling(ours=lambda x: x.mul_(2), peer=lambda x: x * 2, mutates=True)
     x = torch.randn(8)
     before = x.clone()
-    assert harness.verify(case, (x,)) is None
+    assert harness.settled(case, (x,))[0] is case
     assert torch.equal(x, before)
 
 
@@ -209,12 +216,12 @@ def test_cases_for_cuda_on_tiny_shapes(monkeypatch, family, number):
     made = []
     monkeypatch.setattr(harness, "compiled", lambda function: made.append(function) or function)
     monkeypatch.setattr(module, "made_on", lambda device, inputs: inputs)
+    monkeypatch.setattr(harness, "still_works", lambda device: True)
     case = TINY[family][number](module)
     assert case.device == "cuda"
     torch.manual_seed(0)
     inputs = case.inputs()
-    runs = harness.present(case, inputs)
-    assert harness.verify(runs, inputs) is None
+    runs, _ = harness.settled(case, inputs)
     assert bool(made) == any(name.startswith("compiled") for name in runs.providers)
     assert case.limit.amount(*inputs) > 0 and case.limit.scale(*inputs) > 0
     missing = set(case.providers) - set(runs.providers)
@@ -226,24 +233,143 @@ def test_a_wrong_selection_is_refused(monkeypatch):
     module = bench.load("bench_select")
     monkeypatch.setattr(module, "made_on", lambda device, inputs: inputs)
     case = module.largest("x", 30, (3, 90), {}, device="cuda")
-    case.providers["topk + sort"] = lambda scores: scores.topk(30, largest=False).indices.sort().values
-    assert harness.verify(case, case.inputs()) == "topk + sort: kept values are not the largest"
+    case.providers[harness.OURS] = lambda scores: scores.topk(30, largest=False).indices.sort().values
+    with pytest.raises(harness.Failed, match="pyvtk: kept values are not the largest"):
+        harness.settled(case, case.inputs())
 
 
-def test_what_cannot_be_captured_is_named(monkeypatch):
+# A GPU that is not there: calls run on the CPU, and those that capture() refuses cannot be replayed.
+
+
+class Graph:
+    """What torch's graphs do, on the CPU: the same work again, into the same memory."""
+
+    def __init__(self, call, arguments):
+        self.call, self.arguments, self.result = call, arguments, call(*arguments)
+
+    def replay(self):
+        self.call(*self.arguments)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Settings of the stand-in: names of peers whose capture fails, whether the device works."""
+    settings = SimpleNamespace(refused=(), works=True, replays=0)
+
     def captured(call, arguments):
-        if call(*arguments) is None:
-            raise RuntimeError("capture failed")
-        return lambda: None
+        if call in settings.refused:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        graph = Graph(call, arguments)
+        return Replay(graph, arguments, graph.result)
+
+    def timed(call, arguments):
+        settings.replays += isinstance(call, Replay)
+        return on_host(call, arguments)
 
     monkeypatch.setattr(harness, "captured", captured)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    calls = {"pyvtk": lambda x: x, "peer": lambda x: None, "other": lambda x: x}
-    case = dataclasses.replace(doubling(), providers=calls, graph=True, eager=("other",))
-    found, launched = harness.replayed(case, calls, harness.Pool(case))
-    assert launched == ["peer", "other"] and found["peer"] is calls["peer"] and found["pyvtk"] is not calls["pyvtk"]
-    result = harness.Result("score", "tiny", "fp32", {"pyvtk": Timing(1, 1, 1, 3)}, launched=launched)
-    assert "as launched, not as CUDA graphs: peer, other" in harness.table([result])
+    monkeypatch.setattr(harness, "clock", lambda device: timed)
+    monkeypatch.setattr(harness, "still_works", lambda device: settings.works)
+    return settings
+
+
+def on_gpu(**options):
+    return doubling(device="cuda", limit=harness.read_limit(lambda x: x), **options)
+
+
+def test_all_is_replayed_limits_too(gpu):
+    result = harness.run_case(on_gpu(), seconds=0.01)
+    assert not result.launched and result.share > 0
+    assert gpu.replays == 3 * result.times["pyvtk"].rounds
+
+
+def test_what_cannot_be_captured_is_named(gpu):
+    case = on_gpu()
+    gpu.refused = (case.providers["peer"],)
+    result = harness.run_case(case, seconds=0.01)
+    assert result.launched == ["peer"] and set(result.times) == {"pyvtk", "peer"}
+    assert "as launched, not as CUDA graphs: peer" in harness.table([result])
+    assert harness.run_case(dataclasses.replace(case, eager=("peer",)), seconds=0.01).launched == ["peer"]
+    # where ours is launched, so is what its share is a share of
+    gpu.refused = (case.providers["pyvtk"],)
+    assert harness.run_case(case, seconds=0.01).launched == ["pyvtk", "limit"]
+
+
+def test_a_graph_that_computes_something_else_is_refused(gpu, monkeypatch):
+    wrong = []
+
+    def captured(call, arguments):
+        result = call(*arguments)
+        return Replay(Graph(call, arguments), arguments, torch.zeros_like(result) if call in wrong else result)
+
+    monkeypatch.setattr(harness, "captured", captured)
+    case = on_gpu(bars={"peer": 1e-9})
+    wrong.append(case.providers["peer"])
+    result = harness.run_case(case, seconds=0.01)
+    assert result.absent == {"peer": "wrong: as a graph, result 0 differs from plain indexing"}
+    assert result.error is None and set(result.times) == {"pyvtk"} and result.unjudged == ["peer"]
+    wrong.append(case.providers["pyvtk"])
+    assert harness.run_case(case, seconds=0.01).error == "pyvtk: as a graph, result 0 differs from plain indexing"
+
+
+def too_large(x):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB\nand much more")
+
+
+def unknown(x):
+    raise NotImplementedError("no kernel")
+
+
+class FailsLater:
+    """Right when it is checked; it raises when it is timed."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        if self.calls > 4:
+            raise RuntimeError("out of resources")
+        return x * 2
+
+
+@pytest.mark.parametrize(
+    ("peer", "why"),
+    [
+        (too_large, "CUDA out of memory. Tried to allocate 80 GiB"),
+        (unknown, "NotImplementedError: no kernel"),
+        (lambda x: x + 1, "wrong: result 0 differs from plain indexing"),
+        (lambda x: x[:3], "wrong: result 0 is (3,) torch.float32, expected (64,) torch.float32"),
+        (FailsLater(), "RuntimeError: out of resources"),
+    ],
+    ids=["memory", "exception", "wrong", "shape", "later"],
+)
+def test_a_peer_that_fails_on_a_gpu_is_absent(gpu, peer, why):
+    case = on_gpu(
+        peer=peer, bars={"peer": 1e-9, "best": 1.0, "time": 10.0, "dense": 1.0}, dense=("peer",), memory=False
+    )
+    result = harness.run_case(case, seconds=0.01)
+    assert result.error is None and result.absent == {"peer": why} and not result.dense
+    assert set(result.times) == {"pyvtk"} and result.share > 0
+    assert set(result.bars) == {"time"} and result.unjudged == ["peer", "best", "dense"]
+    text = harness.table([result])
+    assert f"absent: peer ({why})" in text and "✓ ≤ 10 s, ? peer, ? best, ? dense" in text
+    assert "1 of 1 bars met, 3 not judged" in harness.summary([result])
+    assert harness.Report.from_json(harness.Report({}, [result]).to_json()).results == [result]
+
+
+@pytest.mark.parametrize("ours", [too_large, unknown, lambda x: x + 1, FailsLater()])
+def test_ours_that_fails_on_a_gpu_is_red(gpu, ours):
+    result = harness.run_case(on_gpu(ours=ours), seconds=0.01)
+    assert result.error.startswith("pyvtk: ") and not result.times
+
+
+def test_whoever_loses_the_device_is_named(gpu):
+    def illegal(x):
+        gpu.works = False
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    result = harness.run_case(on_gpu(peer=illegal), seconds=0.01)
+    assert result.error == "peer: RuntimeError: CUDA error: an illegal memory access was encountered"
 
 
 def test_time_bar():
@@ -263,12 +389,32 @@ def test_bandwidth_limit_scales():
     assert limit.amount(x) == 4 << 20 and limit.scale(x) == 1 / 16
 
 
-def test_out_of_memory_is_an_error_of_the_case():
-    def greedy():
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_a_copy_as_large_as_the_case():
+    limit = harness.bandwidth_limit(lambda x: x.nbytes, "cpu", as_large=True)
+    x = torch.zeros(1 << 20)
+    source, target = harness._copy_operands("cpu")
+    target.zero_()
+    limit.probe(x)
+    half = x.nbytes // 2
+    assert torch.equal(target[:half], source[:half]) and not target[half:].any() and limit.scale(x) == 1
+    # more than there is to copy: as often as that
+    assert harness.bandwidth_limit(lambda x: 4 * 64 << 20, "cpu", as_large=True).scale(x) == 4
 
-    result = harness.run_case(dataclasses.replace(doubling(), inputs=greedy))
-    assert result.error == "CUDA out of memory" and not result.times
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (AssertionError(), "AssertionError: "),
+    ],
+)
+def test_whatever_a_case_raises_is_its_error(error, message):
+    def inputs():
+        raise error
+
+    result = harness.run_case(dataclasses.replace(doubling(), inputs=inputs))
+    assert result.error == message and not result.times
 
 
 def test_resumed_run_measures_only_what_is_missing(tmp_path, monkeypatch, capsys):
@@ -296,20 +442,237 @@ def test_resumed_run_measures_only_what_is_missing(tmp_path, monkeypatch, capsys
     assert sorted(r.name for r in harness.Report.from_json(path.read_text()).results) == ["first", "second"]
 
 
-def test_rounds_rotate():
-    order = []
-    times = interleave({n: lambda n=n: order.append(n) for n in "abc"}, seconds=0, min_rounds=3)
-    assert "".join(order) == "abcbcacab"
-    assert all(t.rounds == 3 and t.low <= t.median <= t.high for t in times.values())
+# Runs that end badly, in processes of their own. Each case notes that it was tried.
+PLANTED = """
+import os, sys, time
+import torch
+from pyvtk import bench
+from pyvtk.__main__ import main
+
+harness = bench.load()
+notes, mode, *arguments = sys.argv[1:]
+harness._PATIENCE = 0 if mode == "hangs" else 60
+lost = []
+harness.still_works = lambda device: not lost
+
+def planted(name, ours):
+    def expect(x):
+        with open(notes, "a") as file:
+            file.write(name + "\\n")
+        return harness.same(x * 2)
+    providers = {"pyvtk": ours, "peer": lambda x: x + x}
+    return harness.Case("score", name, torch.float32, lambda: (torch.ones(4),), providers, expect)
+
+def raises(x):
+    raise KeyError("by itself")
+
+def loses(x):
+    lost.append(True)
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+found = [planted("first", lambda x: x * 2)]
+if mode == "bad day":
+    found += [planted("raises", raises), planted("aborts", lambda x: os.abort()), planted("loses", loses)]
+else:
+    found += [planted("waits", lambda x: time.sleep(60))]
+harness.cases = lambda *_: [*found, planted("last", lambda x: x * 2)]
+sys.exit(main(["bench", "--quick", "--resume", *arguments]))
+"""
 
 
-def test_extra_memory_sees_peaks_and_frees():
-    x = torch.zeros(32 << 20, dtype=torch.uint8)
-    if (used := extra_memory(x.clone)) is None:
-        pytest.skip("this system does not tell")
-    assert abs(used - x.nbytes) < 1 << 20
-    assert extra_memory(lambda: (x.clone(), None)[1] or x.clone()) < 2.1 * x.nbytes
-    assert extra_memory(lambda: x.add_(1)) < 1 << 20
+@pytest.fixture
+def planted(tmp_path):
+    """Starts a run of the planted cases."""
+    pytest.importorskip("rich")
+
+    def start(mode):
+        command = [sys.executable, "-c", PLANTED, tmp_path / "notes", mode, "--json", tmp_path / "x.json"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+
+    return start
+
+
+def errors_in(path):
+    return {r.name: r.error for r in harness.Report.from_json(path.read_text()).results}
+
+
+def test_a_run_survives_its_cases(planted, tmp_path):
+    path = tmp_path / "x.json"
+    first = planted("bad day")
+    said = first.communicate(timeout=120)[1]
+    assert first.returncode == -signal.SIGABRT, said
+    raised = "pyvtk: KeyError: 'by itself'"
+    assert errors_in(path) == {"first": None, "raises": raised, "aborts": harness.BEGUN}
+    second = planted("bad day")
+    said = second.communicate(timeout=120)[1]
+    assert second.returncode == 86 and "no more after score: loses, fp32; --resume goes on behind it" in said
+    aborted = "lost: the process ended while it ran"
+    lost = "lost: the device works no more: pyvtk: RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert errors_in(path) == {"first": None, "raises": raised, "aborts": aborted, "loses": lost}
+    third = planted("bad day")
+    table, said = third.communicate(timeout=120)
+    assert third.returncode == 1, said
+    assert errors_in(path) == {"first": None, "raises": raised, "aborts": aborted, "loses": lost, "last": None}
+    assert f"no numbers: {lost}" in table and "3 RED" in table
+    # what was good or ended a process is not tried again; what is wrong may have been repaired
+    tries = Counter((tmp_path / "notes").read_text().split())
+    assert tries == {"first": 1, "raises": 3, "aborts": 1, "loses": 1, "last": 1}
+
+
+@pytest.mark.parametrize(
+    ("mode", "sent", "kept"),
+    [
+        ("slow", signal.SIGTERM, {"first": None}),
+        ("hangs", signal.SIGTERM, {"first": None, "waits": harness.BEGUN}),
+        ("slow", signal.SIGKILL, {"first": None, "waits": harness.BEGUN}),
+    ],
+    ids=["told to end", "told to end after too long", "killed"],
+)
+def test_what_is_cut_off_is_lost_only_if_it_may_hang(planted, tmp_path, mode, sent, kept):
+    process = planted(mode)
+    notes, path = tmp_path / "notes", tmp_path / "x.json"
+    for _ in range(600):
+        if notes.is_file() and "waits" in notes.read_text():
+            break
+        time.sleep(0.1)
+    assert errors_in(path) == {"first": None, "waits": harness.BEGUN}
+    process.send_signal(sent)
+    process.communicate(timeout=60)
+    assert process.returncode == (128 + signal.SIGTERM if sent == signal.SIGTERM else -signal.SIGKILL)
+    assert errors_in(path) == kept
+    again = harness.not_again(harness.Report.from_json(path.read_text()).results)
+    lost = {name: "lost: the process ended while it ran" if error else None for name, error in kept.items()}
+    assert {result.name: result.error for result in again.values()} == lost
+
+
+def test_a_report_is_written_whole(tmp_path, monkeypatch):
+    """A process that ends while it writes must not take the results with it."""
+    path = tmp_path / "x.json"
+    harness.write(path, harness.Report({}, [harness.Result("score", "a", "fp32")]))
+    before = path.read_text()
+
+    class Half:
+        def to_json(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.write(path, Half())
+    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
+
+
+# The run of --key
+
+
+def test_the_key_run():
+    cases = harness.cases(device="cuda", key=True)
+    assert {case.family for case in cases} == set(harness.FAMILIES) and len(cases) < 40
+    assert all(case.bars for case in cases)
+    # what the package is judged by comes first, what compiles for long last
+    slow = [any(name.startswith("flex") for name in case.providers) for case in cases]
+    assert slow == sorted(slow) and 0 < sum(slow) < len(cases) / 4
+    assert [case.place for case in cases] == sorted(case.place for case in cases)
+    for case in cases:
+        assert not set(case.spared) & set(case.providers) and set(case.spared) <= set(case.absent)
+        assert not {"flex built", "flex tiles permuted", "flex tiles permuted built"} & set(case.providers)
+
+
+@pytest.mark.parametrize(
+    ("name", "bars"),
+    [
+        ("score: LLaVA-1.5 score and select 640 to 144", {"time": 15e-6, "compiled eager + topk + sort": 4.0}),
+        ("score: LLaVA-NeXT score and select, batch 16, 2950 to 720", {"limit": 0.7}),
+        ("score: all rows, causal, LSE given, 32/8 heads, M=N=2880, D=128", {"dense": 1 / 0.7}),
+        ("score: all rows, causal, LSE given, 32/8 heads, M=N=16384, D=128", {"dense": 1 / 0.7}),
+        ("select: LLaVA-NeXT [1, 2880] to 720", {"topk + sort": 2.0, "FlashInfer + sort": 1 / 1.2}),
+        ("select: Qwen2-VL batch [32, 16384] to 4096", {"topk + sort": 2.0, "FlashInfer + sort": 1 / 1.2}),
+        ("compact: [8, 2880, 4096] to 720, out=", {"limit": 0.85}),
+        ("compact: Qwen2-VL cache of 28 layers, in place", {"index_select, copy back": 3.0}),
+        ("compact: Qwen2-VL cache of 28 layers, new tensors", {"loop of index_select": 3.0}),
+        ("attention: 48x48, radius 4, 16/16 heads", {"dense": 1.0, "flex": 1.3}),
+        ("attention: LLaVA-1.5 mixed, N=675, radius 2, 32/32 heads", {"SDPA causal": 1.0, "flex": 1.3}),
+        ("attention: SigLIP so400m 27x27, radius 3, 16/16 heads, D=72", {"dense": 1.0}),
+        ("sparse24: 1 rows, LLM MLP up", {"F.linear": 1.4}),
+        ("sparse24: 16 rows, LLM MLP up", {"F.linear": 1.4}),
+        ("sparse24: 577 rows, 4096 x 4096", {"F.linear": 1.0, "cuSPARSELt": 0.95}),
+        ("sparse24: 2950 rows, 4096 x 4096", {"F.linear": 1.0, "cuSPARSELt": 0.95}),
+        ("sparse24: int8 x int8, 16 rows, LLM MLP up", {"F.linear": 1.4}),
+        ("sparse24: int8 x int8, 2950 rows, LLM MLP up", {"compiled dense int8": 1.0}),
+        ("sparse24: Linear24 forward and backward, 9232 rows", {"nn.Linear": 1.15}),
+    ],
+)
+def test_the_key_run_holds_what_the_package_is_judged_by(name, bars):
+    (case,) = (case for case in harness.cases(device="cuda", key=True) if case.id.startswith(name))
+    assert bars.items() <= case.bars.items()
+
+
+def test_the_key_run_on_the_cpu_tries_every_family():
+    cases = harness.cases(key=True)
+    assert {case.family for case in cases} == set(harness.FAMILIES) and len(cases) < 15
+
+
+def test_command_lists_the_key_run_without_a_gpu(capsys):
+    assert main(["bench", "--list", "--device", "cuda", "--key"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [case.id for case in harness.cases(device="cuda", key=True)]
+    assert main(["bench", "merge", "--list", "--key"]) == 0
+    assert capsys.readouterr().out == "merge: ToMe merge [8, 576, 1024] to 144, fp32\n"
+
+
+# Where the numbers come from
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A folder inside a checkout, and what git says in it."""
+    monkeypatch.delenv("PYVTK_COMMIT", raising=False)
+
+    def git(*arguments):
+        identity = ["-c", "user.name=x", "-c", "user.email=x", "-c", "commit.gpgsign=false"]
+        command = ["git", "-C", tmp_path, *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-qm", "x")
+    (tmp_path / "inner").mkdir()
+    return tmp_path, git("rev-parse", "HEAD")
+
+
+OUTSIDE = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_the_commit_is_gits(tree, monkeypatch, capsys):
+    root, commit = tree
+    assert commit_of(root) == commit[:10]
+    (root / "file").write_text("2")
+    monkeypatch.setenv("PYVTK_COMMIT", commit)
+    assert commit_of(root) == commit[:10] + "+" and not capsys.readouterr().err
+    monkeypatch.setenv("PYVTK_COMMIT", OUTSIDE)
+    assert commit_of(root) == commit[:10] + "+"
+    assert f"PYVTK_COMMIT is 0123456789, but the checkout is at {commit[:10]}" in capsys.readouterr().err
+
+
+def test_without_git_the_commit_comes_from_outside(tree, monkeypatch):
+    inner = tree[0] / "inner"  # the history above is not its own
+    assert commit_of(inner) is None
+    for told, taken in ((OUTSIDE, "0123456789"), (OUTSIDE + "+\n", "0123456789+"), ("", None)):
+        monkeypatch.setenv("PYVTK_COMMIT", told)
+        assert commit_of(inner) == taken
+    monkeypatch.setenv("PYVTK_COMMIT", OUTSIDE)
+    monkeypatch.setenv("PATH", "")  # no git at all
+    assert commit_of(tree[0]) == "0123456789"
+
+
+def test_the_floor_of_replays_is_told(gpu, monkeypatch):
+    assert harness.replay_floor("cpu") is None
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
+    floor = harness.replay_floor("cuda")
+    assert 0 < floor < 0.01
+    facts = harness.machine("test")
+    assert facts["floor"] is None and "tiny kernel" not in harness.header(facts)
+    assert "one tiny kernel, replayed as all are, takes 3 µs" in harness.header({**facts, "floor": 3e-6})
 
 
 def test_plots(tmp_path):
@@ -365,21 +728,21 @@ class TestAttention:
         scene = self.bench.Scene(SCENES[name], 1)
         case = self.bench.forward(name, scene, (4, 2, 32), dtype)
         assert {"SDPA mask built", "flex", "flex tiles", "flex tiles permuted built"} < set(case.providers)
-        assert harness.verify(case, case.inputs()) is None
+        assert harness.settled(case, case.inputs())[0] is case
 
     @pytest.mark.parametrize("name", SCENES)
     def test_gradients_are_right(self, name):
         scene = self.bench.Scene(SCENES[name], 1)
         case = self.bench.training(name, scene, (4, 2, 32), torch.float32)
         assert {"SDPA mask built", "flex", "flex tiles", "flex tiles permuted built"} < set(case.providers)
-        assert harness.verify(case, case.inputs()) is None
+        assert harness.settled(case, case.inputs())[0] is case
 
     @pytest.mark.parametrize("name", SCENES)
     @pytest.mark.parametrize("kind", ["planning", "dropping"])
     def test_plans_are_right(self, name, kind):
         scene = self.bench.Scene(SCENES[name], 1)
         case = getattr(self.bench, kind)(name, scene, (4, 2, 32), torch.float32)
-        assert harness.verify(case, case.inputs()) is None
+        assert harness.settled(case, case.inputs())[0] is case
 
     def test_another_radius_is_refused(self):
         scene, other = (self.bench.Scene(SCENES["mixed"], radius) for radius in (1, 2))
@@ -387,10 +750,12 @@ class TestAttention:
             right, wrong = (make("mixed", s, (2, 2, 32), torch.float32, flex="not here") for s in (scene, other))
             for name in ("pyvtk", "SDPA mask"):
                 case = dataclasses.replace(right, providers={**right.providers, name: wrong.providers[name]})
-                assert harness.verify(case, case.inputs()).startswith(f"{name}: error")
+                with pytest.raises(harness.Failed, match=f"{name}: error"):
+                    harness.settled(case, case.inputs())
         case = self.bench.planning("mixed", scene, (2, 2, 32), torch.float32)
         case.providers["pyvtk"] = self.bench.planning("mixed", other, (2, 2, 32), torch.float32).providers["pyvtk"]
-        assert harness.verify(case, case.inputs()) == "pyvtk: another rule"
+        with pytest.raises(harness.Failed, match="pyvtk: another rule"):
+            harness.settled(case, case.inputs())
 
 
 def test_command_lists_and_filters(capsys):

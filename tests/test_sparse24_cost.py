@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,13 +23,29 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def write_table(times, dtype="float32", shape=(1024, 1024), rows=(1, 64)):
+def write_table(times, dtype="float32", shape=(1024, 1024), rows=(1, 64), device="cpu"):
     """A table of this machine: kernel -> seconds at the rows."""
-    path = cost.table_path()
+    path = cost.table_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     kernels = {k: [{"shape": shape, "rows": rows, "seconds": seconds}] for k, seconds in times.items()}
-    path.write_text(json.dumps({"key": cost._key(torch.device("cpu")), "seconds": {dtype: kernels}}))
+    key = cost._key(torch.device(device))
+    path.write_text(json.dumps({"key": key, "seconds": {dtype: kernels}, "left_out": {}}))
     return path
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Names the GPU that torch seems to find."""
+
+    def found(name):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        properties = SimpleNamespace(multi_processor_count=100)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    cost._say_guessed.cache_clear()
+    return found
 
 
 SPARSE_WINS_FEW = {"few": (1e-3, 64e-3), "many": (2e-3, 32e-3), "dense": (4e-3, 16e-3)}
@@ -91,6 +108,84 @@ def test_named_devices_are_analytic(name):
         assert many.kernel == "many" and 1 < many.speedup < 2
     # the dense product of one row reads the weight: bytes over the data sheet's bandwidth, or a little slower
     assert 11008 * 4096 * 2 / 5e12 < few.seconds["dense"] < 11008 * 4096 * 2 / 0.4e12
+
+
+@pytest.mark.parametrize(
+    ("name", "bandwidth", "half"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 2039, 312),
+        ("NVIDIA A100 80GB PCIe", 1935, 312),
+        ("NVIDIA A100-PCIE-40GB", 1555, 312),
+        ("NVIDIA H100 80GB HBM3", 3352, 989),
+        ("NVIDIA H100 PCIe", 2039, 756),
+        ("NVIDIA H100 NVL", 3900, 835),
+        ("NVIDIA H200", 4800, 989),
+        ("NVIDIA GH200 480GB", 4000, 989),
+        ("NVIDIA L40S", 864, 362),
+        ("NVIDIA L40", 864, 181),
+        ("NVIDIA L4", 300, 121),
+        ("NVIDIA A10", 600, 125),
+        ("nvidia geforce rtx 4090", 1008, 165),
+    ],
+)
+def test_a_gpu_is_known_by_whole_words(name, bandwidth, half, gpu):
+    gpu(name)
+    reading, launch = 11008 * 4096 * 2 / (bandwidth * 0.85e9), 5e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for device in (name, "cuda"):
+            few, many = (sparse24.estimate(m, 11008, 4096, torch.bfloat16, device) for m in (1, 65536))
+            assert few.seconds["dense"] == pytest.approx(reading + launch, rel=0.01)
+            assert many.seconds["dense"] == pytest.approx(2 * 65536 * 11008 * 4096 / (half * 0.75e12), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA RTX A1000",
+        "NVIDIA A10G",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA H20",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "GRID A100-10C",
+    ],
+)
+def test_an_unknown_gpu_is_called_so(name, gpu):
+    with pytest.raises(ValueError, match="device must be a torch device or one of 'A100"):
+        sparse24.estimate(1, 1024, 1024, torch.bfloat16, name)
+    gpu(name)
+    with pytest.warns(RuntimeWarning, match=f"the rates of '{name}' are not known, and estimates for it are guesses"):
+        assert sparse24.estimate(1, 1024, 1024, torch.bfloat16, "cuda").source == "analytic"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was said once
+        sparse24.estimate(1, 1024, 1024, torch.bfloat16, "cuda")
+
+
+def test_what_was_measured_is_no_guess(gpu):
+    gpu("NVIDIA H20")
+    write_table(SPARSE_WINS_FEW, "bfloat16", device="cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sparse24.estimate(1, 1024, 1024, torch.bfloat16, "cuda").source == "measured"
+
+
+def test_few_on_cuda_holds_32_rows(gpu):
+    """It reads the weight once for all of them; with more, the operator runs the other kernel whatever is asked for."""
+    one, all_rows, more = (sparse24.estimate(m, 4096, 11008, torch.bfloat16, "H100") for m in (1, 32, 33))
+    assert one.kernel == all_rows.kernel == "few" and all_rows.seconds["few"] < 1.2 * one.seconds["few"]
+    assert "few" not in more.seconds and more.absent == {"few": "it holds 32 rows on CUDA, not 33"}
+    assert one.choice == (0, 0, 33, 1)
+    # as many bytes of values as it takes at a time: 64 of 16 bits are 128 in_features, 96 are not
+    assert "few" in sparse24.estimate(1, 64, 64, torch.bfloat16, "H100").seconds
+    for k, dtype in ((96, torch.bfloat16), (64, torch.int8)):
+        other = sparse24.estimate(1, 64, k, dtype, "H100", torch.bfloat16)
+        assert "few" not in other.seconds and f"{k} in_features are no multiple" in other.absent["few"]
+    # a table of many rows alone
+    gpu("NVIDIA H100 80GB HBM3")
+    write_table({"many": (1e-3, 2e-3), "dense": (4e-3, 8e-3)}, "bfloat16", device="cuda", rows=(64, 128))
+    found = sparse24.estimate(64, 1024, 1024, torch.bfloat16, "cuda")
+    assert found.source == "measured" and found.kernel == "many" and found.choice == (0, 1)
 
 
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16])
@@ -172,6 +267,39 @@ def test_calibrate_writes_what_estimate_reads(cache):
     assert set(json.loads(path.read_text())["seconds"]) == {"float32", "int8", "bfloat16"}
     assert sparse24.estimate(1, 64, 128, torch.int8).source == "measured"
     assert sparse24.estimate(8, 64, 128).seconds == found.seconds
+
+
+@needs_kernels
+def test_calibrate_measures_few_where_it_runs(monkeypatch):
+    """On CUDA that is up to 32 rows; here the CPU stands in."""
+    why_not = cost._no_few
+    monkeypatch.setattr(cost, "_no_few", lambda m, k, values, cuda: why_not(m, k, values, True))
+    options = {"dtypes": (torch.bfloat16,), "rows": (1, 32, 33, 64), "seconds": 1e-4}
+    path = sparse24.calibrate(**options, shapes=((32, 64), (32, 96)))
+    stored = json.loads(path.read_text())["seconds"]["bfloat16"]
+    assert [entry["rows"] for entry in stored["few"]] == [[1, 32]] and stored["few"][0]["shape"] == [32, 64]
+    assert [entry["rows"] for entry in stored["many"]] == [[1, 32, 33, 64]] * 2
+
+
+@needs_kernels
+def test_calibrate_survives_a_vendor_that_does_not_work(monkeypatch):
+    """cuSPARSELt is in the build, but not for this device: no CPU has it."""
+    of_the_build = backends.why_not_cusparselt
+    monkeypatch.setattr(backends, "why_not_cusparselt", lambda device: None)
+    options = {"rows": (1, 16), "shapes": ((32, 64), (20, 64)), "seconds": 1e-4}
+    message = "the vendor's kernel does not work on cpu and is left out of the table for bfloat16: .*_cslt_compress"
+    with pytest.warns(RuntimeWarning, match=message):
+        path = sparse24.calibrate(dtypes=(torch.bfloat16,), **options)
+    found = sparse24.estimate(16, 32, 64, torch.bfloat16)
+    assert found.source == "measured" and set(found.seconds) == {"few", "many", "dense"}
+    assert "_cslt_compress" in found.absent["vendor"] and 3 not in found.choice[1::2]
+    # it is remembered beside what is measured later
+    sparse24.calibrate(dtypes=(torch.float32,), **options)
+    assert set(json.loads(path.read_text())["seconds"]) == {"bfloat16", "float32"}
+    assert "_cslt_compress" in sparse24.estimate(16, 32, 64, torch.bfloat16).absent["vendor"]
+    # a reason of the build comes first
+    monkeypatch.setattr(backends, "why_not_cusparselt", of_the_build)
+    assert "not on cpu" in sparse24.estimate(16, 32, 64, torch.bfloat16).absent["vendor"]
 
 
 @needs_kernels

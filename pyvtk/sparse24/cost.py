@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import platform
+import re
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -26,11 +29,15 @@ from pyvtk.sparse24.pruning import two_of_four
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 # What a table has times of: values by their dtype, x in the same; int8 values times float32 x, or times another.
 ENTRIES = (*DTYPES, "int8, bfloat16", "int8, float16")
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 # Rows and weights that calibrate measures. Beyond the last rows time grows in proportion.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 SHAPES = ((768, 768), (1024, 4096), (4096, 4096))  # [out_features, in_features]
-_FEW_UP_TO = 128  # rows until which the kernel for few rows is measured: it only loses ground after that
+_FEW_UP_TO = 128  # rows until which the CPU's kernel for few rows is measured: it only loses ground after that
+# Rows that the kernel for few holds on CUDA, and bytes of a row's values that it takes at a time. Beyond them, or where
+# these do not fit, the operator runs the other kernel, whatever is asked for (csrc/cuda/sparse24.cuh, plan_sparse24).
+_FEW_ON_CUDA = 32
+_FEW_BYTES = 64
 _COLD = 64 << 20  # bytes of weights that are used in turn, so that they come from memory as in a model
 _VENDOR_FROM = 8  # rows from which the vendor's kernel is measured: it works on eight at a time
 # A dense product, or the vendor's, has to win by more than noise before memory is spent on a copy.
@@ -52,9 +59,14 @@ class Facts:
     overhead: float = 5e-6  # of a launch
     unpacked: frozenset[str] = frozenset()
     vendor: dict[str, float] = field(default_factory=dict)
+    few_rows: int = 16  # that one reading of the weight serves in the kernel for few
+    tile: int = 32  # rows that the kernel for many computes at least
+    guessed: str | None = None  # name of the GPU, if it is not among GPUS
 
 
-def _tensor_cores(bandwidth: float, half: float, tf32: float, int8: float, hopper: bool = False) -> Facts:
+def _tensor_cores(
+    bandwidth: float, half: float, tf32: float, int8: float, hopper: bool = False, guessed: str | None = None
+) -> Facts:
     dense = {"float32": tf32, "bfloat16": half, "float16": half, "int8": int8}
     # Measured products reach less of the sparse peak than of the dense one: published ratios are 1.1 to 1.6, not 2.
     # No tensor core takes float32.
@@ -62,25 +74,30 @@ def _tensor_cores(bandwidth: float, half: float, tf32: float, int8: float, hoppe
     ours = {d: r * _MMA_OF_WGMMA for d, r in sparse.items()} if hopper else sparse
     return Facts(
         bandwidth * 0.85e9, {d: r * 0.75e12 for d, r in dense.items()}, ours,
-        unpacked=frozenset(("float32",)), vendor=sparse,
+        unpacked=frozenset(("float32",)), vendor=sparse, few_rows=_FEW_ON_CUDA, tile=64, guessed=guessed,
     )  # fmt: skip
 
 
-# Data sheets: GB/s; dense TFLOPS of 16-bit numbers with float32 sums, of tf32, and TOPS of int8. Names as torch gives
-# them contain these keys; the first that does wins.
+# NVIDIA's data sheets: GB/s; dense TFLOPS of 16-bit numbers with float32 sums, of tf32, and TOPS of int8 (half of what
+# they give with sparsity). Names as torch gives them hold these words one after the other; the first that does wins.
 GPUS = {
     "A100-SXM4-80GB": _tensor_cores(2039, 312, 156, 624),
     "A100 80GB PCIe": _tensor_cores(1935, 312, 156, 624),
     "A100": _tensor_cores(1555, 312, 156, 624),
     "H200": _tensor_cores(4800, 989, 494, 1979, hopper=True),
+    "GH200": _tensor_cores(4000, 989, 494, 1979, hopper=True),  # with 96 GB; the one with 144 GB has 4900 GB/s
     "H100 PCIe": _tensor_cores(2039, 756, 378, 1513, hopper=True),
+    "H100 NVL": _tensor_cores(3900, 835, 418, 1671, hopper=True),
     "H100": _tensor_cores(3352, 989, 494, 1979, hopper=True),
     "L40S": _tensor_cores(864, 362, 183, 733),
+    "L40": _tensor_cores(864, 181, 90.5, 362),
     "L4": _tensor_cores(300, 121, 60, 242),
     "A10": _tensor_cores(600, 125, 62.5, 250),
     "RTX 4090": _tensor_cores(1008, 165, 82.6, 660),
     "RTX 3090": _tensor_cores(936, 71, 35.6, 284),
 }
+# Words that make another device of a name: less of it, or a variant.
+_VARIANTS = {"mig", "grid", "laptop", "d", "ti", "super"}
 # One thread of a CPU, cautiously: GB/s and GFLOPS by instruction set. bfloat16 counts as float32 where the set has no
 # products of it.
 _CPU_GFLOPS = {"portable": 8, "avx2": 50, "avx512": 80}
@@ -101,6 +118,7 @@ class Estimate:
             sheets, or cautious guesses for a CPU: an order of magnitude).
         choice: kernels by rows for this weight, for ``Sparse24Weight.choice``: pairs (rows, kernel number). Dense and
             the vendor's are among them only if they were measured.
+        absent: kernel that is not among the seconds -> why.
     """
 
     seconds: dict[str, float]
@@ -108,6 +126,7 @@ class Estimate:
     speedup: float
     source: str
     choice: tuple[int, ...]
+    absent: dict[str, str] = field(default_factory=dict)
 
 
 # Where tables live, and for which machine they hold.
@@ -155,8 +174,15 @@ def table_path(device: torch.device | str = "cpu") -> Path:
     return cache_folder() / f"sparse24-{device.type}-{digest}.json"
 
 
-# dtype -> kernel -> [((out_features, in_features), rows, seconds)]
-Table = dict[str, dict[str, list[tuple[tuple[int, int], list[int], list[float]]]]]
+@dataclass
+class Table:
+    """What was measured, by the names of ENTRIES: kernel -> [((out_features, in_features), rows, seconds)]; and which
+    kernels could not be, and why."""
+
+    seconds: dict[str, dict[str, list[tuple[tuple[int, int], list[int], list[float]]]]] = field(default_factory=dict)
+    left_out: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
 _tables: dict[Path, tuple[int, Table | None]] = {}
 
 
@@ -165,9 +191,10 @@ def _parse(text: str, device: torch.device) -> Table:
     stored = json.loads(text)
     if stored["key"] != _key(device):
         raise ValueError("it was made for another device or version")
-    table: Table = {}
+    table = Table(left_out={name: dict(reasons) for name, reasons in stored["left_out"].items()})
+    needed = {"many", "dense"} | ({"few"} if device.type == "cpu" else set())  # on CUDA it holds few rows
     for dtype, kernels in stored["seconds"].items():
-        if dtype not in ENTRIES or not {"few", "many", "dense"} <= set(kernels) <= set(ops.KERNELS):
+        if dtype not in ENTRIES or not needed <= set(kernels) <= set(ops.KERNELS):
             raise ValueError(f"it has unknown or missing entries for {dtype!r}")
         for kernel, entries in kernels.items():
             for entry in entries:
@@ -175,7 +202,7 @@ def _parse(text: str, device: torch.device) -> Table:
                 good = len(shape) == 2 and len(rows) == len(seconds) > 0 and rows == sorted(set(rows)) and rows[0] > 0
                 if not good or not all(math.isfinite(s) and s > 0 for s in seconds):
                     raise ValueError(f"its entry {dtype}, {kernel}, {shape} is no list of times")
-                table.setdefault(dtype, {}).setdefault(kernel, []).append((shape, rows, seconds))
+                table.seconds.setdefault(dtype, {}).setdefault(kernel, []).append((shape, rows, seconds))
     return table
 
 
@@ -219,7 +246,7 @@ def _at_rows(rows: list[int], seconds: list[float], m: int) -> float:
 def _from_table(table: Table, m: int, n: int, k: int, dtype: str) -> dict[str, float]:
     """Seconds per weight of the measured sizes around n * k, times n * k."""
     result = {}
-    for kernel, entries in table[dtype].items():
+    for kernel, entries in table.seconds[dtype].items():
         points = sorted((shape[0] * shape[1], _at_rows(rows, times, m)) for shape, rows, times in entries)
         sizes = [size for size, _ in points]
         per_weight = [time / size for size, time in points]
@@ -244,7 +271,25 @@ def _cpu_facts() -> Facts:
 
 
 def _gpu_facts(name: str) -> Facts | None:
-    return next((facts for known, facts in GPUS.items() if known.lower() in name.lower()), None)
+    """Of the first of GPUS whose words are in the name."""
+    words = re.split(r"[\s-]+", name.lower())
+    if _VARIANTS & set(words):
+        return None
+    for known, facts in GPUS.items():
+        wanted = re.split(r"[\s-]+", known.lower())
+        if any(words[i : i + len(wanted)] == wanted for i in range(len(words))):
+            return facts
+    return None
+
+
+@functools.cache
+def _say_guessed(name: str) -> None:
+    warnings.warn(
+        f"pyvtk: the rates of {name!r} are not known, and estimates for it are guesses from its number of "
+        "multiprocessors until pyvtk.sparse24.calibrate has measured it",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _from_facts(facts: Facts, m: int, n: int, k: int, values: torch.dtype, x: torch.dtype) -> dict[str, float]:
@@ -259,10 +304,9 @@ def _from_facts(facts: Facts, m: int, n: int, k: int, values: torch.dtype, x: to
     if unpacked:
         unpacking = facts.overhead + (packed + weight) / facts.bandwidth
         return {"few": unpacking + dense, "many": unpacking + dense, "dense": dense}
-    # The kernel for few rows reads the weight once for every 16 of them and leaves tensor units (or tiles) aside; the
-    # one for many rows works on tiles of 32 of them, full or not.
-    reading = (packed * math.ceil(m / 16) + rest) / facts.bandwidth
-    tiles = work * max(m, 32) / m / facts.sparse[dtype]
+    # cautiously, the kernel for few rows multiplies at half the rate of the dense product
+    reading = (packed * math.ceil(m / facts.few_rows) + rest) / facts.bandwidth
+    tiles = work * max(m, facts.tile) / m / facts.sparse[dtype]
     seconds = {
         "few": facts.overhead + max(reading, work / (facts.dense[dtype] * 0.5)),
         "many": facts.overhead + max((packed + rest) / facts.bandwidth, tiles),
@@ -303,7 +347,7 @@ def _device_of(op: str, device: torch.device | str) -> tuple[torch.device | None
         properties = torch.cuda.get_device_properties(device)
         # 2048 (4096 from Hopper on) 16-bit operations of each multiprocessor and cycle, at a cautious 1.4 GHz
         half = properties.multi_processor_count * (4096 if major == 9 else 2048) * 1.4e-3
-        facts = _tensor_cores(600, half, half / 2, half * 2, hopper=major == 9)
+        facts = _tensor_cores(600, half, half / 2, half * 2, hopper=major == 9, guessed=name)
     return device, facts
 
 
@@ -327,7 +371,7 @@ def _dtype_name(op: str, dtype: torch.dtype) -> str:
 
 def _best(seconds: dict[str, float], measured: bool) -> int:
     """Number of the kernel to run; dense and vendor, which cost memory, only if measured to win by more than noise."""
-    ours = FEW if seconds["few"] <= seconds["many"] else MANY
+    ours = FEW if seconds.get("few", math.inf) <= seconds["many"] else MANY
     if not measured:
         return ours
     copy = VENDOR if seconds.get("vendor", math.inf) < seconds["dense"] else DENSE
@@ -335,7 +379,16 @@ def _best(seconds: dict[str, float], measured: bool) -> int:
 
 
 # Row counts at which the choice may change.
-_GRID = sorted({max(1, round(2 ** (i / 2))) for i in range(26)})
+_GRID = sorted({_FEW_ON_CUDA + 1, *(max(1, round(2 ** (i / 2))) for i in range(26))})
+
+
+def _no_few(m: int, k: int, values: torch.dtype, cuda: bool) -> str | None:
+    """Why the operator runs another kernel where the one for few rows is asked for; None if it does not."""
+    if cuda and m > _FEW_ON_CUDA:
+        return f"it holds {_FEW_ON_CUDA} rows on CUDA, not {m}"
+    if cuda and k // 2 * values.itemsize % _FEW_BYTES:
+        return f"it takes {_FEW_BYTES} bytes of a row's values at a time on CUDA, and {k} in_features are no multiple"
+    return None
 
 
 def estimate(
@@ -353,12 +406,12 @@ def estimate(
         dtype: of the values.
         x_dtype: of x. None: ``dtype``, or float32 for int8 values. Only these may have x in another dtype: bfloat16 or
             float16, which CUDA multiplies without unpacking the weight.
-        device: a torch device, whose measured table is used if there is one (:func:`calibrate`); or part of a GPU's
-            name ("A100", "H100", ...), which needs no such GPU and is analytic.
+        device: a torch device, whose measured table is used if there is one (:func:`calibrate`); or a GPU's name, whole
+            or the words that tell it ("A100", "H100 PCIe", ...), which needs no such GPU and is analytic.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, an unknown device. A table that cannot be read is a
-        RuntimeWarning, and the estimate analytic.
+        RuntimeWarning, and the estimate analytic; so is, once, an analytic estimate for a GPU of unknown rates.
     """
     op = "sparse24.estimate"
     for name, value in (("m", m), ("n", n), ("k", k)):
@@ -368,27 +421,32 @@ def estimate(
     name, x_dtype = _entry(op, dtype, x_dtype)
     where, facts = _device_of(op, device)
     table = None if where is None else _load(where)
+    measured = table is not None and name in table.seconds
+    if not measured and facts.guessed:
+        _say_guessed(facts.guessed)
+    cuda = where is None or where.type == "cuda"
     # of another machine's GPU only the shape can be asked
     no_vendor = cusparselt.does_not_fit(n, k, x_dtype) if where is None else cusparselt.why_not(n, k, x_dtype, where)
+    if no_vendor is None and measured:
+        no_vendor = table.left_out.get(name, {}).get("vendor")
 
-    def at(rows: int) -> dict[str, float]:
-        if table is not None and name in table:
-            found = _from_table(table, rows, n, k, name)
-        else:
-            found = _from_facts(facts, rows, n, k, dtype, x_dtype)
-        return {kernel: s for kernel, s in found.items() if kernel != "vendor" or no_vendor is None}
+    def at(rows: int) -> tuple[dict[str, float], dict[str, str]]:
+        found = _from_table(table, rows, n, k, name) if measured else _from_facts(facts, rows, n, k, dtype, x_dtype)
+        reasons = {"few": _no_few(rows, k, dtype, cuda), "vendor": no_vendor}
+        absent = {kernel: why for kernel, why in reasons.items() if why is not None}
+        return {kernel: s for kernel, s in found.items() if kernel not in absent}, absent
 
-    source = "measured" if table is not None and name in table else "analytic"
-    seconds = at(m)
+    seconds, absent = at(m)
     choice: list[int] = []
     for rows in _GRID:
-        kernel = _best(at(rows), source == "measured")
+        kernel = _best(at(rows)[0], measured)
         if not choice or choice[-1] != kernel:
             choice += [rows if choice else 0, kernel]
-    counted = {kernel: s for kernel, s in seconds.items() if kernel != "vendor" or source == "measured"}
+    counted = {kernel: s for kernel, s in seconds.items() if kernel != "vendor" or measured}
     fastest = min(counted, key=counted.__getitem__)
     sparse = min(s for kernel, s in counted.items() if kernel != "dense")
-    return Estimate(seconds, fastest, seconds["dense"] / sparse, source, tuple(choice))
+    source = "measured" if measured else "analytic"
+    return Estimate(seconds, fastest, seconds["dense"] / sparse, source, tuple(choice), absent)
 
 
 def calibrate(
@@ -405,7 +463,8 @@ def calibrate(
 
     The calls take turns, so that a slow spell hits all alike, and medians are stored. Weights are used in turn too, so
     that they come from memory. With the threads that torch is set to; another number is another table. Half a
-    minute on a CPU.
+    minute on a CPU. Where the vendor's kernel should work and does not, the table keeps the reason instead (a
+    RuntimeWarning, and ``absent`` of every estimate).
 
     Args:
         device: the device to measure.
@@ -432,27 +491,40 @@ def calibrate(
         reason = backends.why_not("sparse24_linear", "compiled", device.type, of_x)
         if reason is not None:
             raise RuntimeError(f"{op}: there is nothing to measure on {device}: {reason}")
-    clock = _measure.on_host if device.type == "cpu" else _measure.OnCuda()
     found: dict[str, dict[str, list[dict]]] = {}
-    with torch.no_grad():
+    left_out: dict[str, dict[str, str]] = {}
+    with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        clock = _measure.OnCuda(device) if device.type == "cuda" else _measure.on_host
         for dtype, name, of_x in measured:
             kernels: dict[str, list[dict]] = {kernel: [] for kernel in ops.KERNELS}
             for shape in shapes:
-                for kernel, times in _measure_shape(shape, dtype, of_x, rows, device, seconds, clock).items():
+                measured_here, why_no_vendor = _measure_shape(shape, dtype, of_x, rows, device, seconds, clock)
+                if why_no_vendor is not None:
+                    left_out[name] = {"vendor": why_no_vendor}
+                for kernel, times in measured_here.items():
                     if times:
                         kernels[kernel].append({"shape": shape, "rows": list(times), "seconds": list(times.values())})
+            if name in left_out:  # then for no shape: a table foretells one from the others
+                warnings.warn(
+                    f"pyvtk: the vendor's kernel does not work on {device} and is left out of the table for {name}: "
+                    f"{left_out[name]['vendor']}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                kernels["vendor"] = []
             found[name] = {kernel: entries for kernel, entries in kernels.items() if entries}
     path = table_path(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        before = _load(device) or {}
-    for name, kernels in before.items():
+        before = _load(device) or Table()
+    for name, kernels in before.seconds.items():
         if name not in found:
             found[name] = {
                 kernel: [{"shape": s, "rows": r, "seconds": t} for s, r, t in entries]
                 for kernel, entries in kernels.items()
             }
-    _write(path, json.dumps({"key": _key(device), "seconds": found}, indent=1))
+            left_out |= {name: before.left_out[name]} if name in before.left_out else {}
+    _write(path, json.dumps({"key": _key(device), "seconds": found, "left_out": left_out}, indent=1))
     return path
 
 
@@ -461,8 +533,10 @@ def _copies(nbytes: int) -> int:
     return min(64, max(1, _COLD // nbytes))
 
 
-def _measure_shape(shape, dtype, x_dtype, rows, device, seconds, clock) -> dict[str, dict[int, float]]:
-    """kernel -> rows -> median seconds."""
+def _measure_shape(
+    shape, dtype, x_dtype, rows, device, seconds, clock
+) -> tuple[dict[str, dict[int, float]], str | None]:
+    """kernel -> rows -> median seconds; and why the vendor's kernel does not work, if it should."""
     n, k = shape
     dense = torch.randn(n, k, device=device).to(x_dtype)
     mask = two_of_four(dense.abs())
@@ -474,30 +548,40 @@ def _measure_shape(shape, dtype, x_dtype, rows, device, seconds, clock) -> dict[
     packed = [(weight.values.clone(), weight.metadata.clone()) for _ in range(_copies(weight.nbytes))]
     copies = [dense.clone() for _ in range(_copies(dense.numel() * dense.element_size()))]
     theirs: list[torch.Tensor] = []
+    why_no_vendor = None
+
+    def product(x: torch.Tensor, kernel: int):
+        def call(turn: int):
+            values, metadata = packed[turn % len(packed)]
+            vendor = theirs[turn % len(theirs)] if kernel == VENDOR else None
+            return ops.linear(x, values, metadata, scales=weight.scales, choice=(0, kernel), vendor=vendor)
+
+        return call
+
+    cuda = device.type == "cuda"
     if cusparselt.why_not(n, k, x_dtype, device) is None:
-        theirs.append(weight.cache_vendor(x_dtype))
-        theirs += [theirs[0].clone() for _ in range(_copies(theirs[0].nbytes) - 1)]
+        try:
+            theirs.append(weight.cache_vendor(x_dtype))
+            for m in rows:
+                if m >= _VENDOR_FROM:
+                    product(torch.zeros(m, k, dtype=x_dtype, device=device), VENDOR)(0)
+            if cuda:
+                torch.cuda.synchronize()
+            theirs += [theirs[0].clone() for _ in range(_copies(theirs[0].nbytes) - 1)]
+        except RuntimeError as error:  # a build that has it need not run everywhere
+            theirs, why_no_vendor = [], (str(error).splitlines() or [type(error).__name__])[0]
     times: dict[str, dict[int, float]] = {kernel: {} for kernel in ops.KERNELS}
     for m in rows:
         x = torch.randn(m, k, device=device).to(x_dtype)
-
-        def sparse(kernel: int, x=x):
-            def call(turn: int):
-                values, metadata = packed[turn % len(packed)]
-                vendor = theirs[turn % len(theirs)] if kernel == VENDOR else None
-                return ops.linear(x, values, metadata, scales=weight.scales, choice=(0, kernel), vendor=vendor)
-
-            return call
-
-        calls = {"many": sparse(MANY), "dense": lambda turn, x=x: F.linear(x, copies[turn % len(copies)])}
-        if m <= _FEW_UP_TO or m == rows[0]:
-            calls["few"] = sparse(FEW)
+        calls = {"many": product(x, MANY), "dense": lambda turn, x=x: F.linear(x, copies[turn % len(copies)])}
+        if _no_few(m, k, dtype, cuda) is None and (m <= _FEW_UP_TO or m == rows[0]):
+            calls["few"] = product(x, FEW)
         if theirs and m >= _VENDOR_FROM:
-            calls["vendor"] = sparse(VENDOR)
+            calls["vendor"] = product(x, VENDOR)
         timings = _measure.interleave(calls, lambda turn, _: (turn,), seconds=seconds, min_rounds=3, clock=clock)
         for kernel, timing in timings.items():
             times[kernel][m] = timing.median
-    return times
+    return times, why_no_vendor
 
 
 def _write(path: Path, text: str) -> None:
