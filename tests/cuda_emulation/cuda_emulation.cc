@@ -5,12 +5,14 @@
 #include <sys/mman.h>
 
 #include <atomic>
+#include <chrono>
 #include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
 #include <string>
+#include <thread>
 #include <vector>
 #ifndef __x86_64__
 #include <ucontext.h>
@@ -579,9 +581,13 @@ cudaError_t set_dynamic_shared_limit(const void* kernel, int bytes) {
   ++calls_of_attributes;
   const int here = device();
   Devices& known = devices();
-  const std::lock_guard<std::mutex> lock(known.mutex);
-  if (bytes < 0 || bytes + options().declared_bytes > options().shared_bytes) return cudaErrorInvalidValue;
-  known.dynamic_limits[{kernel, here}] = bytes;
+  {
+    const std::lock_guard<std::mutex> lock(known.mutex);
+    if (bytes < 0 || bytes + options().declared_bytes > options().shared_bytes) return cudaErrorInvalidValue;
+    known.dynamic_limits[{kernel, here}] = bytes;
+  }
+  // Time for another host thread to change it before this one launches.
+  std::this_thread::sleep_for(std::chrono::microseconds(50));
   return cudaSuccess;
 }
 
