@@ -23,8 +23,8 @@ def strided(call: Call, tensor: Tensor, stride: int, offset: int) -> ctypes.c_vo
 
 def linear(
     x: Tensor, values: Tensor, metadata: Tensor, scales: Tensor | None, bias: Tensor | None, mul: Tensor | None,
-    activation: str, *, few: bool | None, int8: bool = False, x_scale: Tensor | None = None, x_stride: int | None = None,
-    offset: int = 0, multiprocessors: int = 4,
+    activation: str, *, few: bool | None, int8: bool = False, x_scale: Tensor | None = None,
+    x_stride: int | None = None, offset: int = 0, multiprocessors: int = 4,
 ) -> tuple[Tensor, tuple[bool, int, int]]:  # fmt: skip
     """sparse24_linear, or sparse24_linear_int8; and what the plan was: few or not, rows of a tile, splits.
 
