@@ -143,6 +143,13 @@ void switch_context(Context& from, Context& to) {
   stop_watching();
 }
 
+// The host after a fiber that will not run again.
+void order_after(const Context& fiber) {
+  if (!fiber.watcher) return;
+  __tsan_switch_to_fiber(fiber.watcher, 1);
+  __tsan_switch_to_fiber(host.watcher, 0);  // 0: the switch orders what comes after
+}
+
 constexpr int kMapping = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 constexpr size_t kGuardBytes = 65536;
 #if defined(__SANITIZE_ADDRESS__)
@@ -634,6 +641,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, void (*bod
   acquire(&launch.end);
   if (!launch.failure.empty()) {
     for (const auto& left : launch.alive) {
+      for (const Thread& thread : left->threads) order_after(*thread.fiber);
       for (const auto& [variable, memory] : left->variables) free_shared(memory);
       free_shared(left->dynamic);
     }

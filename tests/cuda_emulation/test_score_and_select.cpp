@@ -15,6 +15,12 @@ using namespace pyvtk;
 
 namespace {
 
+#ifdef __SANITIZE_THREAD__
+constexpr int kRuns = 0;  // of two threads, each: minutes for long rows
+#else
+constexpr int kRuns = 3;
+#endif
+
 // Of the longest sums here, and some more for exp: what a wrong score differs by is far more.
 constexpr double kRoundings = 64 * 1.2e-7;
 
@@ -180,13 +186,13 @@ struct Call {
   }
 };
 
-// Two threads whose launches need different amounts of shared memory: 2000 of each are checked, and some run.
+// Two threads whose launches need different amounts of shared memory: 2000 of each are checked, and kRuns run.
 void two_threads(const Shape& one, const Shape& another) {
   Call calls[] = {{one, false}, {another, false}};
   std::vector<int64_t> alone[2];
   int errors[2] = {};
   for (int i : {0, 1}) {
-    errors[i] += calls[i].run() != cudaSuccess;
+    if (kRuns > 0) errors[i] += calls[i].run() != cudaSuccess;
     alone[i].assign(calls[i].indices.begin(), calls[i].indices.end());
     std::fill(calls[i].indices.begin(), calls[i].indices.end(), -7);
   }
@@ -194,7 +200,7 @@ void two_threads(const Shape& one, const Shape& another) {
     cuda_emulation::options() = {};
     cuda_emulation::options().dry = dry;
     const auto work = [&](int i) {
-      for (int round = 0; round < (dry ? 2000 : 3); ++round) errors[i] += calls[i].run() != cudaSuccess;
+      for (int round = 0; round < (dry ? 2000 : kRuns); ++round) errors[i] += calls[i].run() != cudaSuccess;
     };
     std::thread other(work, 0);
     work(1);
@@ -202,7 +208,7 @@ void two_threads(const Shape& one, const Shape& another) {
   }
   for (int i : {0, 1}) {
     CHECK(errors[i] == 0, i, errors[i]);
-    CHECK(std::equal(alone[i].begin(), alone[i].end(), calls[i].indices.begin()), i);
+    if (kRuns > 0) CHECK(std::equal(alone[i].begin(), alone[i].end(), calls[i].indices.begin()), i);
   }
 }
 
