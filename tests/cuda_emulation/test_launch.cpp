@@ -1,5 +1,6 @@
 // launch(): what it reports, and shared memory of launches at once. The kernels' own launches from two threads are in
 // test_select.cpp and test_score_and_select.cpp.
+#include <latch>
 #include <thread>
 #include <vector>
 
@@ -74,6 +75,33 @@ void knows_every_device() {
   cuda_emulation::options() = {};
 }
 
+// Threads that come to many kernels for the first time, all at once: each kernel is kept once.
+void keeps_every_kernel() {
+  constexpr uintptr_t kKernels = 3000, kFirst = 1 << 20;  // addresses that no kernel has
+  std::latch ready(3);
+  int errors[3] = {};
+  const auto work = [&](int thread) {
+    ready.arrive_and_wait();
+    for (uintptr_t number = 0; number < kKernels; ++number) {
+      const void* kernel = reinterpret_cast<const void*>(kFirst + 16 * number);
+      detail::SharedLimit* limit = nullptr;
+      errors[thread] += detail::shared_limit_of(kernel, limit) != cudaSuccess || limit->kernel != kernel ||
+                        limit->most != limit->without_asking + 179 * 1024;
+    }
+  };
+  std::thread threads[] = {std::thread(work, 0), std::thread(work, 1), std::thread(work, 2)};
+  for (std::thread& thread : threads) thread.join();
+  CHECK(errors[0] + errors[1] + errors[2] == 0, errors[0], errors[1], errors[2]);
+  std::vector<int> times(kKernels, 0);
+  for (auto& list : detail::shared_limits.lists) {
+    for (const detail::SharedLimit* limit = list; limit; limit = limit->next) {
+      const uintptr_t number = (reinterpret_cast<uintptr_t>(limit->kernel) - kFirst) / 16;
+      if (number < kKernels) ++times[number];
+    }
+  }
+  for (uintptr_t number = 0; number < kKernels; ++number) CHECK(times[number] == 1, number, times[number]);
+}
+
 // From the first launch on, which both may come to at once.
 template <int kNumber>
 void two_threads() {
@@ -100,6 +128,7 @@ int main() {
   reports_its_own_status();
   asks_once();
   knows_every_device();
+  keeps_every_kernel();
   two_threads<3>();
   two_threads<4>();
   two_threads<5>();
