@@ -14,7 +14,7 @@ void probe_(Tensor out) {
 }  // namespace
 }  // namespace pyvtk::cuda
 
-// What pyvtk/backends.py asks by name.
+// What pyvtk/_cuda.py asks by name.
 #define PYVTK_ASKED extern "C" __attribute__((visibility("default")))
 
 // The version of CUDA's runtime in this library, 13000 for 13.0.

@@ -537,6 +537,11 @@ const char* last_failure() { return failure_text.c_str(); }
 
 int64_t attribute_calls() { return calls_of_attributes; }
 
+void fail(const char* what, Location where) {
+  const Unwatched unwatched;
+  stop_here(what, where);
+}
+
 cudaError_t returned(cudaError_t status) {
   if (status != cudaSuccess) last_error_of_thread = status;
   return status;
@@ -567,21 +572,10 @@ cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int device) {
   return cudaSuccess;
 }
 
-cudaError_t kernel_attributes(cudaFuncAttributes* attributes, const void* kernel) {
+cudaError_t kernel_attributes(cudaFuncAttributes* attributes) {
   ++calls_of_attributes;
-  const int here = device();
-  Devices& known = devices();
-  const std::lock_guard<std::mutex> lock(known.mutex);
-  const auto limit = known.dynamic_limits.find({kernel, here});
   attributes->sharedSizeBytes = static_cast<size_t>(options().declared_bytes);
-  attributes->maxDynamicSharedSizeBytes =
-      limit == known.dynamic_limits.end() ? static_cast<int>(kWithoutAsking - options().declared_bytes) : limit->second;
   return cudaSuccess;
-}
-
-void fail(const char* what, Location where) {
-  const Unwatched unwatched;
-  stop_here(what, where);
 }
 
 cudaError_t set_dynamic_shared_limit(const void* kernel, int bytes) {

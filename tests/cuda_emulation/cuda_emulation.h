@@ -74,7 +74,6 @@ enum cudaError_t {
 };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
-  int maxDynamicSharedSizeBytes;
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
@@ -172,7 +171,7 @@ cudaError_t last_error(bool forget);
 
 int device();
 cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int device);
-cudaError_t kernel_attributes(cudaFuncAttributes* attributes, const void* kernel);
+cudaError_t kernel_attributes(cudaFuncAttributes* attributes);
 cudaError_t set_dynamic_shared_limit(const void* kernel, int bytes);
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* arguments);
 
@@ -212,8 +211,8 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = cuda_emulation:
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   return cuda_emulation::returned(cuda_emulation::device_attribute(value, attribute, device));
 }
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
-  return cuda_emulation::returned(cuda_emulation::kernel_attributes(attributes, kernel));
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  return cuda_emulation::returned(cuda_emulation::kernel_attributes(attributes));
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
   return cuda_emulation::returned(cuda_emulation::set_dynamic_shared_limit(kernel, bytes));
