@@ -26,7 +26,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 11)
-DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0"
+# Machine code for what there is, and PTX, which drivers compile, for what comes. That of 10.0 and not of the newest: it
+# runs on 11.0 as well, and no worse on later ones, since no kernel here asks what it is compiled for.
+DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0+PTX;12.0"
 CPU, CUDA = "libpyvtk_cpu.so", "libpyvtk_cuda.so"
 
 

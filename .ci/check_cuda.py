@@ -12,7 +12,7 @@ from pyvtk import _resources
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from binaries import undefined_symbols
 
-WANTED = {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"}
+WANTED = {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_100"}
 MOST_BYTES = 30 * 1000**2
 
 
@@ -23,8 +23,8 @@ def main(wheel: str) -> int:
         foreign = [name for name in undefined_symbols(library) if re.search(r"\b(at|c10|torch)::|cuda[A-Z]", name)]
         size = library.stat().st_size
         kernels = _resources.read(library)
+        found = {kernel.architecture for kernel in kernels} | _resources.ptx(library)
     print(_resources.table(kernels))
-    found = {kernel.architecture for kernel in kernels}
     print(f"libpyvtk_cuda.so: {size / 1000**2:.1f} MB, with code for {', '.join(sorted(found))}")
     errors = []
     if foreign:

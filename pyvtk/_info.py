@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from pathlib import Path
 
 import torch
 
@@ -46,11 +47,14 @@ def _versions(facts: dict) -> list[tuple[str, str]]:
         lines.append(("instruction set", f"{facts['instruction_set']} (this machine runs {others})"))
         if cuda := build["cuda_architectures"]:
             lines.append(("CUDA code", f"for {cuda}, nvcc {build['cuda_compiler']}"))
-        elif facts["libraries"]["libpyvtk_cuda.so"] is None:
+        elif (Path(pyvtk.__file__).parent / "libpyvtk_cuda.so").is_file():
             lines.append(("CUDA code", "built elsewhere"))
         else:
             lines.append(("CUDA code", "not built: nvcc was missing, or PYVTK_CUDA=0"))
     lines += [(library, error or "loaded") for library, error in facts["libraries"].items()]
+    if facts["libraries"]["libpyvtk_cuda.so"] is None:
+        driver = f"for CUDA {facts['cuda_driver']}" if facts["cuda_driver"] else "none: CUDA kernels cannot run here"
+        lines.append(("CUDA driver", driver))
     lines.append(("cuSPARSELt", facts["cusparselt"] or 'sparse24 may take it (kernel "vendor")'))
     return lines + (_cuda_devices() or [("CUDA device", "none that torch can use")])
 

@@ -25,7 +25,7 @@ LIMITS = {
 }  # fmt: skip
 # Numbers of the file format: the fat binary, attributes of .nv.info, and opcodes (the low 12 bits of an instruction).
 _WRAPPER = struct.pack("<I", 0xBA55ED50)
-_MACHINE_CODE, _COMPRESSED, _OF_ONE_ARCHITECTURE = 2, 0xA000, 0x100000
+_PTX, _MACHINE_CODE, _COMPRESSED, _OF_ONE_ARCHITECTURE = 1, 2, 0xA000, 0x100000
 _REGISTERS, _FRAME, _MOST_THREADS, _THREADS = 0x2F, 0x11, 0x05, 0x10
 _STORE_LOCAL, _LOAD_LOCAL = 0x387, 0x983
 
@@ -63,12 +63,8 @@ class Kernel:
         return None
 
 
-def machine_code(library: Path) -> Iterator[tuple[str, bytes]]:
-    """(architecture, ELF file) of everything in the fat binaries of ``library``.
-
-    Raises:
-        ValueError: it is compressed.
-    """
+def _entries(library: Path) -> Iterator[tuple[int, str, int, bytes]]:
+    """(kind, architecture, flags, content) of everything in the fat binaries of ``library``."""
     data, position = library.read_bytes(), 0
     while (position := data.find(_WRAPPER, position)) >= 0:
         _, _, header, size = struct.unpack_from("<IHHQ", data, position)
@@ -77,13 +73,28 @@ def machine_code(library: Path) -> Iterator[tuple[str, bytes]]:
             kind, _, header, size = struct.unpack_from("<HHIQ", data, entry)
             (number,) = struct.unpack_from("<I", data, entry + 28)
             (flags,) = struct.unpack_from("<Q", data, entry + 40)
-            if kind == _MACHINE_CODE:
-                if flags & _COMPRESSED:
-                    raise ValueError(f"{library} holds compressed code; build it without nvcc's --compress-mode")
-                name = f"sm_{number}{'a' if flags & _OF_ONE_ARCHITECTURE else ''}"
-                yield name, data[entry + header : entry + header + size]
+            name = f"{number}{'a' if flags & _OF_ONE_ARCHITECTURE else ''}"
+            yield kind, name, flags, data[entry + header : entry + header + size]
             entry += header + size
         position = end
+
+
+def machine_code(library: Path) -> Iterator[tuple[str, bytes]]:
+    """(architecture, ELF file) of all machine code in ``library``.
+
+    Raises:
+        ValueError: it is compressed.
+    """
+    for kind, name, flags, content in _entries(library):
+        if kind == _MACHINE_CODE:
+            if flags & _COMPRESSED:
+                raise ValueError(f"{library} holds compressed code; build it without nvcc's --compress-mode")
+            yield f"sm_{name}", content
+
+
+def ptx(library: Path) -> set[str]:
+    """Architectures, as "compute_100", whose PTX is in ``library``, for drivers to compile for later ones."""
+    return {f"compute_{name}" for kind, name, _, _ in _entries(library) if kind == _PTX}
 
 
 def number_of(architecture: str) -> int:

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from pyvtk import _cuda
+
 BACKENDS = ("compiled", "triton", "reference")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -57,6 +59,8 @@ def load_libraries() -> None:
         _library_errors["libpyvtk_cuda.so"] = f"torch {torch.__version__} is a build without CUDA"
     else:
         _load("libpyvtk_cuda.so")
+        if _library_errors["libpyvtk_cuda.so"] is None:
+            _library_errors["libpyvtk_cuda.so"] = _cuda.attach(Path(__file__).parent / "libpyvtk_cuda.so")
 
 
 def define(
@@ -130,12 +134,15 @@ def _no_triton_device(device: str) -> str | None:
     return None
 
 
-def why_not(name: str, backend: str, device: str, dtype: torch.dtype | None = None) -> str | None:
-    """Why ``backend`` cannot run operator ``name`` on tensors of this device type and dtype; None if it can."""
+def why_not(name: str, backend: str, device: str | torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why ``backend`` cannot run operator ``name`` on tensors of this device (or type) and dtype; None if it can."""
     if backend == "reference":
         return None
     kind, errors = ("Triton", _triton_errors) if backend == "triton" else ("compiled", _compiled_errors)
-    error = errors.get((name, device), f"pyvtk has no {kind} kernels for device type {device!r}")
+    where = device if isinstance(device, str) else device.type
+    error = errors.get((name, where), f"pyvtk has no {kind} kernels for device type {where!r}")
+    if error is None and backend == "compiled" and where == "cuda" and where is not device:
+        error = _cuda.no_code(device.index)
     dtypes = _compiled_dtypes[name]
     if error is None and dtype is not None and dtypes is not None and dtype not in dtypes:
         error = f"{kind} kernels of {name} take {', '.join(str(d) for d in dtypes)}, not {dtype}"
@@ -159,7 +166,7 @@ def pick(name: str, backend: str | None, tensor: torch.Tensor, dtype: torch.dtyp
         return "compiled"
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{name}: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    device = tensor.device.type
+    device = tensor.device
     if backend is not None:
         error = why_not(name, backend, device, dtype)
         if error is not None:
@@ -167,7 +174,7 @@ def pick(name: str, backend: str | None, tensor: torch.Tensor, dtype: torch.dtyp
         return backend
     if why_not(name, "compiled", device, dtype) is None:
         return "compiled"
-    if device != "cpu" and why_not(name, "triton", device, dtype) is None:  # the interpreter is there for tests
+    if device.type != "cpu" and why_not(name, "triton", device, dtype) is None:  # the interpreter is there for tests
         return "triton"
     return "reference"
 
@@ -229,6 +236,7 @@ def info() -> dict:
         facts["instruction_sets"] = []
         facts["build_error"] = str(error)
     facts["devices"] = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    facts["cuda_driver"] = _cuda.driver()
     facts["cusparselt"] = why_not_cusparselt("cuda")
     # Triton's device is CUDA, or the CPU where it interprets
     facts["operators"] = {

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+from fresh import ROOT
 
 from pyvtk import _resources
 from pyvtk.__main__ import main
@@ -39,7 +40,7 @@ __global__ void array(float* p, int n) {
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """An object file for the oldest and the newest architecture, and what ptxas said."""
+    """An object file for the oldest and the newest architecture, with PTX as well, and what ptxas said."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
     folder = tmp_path_factory.mktemp("resources")
@@ -47,6 +48,7 @@ def compiled(tmp_path_factory):
     command = ["nvcc", "-Xptxas", "-v", "-c", "kernels.cu", "-o", "kernels.o"]
     for number in ("80", "90a", "120"):
         command += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+    command += ["-gencode", "arch=compute_100,code=compute_100"]
     done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     return folder / "kernels.o", done.stdout + done.stderr
 
@@ -67,6 +69,21 @@ def test_agrees_with_ptxas(compiled):
         assert (kernel.frame, kernel.registers, kernel.shared) == (frame, registers, shared)
         assert name == "array" or (kernel.stores > 0) == (stores > 0)
         assert kernel.threads == {"clean": 256, "spill": 1024, "array": None}[name]
+
+
+def test_ptx_is_no_machine_code(compiled):
+    path, _ = compiled
+    assert _resources.ptx(path) == {"compute_100"}
+    assert {architecture for architecture, _ in _resources.machine_code(path)} == {"sm_80", "sm_90a", "sm_120"}
+
+
+def test_a_wheel_is_checked_for_what_is_built_by_default():
+    (built,) = re.findall(r'^DEFAULT_ARCHITECTURES = "(.+)"$', (ROOT / "setup.py").read_text(), re.M)
+    (wanted,) = re.findall(r"^WANTED = \{(.+)\}$", (ROOT / ".ci" / "check_cuda.py").read_text(), re.M)
+    expected = set()
+    for number, ptx in re.findall(r"([\d.]+a?)(\+PTX)?", built):
+        expected |= {kind + number.replace(".", "") for kind in ("sm_", "compute_") if kind == "sm_" or ptx}
+    assert set(re.findall(r'"(\w+)"', wanted)) == expected
 
 
 def test_faults_fail_the_command(compiled, tmp_path, capsys):

@@ -268,7 +268,7 @@ inline constexpr int kInverseThreads = 32 * kMostWarps;
 // A block inverts a row. Which slot wins does not depend on the order of atomics; a row without repeated tokens, in
 // whatever order, needs no more. In a row with some, one warp links the slots of each token, from the last to the
 // first, 32 at a time.
-__global__ void __launch_bounds__(kInverseThreads) inverse_kernel(SelectedOnDevice selected, Inverse inverse) {
+static __global__ void __launch_bounds__(kInverseThreads) inverse_kernel(SelectedOnDevice selected, Inverse inverse) {
   const auto row = static_cast<int32_t>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x);
   int32_t* const first = inverse.first + int64_t{row} * selected.tokens;
@@ -689,7 +689,7 @@ __device__ __forceinline__ void compact_slice(const KvCache& cache, const Select
   }
 }
 
-__global__ void __launch_bounds__(kMoveThreads, 3)
+static __global__ void __launch_bounds__(kMoveThreads, 3)
     compact_kv_kernel(const __grid_constant__ KvCaches caches, const SelectedOnDevice selected, bool per_head) {
   int32_t low = 0, high = caches.count;
   while (high - low > 1) {

@@ -49,7 +49,7 @@ __device__ __forceinline__ int32_t group_of(const MergeProblem& problem, int64_t
 
 // A block sorts a sample. Each warp has a run of its tokens, and counters of its own: first they count, then they say
 // where the warp's next member of a group goes.
-__global__ void __launch_bounds__(kSortThreads) members_kernel(const MergeProblem problem) {
+static __global__ void __launch_bounds__(kSortThreads) members_kernel(const MergeProblem problem) {
   PYVTK_SHARED(carried, int32_t);
   const int64_t sample = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_warp();
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kMergeThreads, 3)
 }
 
 // dw of a mean: a thread has a group. What stays as the kernel before wrote it: tokens of no group or of no weight.
-__global__ void __launch_bounds__(kMergeThreads, 3)
+static __global__ void __launch_bounds__(kMergeThreads, 3)
     merge_weights_kernel(const MergeProblem problem, const MergeGradient gradient) {
   const int64_t item = int64_t{blockIdx.x} * kMergeThreads + threadIdx.x;
   if (item >= problem.batch * problem.groups) return;

@@ -8,8 +8,8 @@ namespace pyvtk::cuda {
 
 inline constexpr int kProbeThreads = 256;
 
-__global__ void __launch_bounds__(kProbeThreads) probe_kernel(int32_t* out,  // [count]
-                                                              int64_t count) {
+static __global__ void __launch_bounds__(kProbeThreads) probe_kernel(int32_t* out,  // [count]
+                                                                     int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < count) out[i] = 1;
 }

@@ -1,15 +1,20 @@
-// What kernels cannot say in C++: shared memory, launches and PTX, by name. Kernel files include this instead of the
-// CUDA headers and use nothing else of the kind, so that g++ can compile them too: the tests supply these names (and
-// CUDA's own) for the CPU, see tests/cuda_emulation/README.md.
+// What kernels cannot say in C++: shared memory and PTX, by name; and how they are launched. Kernel files include this
+// instead of the CUDA headers and use nothing else of the kind, so that g++ can compile them too: the tests supply
+// these names (and CUDA's own) for the CPU, see tests/cuda_emulation/README.md. Launches are the same code in both
+// worlds.
 #pragma once
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <utility>
+
 #ifdef PYVTK_CUDA_EMULATION
 #include "ptx.h"
 #else
 #include <cuda_runtime.h>
 
-#include <cstdint>
 #include <type_traits>
-#include <utility>
 
 #include "common/types.h"
 
@@ -27,16 +32,6 @@ template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char pyvtk_dynamic_shared[];
   return reinterpret_cast<T*>(pyvtk_dynamic_shared);
-}
-
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...)
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   Arguments&&... arguments) {
-  // clang-format off
-  kernel<<<grid, block, shared_bytes, stream>>>(std::forward<Arguments>(arguments)...);
-  // clang-format on
-  return cudaGetLastError();
 }
 
 __device__ __forceinline__ unsigned shared_address(const void* shared) {
@@ -214,3 +209,98 @@ __device__ __forceinline__ T rounded(float x) {
 
 }  // namespace pyvtk::cuda
 #endif
+
+// Launches -----------------------------------------------------------------------------------------------------------
+
+namespace pyvtk::cuda {
+
+namespace detail {
+
+// Of both kinds of shared memory together, a block has so much without asking.
+inline constexpr int kSharedWithoutAsking = 48 * 1024;
+
+// What a device gives a kernel of dynamic shared memory, in bytes. More than `without_asking` needs permission, which
+// CUDA keeps with the kernel and not with the launch: a launch that set it to its own need would take it from one of
+// another thread. So it is given once, for the most that there is, and never taken back; and only where it is needed,
+// since a kernel with permission may be given a smaller cache.
+struct SharedLimit {
+  const void* kernel;
+  int device;
+  int without_asking;
+  int most;
+  SharedLimit* next;
+  std::atomic<bool> has_permission = false;
+};
+
+// All that is known yet, in lists that only grow: they are read without a lock.
+struct SharedLimits {
+  static constexpr size_t kLists = 64;
+  std::atomic<SharedLimit*> lists[kLists] = {};
+  std::mutex adding;
+};
+inline SharedLimits shared_limits;
+
+// Of this kernel on the current device. CUDA is asked for the first launch; after that for nothing but the device.
+inline cudaError_t shared_limit_of(const void* kernel, SharedLimit*& limit) {
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const size_t list = reinterpret_cast<uintptr_t>(kernel) / 16 + static_cast<size_t>(device);
+  std::atomic<SharedLimit*>& first = shared_limits.lists[list % SharedLimits::kLists];
+  const auto known = [&] {
+    limit = first.load(std::memory_order_acquire);
+    while (limit && (limit->kernel != kernel || limit->device != device)) limit = limit->next;
+    return limit != nullptr;
+  };
+  if (known()) return cudaSuccess;
+  const std::lock_guard<std::mutex> lock(shared_limits.adding);
+  if (known()) return cudaSuccess;
+  cudaFuncAttributes attributes;
+  status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status != cudaSuccess) return status;
+  int most = 0;
+  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess) return status;
+  const int declared = static_cast<int>(attributes.sharedSizeBytes);
+  limit = new SharedLimit{kernel, device, kSharedWithoutAsking - declared, most - declared, first.load()};
+  first.store(limit, std::memory_order_release);
+  return cudaSuccess;
+}
+
+// So that a launch of `bytes` can follow; a launch of more than there is fails by itself.
+inline cudaError_t allow_shared(const void* kernel, int64_t bytes) {
+  if (bytes == 0) return cudaSuccess;
+  SharedLimit* limit = nullptr;
+  cudaError_t status = shared_limit_of(kernel, limit);
+  if (status != cudaSuccess || bytes <= limit->without_asking || limit->has_permission) return status;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit->most);
+  if (status == cudaSuccess) limit->has_permission = true;
+  return status;
+}
+
+}  // namespace detail
+
+// The most dynamic shared memory, in bytes, that the current device gives a block of this kernel: what plans may use.
+template <class... Parameters>
+cudaError_t most_dynamic_shared(void (*kernel)(Parameters...), int64_t& bytes) {
+  detail::SharedLimit* limit = nullptr;
+  const cudaError_t status = detail::shared_limit_of(reinterpret_cast<const void*>(kernel), limit);
+  if (status == cudaSuccess) bytes = limit->most;
+  return status;
+}
+
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), and what became of this launch: an error that an earlier
+// call left behind in this thread is none of it. Any number of threads may launch at once, also while a graph is
+// captured.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  const cudaError_t status =
+      detail::allow_shared(reinterpret_cast<const void*>(kernel), static_cast<int64_t>(shared_bytes));
+  if (status != cudaSuccess) return status;
+  // The last two: attributes, of which no launch has any yet, and their number.
+  const cudaLaunchConfig_t config{grid, block, shared_bytes, stream, nullptr, 0};
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+}  // namespace pyvtk::cuda

@@ -34,7 +34,6 @@ inline constexpr int64_t kSelectedAtOnce = 4096;         // tokens of a row that
 inline constexpr int64_t kStatisticsAtOnce = 2048;       // of a unit, that each of its blocks puts together by itself
 inline constexpr int64_t kWantedBlocks = 1024;           // some for each multiprocessor of the largest devices
 inline constexpr int64_t kMostRuns = 64;                 // of a sample: its statistics are read more than once
-inline constexpr int kFinishDeclaredBytes = kDeclaredSharedBytes + 4 * kFewWarps * kKeysOfGroup + 1024;
 
 // What score_finish_kernel has to do.
 struct FinishProblem {
@@ -354,29 +353,23 @@ cudaError_t launch_columns(const ScoreAndSelectPlan& plan, unsigned blocks, cuda
   const FewProblem& few = plan.few;
   int64_t floats = kRowsOfColumns * kPitch;
   if (few.pairwise) floats += int64_t{few.queries} * plan.column_runs.keys;
-  const auto kernel = &score_columns_kernel<T>;
-  const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
-  const cudaError_t status = allow_shared(kernel, bytes, 1024);
-  if (status != cudaSuccess) return status;
-  return launch(kernel, dim3(blocks), dim3(kFewThreads), static_cast<size_t>(bytes), stream, few, plan.column_runs);
+  const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
+  return launch(&score_columns_kernel<T>, dim3(blocks), dim3(kFewThreads), bytes, stream, few, plan.column_runs);
 }
 
 template <Then kThen>
 cudaError_t launch_finish(ScoreAndSelectPlan& plan, unsigned blocks, cudaStream_t stream) {
   const FewProblem& few = plan.few;
+  const auto kernel = &score_finish_kernel<kThen>;
   const bool makes_lses = plan.needs_lse && !plan.separate_lse;
   int64_t bytes = makes_lses ? 4 * (few.score.q_heads / few.units) * few.kept : 0;
   if (kThen != Then::nothing) {
-    int shared_bytes = 0;
-    const cudaError_t status = shared_bytes_of_device(shared_bytes);
+    int64_t available = 0;
+    const cudaError_t status = most_dynamic_shared(kernel, available);
     if (status != cudaSuccess) return status;
-    const int64_t available = shared_bytes - kFinishDeclaredBytes;
     if (!select_memory(plan.select, kThen == Then::select, available, plan.finish.memory)) return cudaErrorInvalidValue;
     bytes = std::max(bytes, plan.finish.memory.bytes);
   }
-  const auto kernel = &score_finish_kernel<kThen>;
-  const cudaError_t status = allow_shared(kernel, bytes, kFinishDeclaredBytes);
-  if (status != cudaSuccess) return status;
   return launch(kernel, dim3(blocks), dim3(kFewThreads), static_cast<size_t>(bytes), stream, few, plan.finish,
                 plan.select);
 }

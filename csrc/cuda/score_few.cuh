@@ -498,7 +498,7 @@ __global__ void __launch_bounds__(kFewThreads, 2) score_rows_kernel(const FewPro
 }
 
 // Block: (sample, 32 rows of it).
-__global__ void __launch_bounds__(kFewThreads) score_lse_kernel(const FewProblem few, int64_t blocks_of_sample) {
+static __global__ void __launch_bounds__(kFewThreads) score_lse_kernel(const FewProblem few, int64_t blocks_of_sample) {
   const FewSample s = few_sample(few, blockIdx.x / blocks_of_sample);
   const int64_t begin = blockIdx.x % blocks_of_sample * 32;
   const int64_t rows = few.score.q_heads * s.queries;

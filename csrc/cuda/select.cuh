@@ -30,8 +30,6 @@ inline constexpr int kMostBits = 11;  // 2048 counters are 8 KiB: many blocks of
 inline constexpr uint32_t kNanRank = 0;
 inline constexpr uint32_t kZeroRank = 0x80000000u;
 inline constexpr uint32_t kInfinityRank = 0xff800000u;
-// Declared shared memory of the kernels at most: histograms of counts and of masses, and what warps exchange.
-inline constexpr int kDeclaredSharedBytes = (4 + 8) * (1 << kMostBits) + 2048;
 
 // Ordered as scores rank: NaN lowest, -0.0 as +0.0.
 __device__ __forceinline__ uint32_t rank_of(float score) {
@@ -450,10 +448,10 @@ __device__ void clip(const SelectRow<Scores>& row, int64_t capacity) {
 }
 
 // Ascending, in place; a bitonic network whose missing upper part counts as infinite.
-__device__ inline void sort_by_block(unsigned long long* values, int64_t size) {
+__device__ inline void sort_by_block(uint64_t* values, int64_t size) {
   const auto order = [&](int64_t a, int64_t b) {
     if (b >= size || values[a] <= values[b]) return;
-    const unsigned long long larger = values[a];
+    const uint64_t larger = values[a];
     values[a] = values[b];
     values[b] = larger;
   };
@@ -510,7 +508,7 @@ __device__ void write_row(const SelectRow<Scores>& row, const SelectProblem& pro
     place += __popc(bits);
   }
   if (by_score) {
-    sort_by_block(reinterpret_cast<unsigned long long*>(out), stayed.total);
+    sort_by_block(reinterpret_cast<uint64_t*>(out), stayed.total);
     for (int64_t i = threadIdx.x; i < stayed.total; i += blockDim.x) out[i] = row.first_token + (out[i] & 0x7fffffff);
   }
 }
@@ -616,31 +614,14 @@ inline bool select_memory(const SelectProblem& problem, bool plain, int64_t avai
   return true;
 }
 
-// Shared memory of a block that this device gives at most, all kinds together.
-inline cudaError_t shared_bytes_of_device(int& bytes) {
-  int device = 0;
-  const cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
-
-// Above 48 KiB a kernel has to ask.
-template <class... Parameters>
-cudaError_t allow_shared(void (*kernel)(Parameters...), int64_t dynamic_bytes, int64_t declared_bytes) {
-  if (dynamic_bytes + declared_bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_bytes));
-}
-
 template <bool kPlain, class Scores>
 cudaError_t launch_select(const SelectProblem& problem, Scores scores, cudaStream_t stream) {
-  int shared_bytes = 0;
-  cudaError_t status = shared_bytes_of_device(shared_bytes);
+  auto* const kernel = &select_kernel<Scores, kPlain>;
+  int64_t available = 0;
+  const cudaError_t status = most_dynamic_shared(kernel, available);
   if (status != cudaSuccess) return status;
   SelectMemory memory;
-  if (!select_memory(problem, kPlain, shared_bytes - kDeclaredSharedBytes, memory)) return cudaErrorInvalidValue;
-  auto* const kernel = &select_kernel<Scores, kPlain>;
-  status = allow_shared(kernel, memory.bytes, kDeclaredSharedBytes);
-  if (status != cudaSuccess) return status;
+  if (!select_memory(problem, kPlain, available, memory)) return cudaErrorInvalidValue;
   const int64_t typical_row = problem.cu_seqlens ? ceil_div<int64_t>(problem.tokens, problem.rows) : problem.tokens;
   return launch(kernel, dim3(static_cast<unsigned>(problem.rows)), dim3(select_threads(typical_row)),
                 static_cast<size_t>(memory.bytes), stream, problem, scores, memory);

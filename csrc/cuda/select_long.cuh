@@ -41,8 +41,6 @@ inline constexpr int64_t kFewRows = 128;
 inline constexpr int kLongBins = 1 << kMostBits;
 inline constexpr int kLongShift = 32 - kMostBits;
 inline constexpr int kWordsOfWarp = 8;  // that a warp has in registers at a time: the latency of memory is paid once
-// Declared shared memory of select_long_kernel at most: two histograms, and what warps exchange.
-inline constexpr int kLongDeclaredBytes = 2 * 4 * kLongBins + 2048;
 
 // How the rows of a problem are cut, and the workspace.
 struct LongRows {
@@ -57,6 +55,17 @@ struct LongRows {
   uint32_t* maybe;     // [rows, words]: the tokens in the bin of the cut
   uint32_t* list;      // [rows, tokens]: their ranks
 };
+
+// The token of a lane in a word. A warp may be given words past the end of a row, and past the end of the longest rows
+// tokens are more than an int holds.
+constexpr unsigned token_of(int word, int lane) {
+  return static_cast<unsigned>(word) * 32 + static_cast<unsigned>(lane);
+}
+// The same, or the last token of the row where there is none.
+constexpr int token_or_last(int word, int lane, int size) {
+  const unsigned token = token_of(word, lane), last = static_cast<unsigned>(size) - 1;
+  return static_cast<int>(token < last ? token : last);
+}
 
 // Of a row: the tokens that compete, and the chunk of this block.
 template <class Scores>
@@ -75,14 +84,15 @@ struct LongRow {
     int tokens[kWordsOfWarp];
     float values[kWordsOfWarp];
     PYVTK_UNROLL
-    for (int i = 0; i < kWordsOfWarp; ++i) tokens[i] = min((first_word + i) * 32 + lane_of_warp(), size - 1);
+    for (int i = 0; i < kWordsOfWarp; ++i) tokens[i] = token_or_last(first_word + i, lane_of_warp(), size);
     scores.read(tokens, values);
     const uint32_t not_dropped = drop ? ~bits_of(drop, tokens) : kAllLanes;
     uint32_t competing = not_dropped & (candidates ? bits_of(candidates, tokens) : kAllLanes);
     PYVTK_UNROLL
     for (int i = 0; i < kWordsOfWarp; ++i) {
       ranks[i] = rank_of(values[i]);
-      const bool exists = first_word + i < end && (first_word + i) * 32 + lane_of_warp() < size;
+      const bool exists =
+          first_word + i < end && token_of(first_word + i, lane_of_warp()) < static_cast<unsigned>(size);
       if (!exists || !threshold.holds(ranks[i], tokens[i])) competing &= ~(1u << i);
     }
     return competing;
@@ -318,13 +328,11 @@ template <class Scores>
 cudaError_t launch_select_long(SelectPlan plan, Scores scores, cudaStream_t stream) {
   const int64_t blocks = plan.problem.rows * plan.rows.chunks;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;
-  int shared_bytes = 0;
-  cudaError_t status = shared_bytes_of_device(shared_bytes);
+  int64_t available = 0;
+  cudaError_t status = most_dynamic_shared(&select_long_kernel<Scores>, available);
   if (status != cudaSuccess) return status;
-  const int64_t ranks = std::clamp<int64_t>((shared_bytes - kLongDeclaredBytes) / 4, 0, plan.problem.tokens);
+  const int64_t ranks = std::clamp<int64_t>(available / 4, 0, plan.problem.tokens);
   plan.rows.shared_ranks = static_cast<int>(ranks);
-  status = allow_shared(&select_long_kernel<Scores>, 4 * ranks, kLongDeclaredBytes);
-  if (status != cudaSuccess) return status;
   const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(plan.rows.threads));
   status = launch(&select_count_kernel<Scores>, grid, block, 0, stream, plan.problem, scores, plan.rows);
   if (status != cudaSuccess) return status;

@@ -11,9 +11,6 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-// More rows than the kernel for few takes at a time.
-constexpr int64_t kFewRowsBelow = 32;
-
 Sparse24Number number_of(ScalarType dtype, const char* name) {
   if (dtype == ScalarType::Float) return Sparse24Number::float32;
   if (dtype == ScalarType::BFloat16) return Sparse24Number::bfloat16;

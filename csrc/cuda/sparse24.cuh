@@ -646,13 +646,16 @@ inline bool aligned_to(const void* address, int64_t stride_bytes, int64_t alignm
   return reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(alignment) == 0 && stride_bytes % alignment == 0;
 }
 
-// Which kernel, tile and split along k. `wants_few` is a wish: it holds up to 32 rows of a weight and an x that fit the
-// kernel's loads; else the other kernel reads the weight once as well, up to 64 rows.
+// More than the kernel for few rows holds: from here on a product is the other kernel's.
+inline constexpr int64_t kFewRowsBelow = FewTile<bfloat16, bfloat16, 4>::kRows + 1;
+
+// Which kernel, tile and split along k. `wants_few` is a wish: it holds below kFewRowsBelow, for a weight and an x that
+// fit the kernel's loads; else the other kernel reads the weight once as well, up to 64 rows.
 template <class X, class V>
 Sparse24Plan plan_sparse24(const Sparse24Problem& problem, bool wants_few, int multiprocessors) {
   using Few = FewTile<X, V, 1>;
   Sparse24Plan plan;
-  plan.few = wants_few && problem.rows <= 32 && problem.depth > 0 && problem.depth % Few::kDepth == 0 &&
+  plan.few = wants_few && problem.rows < kFewRowsBelow && problem.depth > 0 && problem.depth % Few::kDepth == 0 &&
              aligned_to(problem.values, 0, 16) && aligned_to(problem.metadata, 0, 4 * Few::kMetadataWords) &&
              aligned_to(problem.x, problem.x_stride * static_cast<int64_t>(sizeof(X)), 8);
   const auto split = [&](int64_t tiles, int64_t unit, int64_t units_at_least, int64_t blocks) {
@@ -681,16 +684,6 @@ Sparse24Plan plan_sparse24(const Sparse24Problem& problem, bool wants_few, int m
   return plan;
 }
 
-template <class Kernel>
-cudaError_t launch_sparse24(Kernel kernel, dim3 grid, int threads, int shared_bytes, const Sparse24Launch& call,
-                            cudaStream_t stream) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (status != cudaSuccess) return status;
-  }
-  return launch(kernel, grid, dim3(static_cast<unsigned>(threads)), static_cast<size_t>(shared_bytes), stream, call);
-}
-
 // workspace: plan.workspace_bytes(problem)
 template <class X, class V>
 cudaError_t sparse24_linear(const Sparse24Problem& problem, const Sparse24Plan& plan, void* workspace,
@@ -713,21 +706,20 @@ cudaError_t sparse24_linear(const Sparse24Problem& problem, const Sparse24Plan& 
                 static_cast<unsigned>(ceil_div<int64_t>(problem.rows, rows)), static_cast<unsigned>(plan.splits));
   };
   cudaError_t status = cudaErrorInvalidValue;
-  const auto few = [&](auto tile, auto kernel) {
+  const auto start = [&](auto tile, auto* kernel) {
     using Tile = decltype(tile);
-    status =
-        launch_sparse24(kernel, grid(Tile::kFeatures, Tile::kRows), Tile::kThreads, Tile::kSharedBytes, call, stream);
+    status = launch(kernel, grid(Tile::kFeatures, Tile::kRows), dim3(Tile::kThreads), Tile::kSharedBytes, stream, call);
   };
   if (plan.few && plan.row_tile == 1) {
-    few(FewTile<X, V, 1>{}, sparse24_few_kernel<X, V, 1>);
+    start(FewTile<X, V, 1>{}, sparse24_few_kernel<X, V, 1>);
   } else if (plan.few && plan.row_tile == 2) {
-    few(FewTile<X, V, 2>{}, sparse24_few_kernel<X, V, 2>);
+    start(FewTile<X, V, 2>{}, sparse24_few_kernel<X, V, 2>);
   } else if (plan.few) {
-    few(FewTile<X, V, 4>{}, sparse24_few_kernel<X, V, 4>);
+    start(FewTile<X, V, 4>{}, sparse24_few_kernel<X, V, 4>);
   } else if (plan.row_tile == 64) {
-    few(ManyTile<X, V, 64>{}, sparse24_many_kernel<X, V, 64>);
+    start(ManyTile<X, V, 64>{}, sparse24_many_kernel<X, V, 64>);
   } else {
-    few(ManyTile<X, V, 128>{}, sparse24_many_kernel<X, V, 128>);
+    start(ManyTile<X, V, 128>{}, sparse24_many_kernel<X, V, 128>);
   }
   if (status != cudaSuccess || plan.splits == 1) return status;
   using Sum = typename SumOf<X>::Type;

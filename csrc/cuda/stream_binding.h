@@ -17,7 +17,9 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 }
 
 inline void check(cudaError_t status, const char* op) {
-  PYVTK_GUARD(status == cudaSuccess, op, ": ", cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // it is told here: it must not be found again, as that of a later call, in this thread
+  PYVTK_GUARD(false, op, ": ", cudaGetErrorString(status));
 }
 
 // Kernels read all their tensors on one device: that of `tensor`.

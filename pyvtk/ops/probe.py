@@ -11,7 +11,7 @@ backends.define("probe_", "(Tensor(a!) out) -> ()", fake=lambda out: None, dtype
 
 def probe(device: torch.device) -> str | None:
     """Run a kernel of one line on ``device``; None if it ran, else CUDA's reason why it did not."""
-    if (error := backends.why_not("probe_", "compiled", device.type)) is not None:
+    if (error := backends.why_not("probe_", "compiled", device)) is not None:
         return error
     out = torch.zeros(64, dtype=torch.int32, device=device)
     try:

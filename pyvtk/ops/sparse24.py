@@ -43,7 +43,7 @@ backends.define(
     dtypes=(*backends.HALF_AND_SINGLE, torch.int8),
 )
 # choice: pairs (rows, kernel), ascending: from so many rows of x on, this kernel. The operator looks at x's rows, so
-# that torch.compile with dynamic rows needs no guard. Empty, and kernel -1: few below 8 rows (CUDA: 32), many from
+# that torch.compile with dynamic rows needs no guard. Empty, and kernel -1: few below 8 rows (CUDA: 33), many from
 # there. vendor: the weight as torch._cslt_compress packs it.
 backends.define(
     "sparse24_linear",
@@ -239,7 +239,7 @@ def linear(
         bias: [N], of x's dtype or float32. mul: [..., N] in x's dtype.
         activation: one of :data:`ACTIVATIONS`; "gelu" is the one with erf, "quick_gelu" is z sigmoid(1.702 z).
         choice: pairs (rows, kernel), ascending; from so many rows of x on, this kernel of :data:`KERNELS`, by number.
-            Empty, and -1 for a kernel: few below 8 rows (on CUDA 32), many from there.
+            Empty, and -1 for a kernel: few below 8 rows (on CUDA 33), many from there.
         vendor: [N, opaque] in x's dtype, the same weight as ``torch._cslt_compress`` packs it, contiguous; for rows
             where ``choice`` takes the vendor's kernel (CUDA; :mod:`pyvtk.sparse24.vendor` has its limits).
         backend: "compiled", "reference", or None for the first that can run.

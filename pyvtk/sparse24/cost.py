@@ -488,7 +488,7 @@ def calibrate(
         raise ValueError(f"{op}: shapes must be pairs (out_features, in_features in multiples of 4), got {shapes}")
     measured = [(dtype, *_entry(op, dtype, x_dtype)) for dtype in dtypes]
     for _, _, of_x in measured:
-        reason = backends.why_not("sparse24_linear", "compiled", device.type, of_x)
+        reason = backends.why_not("sparse24_linear", "compiled", device, of_x)
         if reason is not None:
             raise RuntimeError(f"{op}: there is nothing to measure on {device}: {reason}")
     found: dict[str, dict[str, list[dict]]] = {}

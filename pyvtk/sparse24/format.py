@@ -37,7 +37,7 @@ class Sparse24Weight:
             the kept positions 0 <= p0 < p1 <= 3. The high four bits behind an odd number of groups are 0b0100.
         scales: float32 [N] for int8 values, whose weight is value * scales[n]; None otherwise.
         choice: which kernel runs from how many rows on, pairs (rows, kernel); see :func:`estimate`. Empty: the kernel
-            for few rows below 8 (on CUDA 32), the one for many from there.
+            for few rows below 8 (on CUDA 33), the one for many from there.
         dense: a dense copy for the row counts where ``choice`` prefers it; made by :meth:`cache_dense`.
         transposed: the compressed transpose, where the mask allows one; see :meth:`with_transpose`.
         vendor: the weight as cuSPARSELt wants it, for the row counts where ``choice`` prefers its kernel; made by

@@ -65,7 +65,7 @@ def _why_not(module: nn.Linear, owners: dict[int, list[str]], dtype: torch.dtype
     if str(weight.dtype).removeprefix("torch.") not in DTYPES or not weight.is_floating_point():
         return f"no kernel takes weights of {weight.dtype}"
     x_dtype = weight.dtype if dtype in (None, torch.int8) else dtype
-    error = backends.why_not("sparse24_linear", "compiled", weight.device.type, x_dtype)
+    error = backends.why_not("sparse24_linear", "compiled", weight.device, x_dtype)
     return None if error is None else f"no compiled kernel: {error}"
 
 

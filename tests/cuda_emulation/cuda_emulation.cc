@@ -4,12 +4,15 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
+#include <chrono>
 #include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
 #include <string>
+#include <thread>
 #include <vector>
 #ifndef __x86_64__
 #include <ucontext.h>
@@ -140,6 +143,13 @@ void switch_context(Context& from, Context& to) {
   stop_watching();
 }
 
+// The host after a fiber that will not run again.
+void order_after(const Context& fiber) {
+  if (!fiber.watcher) return;
+  __tsan_switch_to_fiber(fiber.watcher, 1);
+  __tsan_switch_to_fiber(host.watcher, 0);  // 0: the switch orders what comes after
+}
+
 constexpr int kMapping = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 constexpr size_t kGuardBytes = 65536;
 #if defined(__SANITIZE_ADDRESS__)
@@ -267,6 +277,7 @@ struct Launch {
   std::deque<Thread*> ready;
   std::vector<std::unique_ptr<Block>> alive;
   std::string failure;
+  bool may_exceed = false;  // 48 KiB of shared memory, all kinds together
   uint64_t idle_steps = 0;  // since a thread last got past anything that it waited for
   char begin = 0, end = 0;  // what orders the kernel after the host, and the host after the kernel
 };
@@ -274,7 +285,9 @@ struct Launch {
 std::mutex one_launch_at_a_time;
 Launch* launch_now = nullptr;
 Thread* thread_now = nullptr;
-std::string error_text = "unspecified launch failure";
+thread_local std::string failure_text = "unspecified launch failure";
+thread_local cudaError_t last_error_of_thread = cudaSuccess;
+std::atomic<int64_t> calls_of_attributes = 0;
 
 std::vector<std::unique_ptr<Fiber>>& all_fibers() {
   static std::vector<std::unique_ptr<Fiber>> fibers;
@@ -284,10 +297,18 @@ std::vector<Fiber*>& free_fibers() {
   static std::vector<Fiber*> fibers;
   return fibers;
 }
-std::map<const void*, int>& dynamic_limits() {
-  static std::map<const void*, int> limits;
-  return limits;
+// What host threads share outside of launches.
+struct Devices {
+  std::mutex mutex;
+  std::vector<int64_t> shared_bytes;                          // of each device that there was
+  std::map<std::pair<const void*, int>, int> dynamic_limits;  // of a kernel on a device, where one was set
+};
+Devices& devices() {
+  static Devices devices;
+  return devices;
 }
+
+constexpr int64_t kWithoutAsking = 48 * 1024;
 
 uint64_t next_random() {
   uint64_t z = launch_now->random += 0x9e3779b97f4a7c15;
@@ -512,40 +533,101 @@ Options& options() {
   return options;
 }
 
-const char* last_error() { return error_text.c_str(); }
+const char* last_failure() { return failure_text.c_str(); }
+
+int64_t attribute_calls() { return calls_of_attributes; }
 
 void fail(const char* what, Location where) {
   const Unwatched unwatched;
   stop_here(what, where);
 }
 
-cudaError_t set_dynamic_shared_limit(const void* kernel, int bytes) {
-  if (bytes < 0 || bytes > options().shared_bytes) return cudaErrorInvalidValue;
-  dynamic_limits()[kernel] = bytes;
+cudaError_t returned(cudaError_t status) {
+  if (status != cudaSuccess) last_error_of_thread = status;
+  return status;
+}
+
+cudaError_t last_error(bool forget) {
+  return forget ? std::exchange(last_error_of_thread, cudaSuccess) : last_error_of_thread;
+}
+
+int device() {
+  Devices& known = devices();
+  const std::lock_guard<std::mutex> lock(known.mutex);
+  auto& amounts = known.shared_bytes;
+  const auto found = std::find(amounts.begin(), amounts.end(), options().shared_bytes);
+  const auto number = found - amounts.begin();
+  if (found == amounts.end()) amounts.push_back(options().shared_bytes);
+  return static_cast<int>(number);
+}
+
+cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int device) {
+  ++calls_of_attributes;
+  Devices& known = devices();
+  const std::lock_guard<std::mutex> lock(known.mutex);
+  if (device < 0 || device >= static_cast<int>(known.shared_bytes.size())) return cudaErrorInvalidValue;
+  *value = attribute == cudaDevAttrMultiProcessorCount
+               ? options().multiprocessors
+               : static_cast<int>(known.shared_bytes[static_cast<size_t>(device)]);
   return cudaSuccess;
 }
 
-cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, void (*body)(void*), void* arguments) {
+cudaError_t kernel_attributes(cudaFuncAttributes* attributes) {
+  ++calls_of_attributes;
+  attributes->sharedSizeBytes = static_cast<size_t>(options().declared_bytes);
+  return cudaSuccess;
+}
+
+cudaError_t set_dynamic_shared_limit(const void* kernel, int bytes) {
+  ++calls_of_attributes;
+  const int here = device();
+  Devices& known = devices();
+  {
+    const std::lock_guard<std::mutex> lock(known.mutex);
+    if (bytes < 0 || bytes + options().declared_bytes > options().shared_bytes) return cudaErrorInvalidValue;
+    known.dynamic_limits[{kernel, here}] = bytes;
+  }
+  // Time for another host thread to change it before this one launches.
+  std::this_thread::sleep_for(std::chrono::microseconds(50));
+  return cudaSuccess;
+}
+
+// Launches of several host threads come one after another; what they do before is not ordered.
+cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* arguments) {
+  const int here = device();
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   if (current) {
     std::fprintf(stderr, "cuda_emulation: a kernel launches a kernel, which is not emulated\n");
     std::abort();
   }
+  const dim3 grid = config.grid, block = config.block;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads < 1 || threads > 1024 || block.z > 64 || grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu ||
       grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
-  const auto limit = dynamic_limits().find(kernel);
-  const size_t allowed = limit == dynamic_limits().end() ? 48 * 1024 : std::max(48 * 1024, limit->second);
-  if (dynamic_bytes > allowed) return cudaErrorInvalidValue;
+  if (config.numAttrs > 0) return cudaErrorNotSupported;
+  int64_t allowed = kWithoutAsking;
+  bool may_exceed = false;
+  {
+    Devices& known = devices();
+    const std::lock_guard<std::mutex> lock_devices(known.mutex);
+    const auto limit = known.dynamic_limits.find({kernel, here});
+    if (limit != known.dynamic_limits.end()) {
+      allowed = limit->second;
+      may_exceed = true;
+    }
+  }
+  if (static_cast<int64_t>(config.dynamicSmemBytes) > allowed) return cudaErrorInvalidValue;
+  if (options().dry) return cudaSuccess;
 
   const Unwatched unwatched;
   Launch launch;
   release(&launch.begin);
   launch.body = body;
   launch.arguments = arguments;
-  launch.dynamic_bytes = dynamic_bytes;
+  launch.dynamic_bytes = config.dynamicSmemBytes;
+  launch.may_exceed = may_exceed;
   launch.random = options().seed;
   launch_now = &launch;
   if (__tsan_get_current_fiber) host.watcher = __tsan_get_current_fiber();
@@ -553,14 +635,15 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
   acquire(&launch.end);
   if (!launch.failure.empty()) {
     for (const auto& left : launch.alive) {
+      for (const Thread& thread : left->threads) order_after(*thread.fiber);
       for (const auto& [variable, memory] : left->variables) free_shared(memory);
       free_shared(left->dynamic);
     }
     // Their stacks hold calls that nobody will end.
     free_fibers().clear();
     all_fibers().clear();
-    error_text = launch.failure;
-    std::fprintf(stderr, "cuda_emulation: %s\n", error_text.c_str());
+    failure_text = launch.failure;
+    std::fprintf(stderr, "cuda_emulation: %s\n", failure_text.c_str());
   }
   launch_now = nullptr;
   return launch.failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
@@ -581,10 +664,12 @@ void* shared(const SharedVariable& variable) {
   size_t declared = variable.bytes;
   for (const auto& [known, other] : variables) declared += other.bytes;
   const size_t total = declared + launch_now->dynamic_bytes;
-  if (declared > 48 * 1024 || total > static_cast<size_t>(options().shared_bytes)) {
-    stop(format("%s: %s makes it %zu bytes of declared shared memory, %zu in all; 49152 and %lld are the most",
-                block_name(*thread_now).c_str(), variable.name, declared, total,
-                static_cast<long long>(options().shared_bytes)));
+  const int64_t most =
+      launch_now->may_exceed ? options().shared_bytes : std::min(kWithoutAsking, options().shared_bytes);
+  if (static_cast<int64_t>(declared) > kWithoutAsking || static_cast<int64_t>(total) > most) {
+    stop(format("%s: %s makes it %zu bytes of declared shared memory, %zu in all; %lld and %lld are the most",
+                block_name(*thread_now).c_str(), variable.name, declared, total, static_cast<long long>(kWithoutAsking),
+                static_cast<long long>(most)));
   }
   memory = allocate_shared(variable.bytes, variable.alignment);
   return memory.memory;

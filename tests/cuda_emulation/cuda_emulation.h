@@ -18,7 +18,7 @@
 
 // Language -----------------------------------------------------------------------------------------------------------
 
-#define __global__ inline
+#define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
@@ -72,10 +72,22 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719,
   cudaErrorNotSupported = 801,
 };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
 using cudaStream_t = struct CUstream_st*;
+struct cudaLaunchAttribute;  // there are none
+struct cudaLaunchConfig_t {
+  dim3 grid;  // CUDA's gridDim and blockDim, which are macros here
+  dim3 block;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
 
 namespace cuda_emulation {
 
@@ -96,13 +108,21 @@ struct Options {
   uint64_t seed = 0;
   int blocks_alive = 1;  // blocks that run at the same time
   int multiprocessors = 4;
-  int64_t shared_bytes = 227 * 1024;  // of a block, all kinds together; above 48 KiB a kernel has to ask
+  // Of a block, all kinds together; above 48 KiB a kernel has to ask. Each amount is a device of its own: what is kept
+  // with a kernel on one is not known on another.
+  int64_t shared_bytes = 227 * 1024;
+  // What cudaFuncGetAttributes says that a kernel declares: what it really does shows only when it runs.
+  int64_t declared_bytes = 32 * 1024;
+  bool dry = false;  // launches are checked, and nothing runs
 };
 // Of the launches that follow. CUDA_EMULATION_SEED and CUDA_EMULATION_BLOCKS set the first ones.
 Options& options();
 
-// What was wrong in the last launch that failed; it was printed on stderr as well.
-const char* last_error();
+// What was wrong in the last launch of this thread that failed; it was printed on stderr as well.
+const char* last_failure();
+
+// Calls until now that a launch is to do without: of the attributes of devices and kernels.
+int64_t attribute_calls();
 
 // Ends the launch with an error, as the thread that calls. Does not return.
 [[noreturn]] void fail(const char* what, Location where = Location::current());
@@ -145,23 +165,15 @@ void check_aligned(const volatile void* address, size_t alignment, const char* n
 // That the bytes lie in one variable of the block's shared memory.
 void check_shared(const void* address, size_t bytes, const char* name, Location where);
 
-cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, void (*body)(void*), void* arguments);
-cudaError_t set_dynamic_shared_limit(const void* kernel, int bytes);
+// The end of every call of the runtime: a failure is kept as this thread's last error.
+cudaError_t returned(cudaError_t status);
+cudaError_t last_error(bool forget);
 
-// kernel<<<grid, block, dynamic_bytes>>>(arguments...), finished when it returns.
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_bytes,
-                   Arguments&&... arguments) {
-  struct Call {
-    void (*kernel)(Parameters...);
-    std::tuple<std::remove_cvref_t<Parameters>...> arguments;
-  } call{kernel, {std::forward<Arguments>(arguments)...}};
-  const auto body = [](void* opaque) {
-    Call& call = *static_cast<Call*>(opaque);
-    std::apply(call.kernel, call.arguments);
-  };
-  return run(reinterpret_cast<const void*>(kernel), grid, block, dynamic_bytes, body, &call);
-}
+int device();
+cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t kernel_attributes(cudaFuncAttributes* attributes);
+cudaError_t set_dynamic_shared_limit(const void* kernel, int bytes);
+cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* arguments);
 
 inline unsigned lane() {
   const Identity& me = *current;
@@ -190,19 +202,38 @@ inline const char* cudaGetErrorString(cudaError_t status) {
     case cudaErrorNotSupported:
       return "operation not supported";
     default:
-      return cuda_emulation::last_error();
+      return cuda_emulation::last_failure();
   }
 }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const cuda_emulation::Options& options = cuda_emulation::options();
-  *value =
-      attribute == cudaDevAttrMultiProcessorCount ? options.multiprocessors : static_cast<int>(options.shared_bytes);
-  return cudaSuccess;
+inline cudaError_t cudaGetLastError() { return cuda_emulation::last_error(true); }
+inline cudaError_t cudaPeekAtLastError() { return cuda_emulation::last_error(false); }
+inline cudaError_t cudaGetDevice(int* device) { return *device = cuda_emulation::device(), cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  return cuda_emulation::returned(cuda_emulation::device_attribute(value, attribute, device));
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  return cuda_emulation::returned(cuda_emulation::kernel_attributes(attributes));
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  return cuda_emulation::returned(cuda_emulation::set_dynamic_shared_limit(kernel, bytes));
 }
 template <class... Parameters>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
-  return cuda_emulation::set_dynamic_shared_limit(reinterpret_cast<const void*>(kernel), bytes);
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int bytes) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, bytes);
+}
+// The launch has ended when this returns.
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<std::remove_cvref_t<Parameters>...> arguments;
+  } call{kernel, {std::forward<Arguments>(arguments)...}};
+  const auto body = [](void* opaque) {
+    Call& call = *static_cast<Call*>(opaque);
+    std::apply(call.kernel, call.arguments);
+  };
+  return cuda_emulation::returned(cuda_emulation::run(*config, reinterpret_cast<const void*>(kernel), body, &call));
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   if (bytes > 0) std::memset(to, value, bytes);

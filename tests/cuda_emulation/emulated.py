@@ -15,6 +15,7 @@ if "PYVTK_EMULATION_BUILD" not in os.environ:
     pytest.skip("run by make emulate, emulate-asan and emulate-tsan", allow_module_level=True)
 BUILD = Path(os.environ["PYVTK_EMULATION_BUILD"])
 SANITIZER = re.search("^PYVTK_SANITIZE:.*=(.*)", (BUILD / "CMakeCache.txt").read_text(), re.M).group(1)
+DECLARED = 32 * 1024  # bytes of shared memory that launchers take every kernel to declare: Options in cuda_emulation.h
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 MALLOC, FREE = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free

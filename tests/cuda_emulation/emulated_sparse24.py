@@ -23,11 +23,12 @@ def strided(call: Call, tensor: Tensor, stride: int, offset: int) -> ctypes.c_vo
 
 def linear(
     x: Tensor, values: Tensor, metadata: Tensor, scales: Tensor | None, bias: Tensor | None, mul: Tensor | None,
-    activation: str, *, few: bool, int8: bool = False, x_scale: Tensor | None = None, x_stride: int | None = None,
-    offset: int = 0, multiprocessors: int = 4,
+    activation: str, *, few: bool | None, int8: bool = False, x_scale: Tensor | None = None,
+    x_stride: int | None = None, offset: int = 0, multiprocessors: int = 4,
 ) -> tuple[Tensor, tuple[bool, int, int]]:  # fmt: skip
     """sparse24_linear, or sparse24_linear_int8; and what the plan was: few or not, rows of a tile, splits.
 
+    few: whether the kernel for few rows is asked for; None: as the number of rows says.
     x_stride: elements between rows of x (and of mul, past its own length). offset: elements, of x, values and
     metadata.
     """
@@ -45,7 +46,8 @@ def linear(
         call.pointer(scales), call.pointer(x_scale), call.pointer(bias),
         0 if bias is None else DTYPES.index(bias.dtype),
         call.pointer(None) if mul is None else strided(call, mul, mul_stride, 0), number(mul_stride),
-        ACTIVATIONS.index(activation), ctypes.c_void_p(out.address), int(few), multiprocessors, taken,
+        ACTIVATIONS.index(activation), ctypes.c_void_p(out.address), -1 if few is None else int(few),
+        multiprocessors, taken,
     )  # fmt: skip
     return out.read(), (bool(taken[0]), taken[1], taken[2])
 

@@ -2,8 +2,10 @@
 // to pass. test_planted.py runs them.
 #include <cstdio>
 #include <cstring>
+#include <latch>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cuda/ptx.cuh"
@@ -229,6 +231,45 @@ __global__ void endless_wait_kernel(int* out,  // [blocks]
   if (threadIdx.x == 0) out[blockIdx.x] = 0;
 }
 
+// A launch that is asked about afterwards: what is answered may be of an earlier call.
+template <bool kCorrect>
+cudaError_t after_an_error(int* out) {
+  cudaFuncSetAttribute(race_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, -1);
+  if (kCorrect) return launch(race_kernel<true>, 1, kThreads, 0, nullptr, out);
+  const cudaLaunchConfig_t config{1, kThreads, 0, nullptr, nullptr, 0};
+  cudaLaunchKernelEx(&config, race_kernel<true>, out);
+  return cudaGetLastError();
+}
+
+// Two threads launch one kernel, each after it has asked for the shared memory that its own launch needs.
+template <bool kCorrect>
+cudaError_t asks_for_itself(int* out) {
+  constexpr int kMore = 100'000, kLess = 60'000;
+  const auto ask = [](int bytes) {
+    if (kCorrect) return cudaSuccess;  // launch() does
+    return cudaFuncSetAttribute(dynamic_shared_write_kernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  };
+  const auto start = [&](int bytes) {
+    if (kCorrect) return launch(dynamic_shared_write_kernel<true>, 1, kThreads, bytes, nullptr, out);
+    const cudaLaunchConfig_t config{1, kThreads, static_cast<size_t>(bytes), nullptr, nullptr, 0};
+    return cudaLaunchKernelEx(&config, dynamic_shared_write_kernel<true>, out);
+  };
+  std::latch has_asked(1), has_launched(1);
+  cudaError_t status = cudaSuccess;
+  std::thread other([&] {
+    has_asked.wait();
+    ask(kLess);
+    status = start(kLess);
+    has_launched.count_down();
+  });
+  ask(kMore);
+  has_asked.count_down();
+  has_launched.wait();
+  const cudaError_t mine = start(kMore);
+  other.join();
+  return status != cudaSuccess ? status : mine;
+}
+
 // Memory of the host that is exactly as large as asked for, full of ones.
 int* ones(size_t count) {
   int* memory = static_cast<int*>(std::malloc(count * sizeof(int)));
@@ -250,6 +291,8 @@ int run(const std::string& name) {
   const auto counting = [&](auto kernel, unsigned blocks, unsigned threads) {
     status = launch(kernel, blocks, threads, 0, nullptr, out.get(), &arrived);
   };
+  if (name == "stale_error") status = after_an_error<kCorrect>(out.get());
+  if (name == "lowered_limit") status = asks_for_itself<kCorrect>(out.get());
   if (name == "race") simple(race_kernel<kCorrect>);
   if (name == "race_in_warp") simple(race_in_warp_kernel<kCorrect>);
   if (name == "race_in_loop") simple(race_in_loop_kernel<kCorrect>);

@@ -1,4 +1,4 @@
-// pyvtk's wrappers of csrc/cuda/ptx.cuh, as the emulation runs them. Same names, same meaning.
+// The names of csrc/cuda/ptx.cuh that are not C++, as the emulation has them. Same names, same meaning.
 #pragma once
 #include "common/types.h"
 #include "cuda_emulation.h"
@@ -17,12 +17,6 @@ namespace pyvtk::cuda {
 template <class T>
 T* dynamic_shared() {
   return static_cast<T*>(cuda_emulation::dynamic_shared());
-}
-
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-                   Arguments&&... arguments) {
-  return cuda_emulation::launch(kernel, grid, block, shared_bytes, std::forward<Arguments>(arguments)...);
 }
 
 template <int kBytes>

@@ -14,10 +14,10 @@ if emulated.SANITIZER == "thread":
 
 INFINITY, NAN = float("inf"), float("nan")
 SPECIAL = torch.tensor([NAN, INFINITY, -INFINITY, 0.0, -0.0, 1.0, 1.0, -1.0, 0.5, 1e-42, -1e-42, 3e38])
-# Room for sets and ranks of rows up to about a thousand tokens, and for no ranks at all.
-PLENTY, LITTLE = 0, 27 * 1024
+# As on an H100, and room for sets of rows up to about a thousand tokens, but for no ranks.
+PLENTY, LITTLE = 0, emulated.DECLARED + 1024
 # Rows in two launches: room for 64 ranks of a list.
-LITTLE_LIST = 18 * 1024 + 256
+LITTLE_LIST = emulated.DECLARED + 256
 
 
 def make_scores(kind: str, shape: tuple, generator: torch.Generator) -> torch.Tensor:
@@ -151,12 +151,12 @@ def test_same_bits_whatever_the_order_of_blocks():
 
 
 def test_a_row_whose_ranks_do_not_fit():
-    emulated.configure(shared_bytes=40 * 1024)
+    emulated.configure(shared_bytes=emulated.DECLARED + 8 * 1024)
     scores = torch.randn(1, 16001, generator=torch.Generator().manual_seed(0))
     assert_same(top(scores, 5000))
 
 
 def test_sets_that_do_not_fit_are_an_error():
-    emulated.configure(shared_bytes=27 * 1024)
+    emulated.configure(shared_bytes=LITTLE)
     with pytest.raises(AssertionError, match="invalid argument"):
         select(*top(torch.zeros(1, 16000), 1))

@@ -101,6 +101,24 @@ def test_plans(rows, features, depth, multiprocessors, plan, values_dtype, dtype
     assert_within_budget(actual, reference.linear(x.double(), *wide, None, None, None, "none"), plain)
 
 
+@pytest.mark.parametrize("rows, plan", [(31, (True, 4)), (32, (True, 4)), (33, (False, 64))])
+@pytest.mark.parametrize("values_dtype, int8", [(None, False), (torch.int8, False), (torch.int8, True)])
+def test_the_kernel_for_few_rows_takes_all_that_it_holds(rows, plan, values_dtype, int8):
+    """Where nobody asks for a kernel."""
+    emulated.configure()
+    generator = torch.Generator().manual_seed(rows)
+    weight = weights(20, 256, values_dtype or torch.bfloat16, generator)
+    x = torch.randn(rows, 256, generator=generator).to(torch.bfloat16)
+    actual, taken = kernels.linear(x, *weight, None, None, "none", few=None, int8=int8)
+    assert taken[:2] == plan
+    if int8:
+        assert torch.equal(actual, reference.linear_int8(x, *weight, None, None, None, "none"))
+        return
+    wide = [weight[0] if values_dtype else weight[0].double(), weight[1], weight[2]]
+    oracle = reference.linear(x.double(), *wide, None, None, None, "none")
+    assert_within_budget(actual, oracle, reference.linear(x, *weight, None, None, None, "none"))
+
+
 @settings(max_examples=EXAMPLES[1], deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems(int8=True), st.booleans(), st.sampled_from([0, 0, 1, 2]))
 def test_linear_int8(problem, one_scale, seed):

@@ -1,6 +1,7 @@
 // What the emulation gives kernels is what the CUDA manual says: places, barriers, warps, atomics, copies, launches.
 #include <numeric>
 #include <set>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -184,17 +185,64 @@ __global__ void large_kernel() {
 }
 __global__ void nothing_kernel() {}
 
+__global__ void both_kernel(int count) {
+  PYVTK_SHARED(declared, char[16 * 1024]);
+  dynamic_shared<char>()[count - 1] = declared[0] = 1;
+}
+
+cudaError_t with_dynamic(void (*kernel)(int), int bytes) {
+  const cudaLaunchConfig_t config{1, 1, static_cast<size_t>(bytes), nullptr, nullptr, 0};
+  return cudaLaunchKernelEx(&config, kernel, bytes);
+}
+
 void limits() {
   CHECK(launch(nothing_kernel, 1, 1025, 0, nullptr) == cudaErrorInvalidConfiguration, "too many threads");
   CHECK(launch(nothing_kernel, 0, 32, 0, nullptr) == cudaErrorInvalidConfiguration, "no block");
-  CHECK(launch(dynamic_kernel, 1, 1, 48 * 1024, nullptr, 48 * 1024) == cudaSuccess, "48 KiB need no permission");
-  CHECK(launch(dynamic_kernel, 1, 1, 60000, nullptr, 60000) == cudaErrorInvalidValue, "more than that does");
-  CHECK(cudaFuncSetAttribute(dynamic_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 1 << 20) != cudaSuccess, "");
-  CHECK(cudaFuncSetAttribute(dynamic_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 60000) == cudaSuccess, "");
-  CHECK(launch(dynamic_kernel, 1, 1, 60000, nullptr, 60000) == cudaSuccess, "as allowed");
+  const auto allow = [](void (*kernel)(int), int bytes) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  };
+  CHECK(with_dynamic(dynamic_kernel, 48 * 1024) == cudaSuccess, "48 KiB need no permission");
+  CHECK(with_dynamic(dynamic_kernel, 60000) == cudaErrorInvalidValue, "more than that does");
+  CHECK(allow(dynamic_kernel, 1 << 20) == cudaErrorInvalidValue, "more than there is");
+  CHECK(allow(dynamic_kernel, 60000) == cudaSuccess, "");
+  CHECK(with_dynamic(dynamic_kernel, 60000) == cudaSuccess, "as allowed");
+  cuda_emulation::options().shared_bytes -= 1024;
+  CHECK(with_dynamic(dynamic_kernel, 60000) == cudaErrorInvalidValue, "not on this device");
+  cuda_emulation::options().shared_bytes += 1024;
+  CHECK(allow(dynamic_kernel, 1000) == cudaSuccess, "");
+  CHECK(with_dynamic(dynamic_kernel, 1001) == cudaErrorInvalidValue, "permission can be less, too");
+  std::fprintf(stderr, "An error about shared memory is to follow.\n");
+  CHECK(with_dynamic(both_kernel, 40 * 1024) == cudaErrorLaunchFailure, "48 KiB are those of both kinds");
+  CHECK(allow(both_kernel, 40 * 1024) == cudaSuccess, "");
+  CHECK(with_dynamic(both_kernel, 40 * 1024) == cudaSuccess, "with permission");
   std::fprintf(stderr, "An error about shared memory is to follow.\n");
   CHECK(launch(large_kernel, 1, 1, 0, nullptr) == cudaErrorLaunchFailure, "declared memory ends at 48 KiB");
   run(nothing_kernel, 2, 32);  // and the next launch is none the worse
+}
+
+// An error stays this thread's last one until somebody asks for it.
+void last_error() {
+  cudaGetLastError();
+  CHECK(with_dynamic(dynamic_kernel, 1 << 20) == cudaErrorInvalidValue, "");
+  run(nothing_kernel, 1, 32);
+  cudaError_t elsewhere = cudaErrorNotSupported;
+  std::thread([&] { elsewhere = cudaGetLastError(); }).join();
+  CHECK(elsewhere == cudaSuccess, "another thread's");
+  CHECK(cudaPeekAtLastError() == cudaErrorInvalidValue, "");
+  CHECK(cudaGetLastError() == cudaErrorInvalidValue && cudaGetLastError() == cudaSuccess, "");
+}
+
+// Kernels of several host threads run one after another.
+void host_threads() {
+  std::vector<std::vector<int>> out(3, std::vector<int>(96));
+  std::vector<std::thread> threads;
+  for (auto& mine : out) {
+    threads.emplace_back([&] {
+      for (int round = 0; round < 20; ++round) run(barriers_kernel, 1, 96, mine.data());
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const auto& mine : out) CHECK(mine[5] == 42 && mine[95] == 36, mine[5], mine[95]);
 }
 
 }  // namespace
@@ -211,5 +259,7 @@ int main() {
   }
   last_block();
   limits();
+  last_error();
+  host_threads();
   return report();
 }

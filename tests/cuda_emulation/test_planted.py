@@ -24,6 +24,8 @@ FOUND_BY_ALL = {
     "absent_from_mma": r"deadlock.*\n  threads 0-15, 32-47: wait at mma_sp \(planted.cpp:\d+\) with mask 0xf{8}\n"
     r"  threads 16-31, 48-63: returned",
     "zero_metadata": "mma_sp with metadata whose two positions do not ascend",
+    "stale_error": "^invalid argument\n$",
+    "lowered_limit": "^invalid argument\n$",
     "endless_wait": r"block \(0, 0, 0\): no progress",
 }
 FOUND = {

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -17,8 +18,10 @@ constexpr int64_t kNowhere = -7;  // no kernel writes it
 
 #ifdef __SANITIZE_THREAD__
 constexpr int kProblems = 60;
+constexpr int kRuns = 0;  // of long rows: a minute each
 #else
 constexpr int kProblems = 600;
+constexpr int kRuns = 10;
 #endif
 
 template <class T>
@@ -222,17 +225,91 @@ void decisions() {
   }
 }
 
+// The words that a warp may be given at the end of the longest rows: none of their tokens lies outside of the row.
+void ends_of_the_longest_rows() {
+  for (const int64_t size : {int64_t{1}, int64_t{32}, int64_t{33}, cuda::kMostTokens - 1, cuda::kMostTokens}) {
+    const int64_t words = (size + 31) / 32;
+    const int64_t past = cuda::kMostWarps * cuda::kWordsOfWarp;  // a round begins inside of the row
+    for (int64_t word = std::max<int64_t>(words - 2, 0); word < words + past; ++word) {
+      for (int lane = 0; lane < 32; ++lane) {
+        const int64_t token = word * 32 + lane;
+        CHECK(cuda::token_of(static_cast<int>(word), lane) == token, size, word, lane);
+        const int read = cuda::token_or_last(static_cast<int>(word), lane, static_cast<int>(size));
+        CHECK(read == std::min(token, size - 1), size, word, lane, read);
+      }
+    }
+  }
+}
+
+// Two threads with rows of different lengths, which need different amounts of shared memory: 3000 launches of each are
+// checked, and kRuns run.
+void two_threads(int64_t shorter, int64_t longer) {
+  struct Work {
+    Array<float> scores;
+    Array<int64_t> indices;
+    Array<int32_t> counts;
+    Array<bool> overflow;
+    cuda::SelectPlan plan;
+    Array<unsigned char> workspace;
+    int errors = 0;
+
+    explicit Work(int64_t tokens)
+        : scores(tokens),
+          indices(tokens / 4),
+          counts(1),
+          overflow(1),
+          plan(planned()),
+          workspace(plan.workspace_bytes) {
+      cuda::set_workspace(plan, workspace.begin());
+      for (int64_t i = 0; i < tokens; ++i) scores[i] = static_cast<float>(i * 7919 % tokens);
+    }
+    cuda::SelectPlan planned() const {
+      SelectProblem problem;
+      problem.rows = 1;
+      problem.tokens = problem.batch_stride = scores.size;
+      problem.num_keep = problem.capacity = indices.size;
+      problem.scores = scores.begin();
+      problem.indices = indices.begin();
+      problem.counts = counts.begin();
+      problem.overflow = overflow.begin();
+      return cuda::plan_select(problem);
+    }
+    void run(int times) {
+      for (int i = 0; i < times; ++i) errors += cuda::select<float>(plan, nullptr) != cudaSuccess;
+    }
+  } works[] = {Work(shorter), Work(longer)};
+  for (const bool dry : {true, false}) {
+    cuda_emulation::options() = {};
+    cuda_emulation::options().dry = dry;
+    std::thread other([&] { works[0].run(dry ? 3000 : kRuns); });
+    works[1].run(dry ? 3000 : kRuns);
+    other.join();
+    for (const Work& work : works) CHECK(work.errors == 0, work.scores.size, dry, work.errors);
+  }
+  if (kRuns == 0) return;
+  for (const Work& work : works) {
+    const int64_t tokens = work.scores.size;
+    CHECK(work.counts[0] == work.indices.size && !work.overflow[0], tokens, work.counts[0]);
+    for (int64_t index : work.indices)
+      CHECK(work.scores[index] >= static_cast<float>(tokens - tokens / 4), tokens, index);
+    for (int64_t i = 1; i < work.indices.size; ++i) CHECK(work.indices[i - 1] < work.indices[i], tokens, i);
+  }
+}
+
 }  // namespace
 
 int main() {
   decisions();
+  ends_of_the_longest_rows();
+  two_threads(8192, 16384);
+  two_threads(20000, 40000);
   for (int i = 0; i < kProblems && failures == 0; ++i) {
     cuda_emulation::options() = {};
     cuda_emulation::options().seed = static_cast<uint64_t>(i % 3);
     cuda_emulation::options().blocks_alive = 1 + i % 2;
     const bool long_rows = i % 5 < 2;
-    if (chance(40))
-      cuda_emulation::options().shared_bytes = long_rows ? 18 * 1024 + 64 : 27 * 1024;  // no room for ranks
+    cuda_emulation::Options& options = cuda_emulation::options();
+    if (chance(40)) options.shared_bytes = options.declared_bytes + (long_rows ? 64 : 1024);  // no room for ranks
     i % 4 == 0   ? one_problem<bfloat16>(long_rows)
     : i % 4 == 1 ? one_problem<float16>(long_rows)
                  : one_problem<float>(long_rows);
