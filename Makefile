@@ -8,6 +8,7 @@
 #   emulate, emulate-asan, emulate-tsan    the CUDA kernels on the CPU: results, bounds, races (no nvcc, no GPU)
 #   triton     the Triton kernels, compiled for every architecture (no GPU)
 #   oldest     the tests with the oldest torch and Triton that pyvtk takes, in an environment of its own
+#   gpu-bundle what a machine with a GPU takes along (needs nvcc, no GPU)
 #   lint       what a change must pass                                       format   rewrites the files so that it does
 #   clean      removes what was built; the virtual environment stays
 #
@@ -36,7 +37,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 CXX_FILES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: build test oldest demo bench asan cpp-test cuda triton emulate emulate-asan emulate-tsan wheel lint lint-python \
+.PHONY: build test oldest gpu-bundle demo bench asan cpp-test cuda triton emulate emulate-asan emulate-tsan wheel lint lint-python \
   lint-cpp lint-text format clean
 .DEFAULT_GOAL := build
 .DELETE_ON_ERROR:
@@ -87,6 +88,11 @@ test: $(VENV)/.built
 
 oldest:
 	$(MAKE) test $(OLDEST)
+
+# The compiled parts and the peers that a machine with a GPU takes along: .gpu, see README.md.
+gpu-bundle:
+	$(MAKE) $(OLDEST_VENV)/.tools $(OLDEST)
+	.ci/gpu-bundle $(OLDEST_VENV)/bin/python
 
 # A second installation, in build/asan, beside the ordinary one. The sanitizers' runtimes have to be loaded before
 # Python, and libstdc++ with them, or exceptions cannot be followed. Tests that compile code of their own are left out.
