@@ -125,7 +125,8 @@ cuda: $(VENV)/.built
 
 # The CUDA kernels, compiled by g++ and run on the CPU (tests/cuda_emulation). Python runs beside ThreadSanitizer, not
 # under it: there the C++ tests run the kernels.
-build_emulation = cmake -S . -B build/$@ -G Ninja -DPYVTK_PYTHON=OFF -DPYVTK_EMULATION=ON -DPYVTK_SANITIZE=$(1) && \
+build_emulation = cmake -S . -B build/$@ -G Ninja -DPYVTK_PYTHON=OFF -DPYVTK_EMULATION=ON -DPYVTK_SANITIZE=$(1) \
+  -DPYVTK_TORCH_ROOT="$$($(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')" && \
   cmake --build build/$@ -j $(JOBS) && ctest --test-dir build/$@ -j $(JOBS) --output-on-failure
 test_emulation = $(ONE_THREAD) PYVTK_EMULATION_BUILD=$(CURDIR)/build/$@ $(BIN)/pytest -n $(JOBS) tests/cuda_emulation \
   $(PYTEST_ARGS)

@@ -74,7 +74,7 @@ def first_light(folder: Path, *arguments: str, ok: bool) -> tuple[str, dict[str,
 
 @pytest.mark.long
 def test_each_fault_costs_its_own_line(tmp_path):
-    said, found = first_light(tmp_path, "--seconds", "3", "--only", "ct: ", ok=False)
+    said, found = first_light(tmp_path, "--seconds", "5", "--only", "ct: ", ok=False)
     assert {name: status for name, (status, _) in found.items()} == {
         "select: good": "ok", "select: wrong": "WRONG", "select: dies": "CRASHED", "select: also good": "ok",
         "select: hangs": "HUNG", "select: good after all": "ok",
@@ -83,7 +83,7 @@ def test_each_fault_costs_its_own_line(tmp_path):
     wrong = found["select: wrong"][1]
     assert re.fullmatch(r"result 1 of 1: 1 of 12 values differ, the first at \[1, 2\]: .*, expected .*", wrong), wrong
     assert found["select: dies"][1] == "SIGABRT: last words"
-    assert found["select: hangs"][1] == "did not end in 3 s"
+    assert found["select: hangs"][1] == "did not end in 5 s"
     assert found["compact: poisons"][1] == "an illegal memory access was encountered"
     assert found["compact: raises"][1] == "ValueError: no such kernel"
     assert found["compact: shape"][1] == "result 1 of 1: float32 [2, 4], expected float32 [3, 4]"

@@ -151,6 +151,31 @@ def test_takes_what_was_built_elsewhere(gpu, bundle):
     assert status == 0 and f"prebuilt {bundle / 'lib'}" in notes and "commit 0123abcd\n" in said
 
 
+BUNDLING = """#!/bin/sh
+case "$*" in
+  *"pip wheel"*) while [ "$1" != -w ]; do shift; done; touch "$2/pyvtk.whl";;
+  *"zipfile -e"*) mkdir -p "$5/pyvtk" && touch "$5/pyvtk/libpyvtk_cuda.so";;
+  *"pip download"*) exit 1;;
+  *--version*) echo Python 3.12;;
+esac
+"""
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a bundle is that of a commit")
+def test_a_bundle_is_taken(gpu, tmp_path):
+    python, bundle = tmp_path / "bundling", tmp_path / ".gpu"
+    python.write_text(BUNDLING)
+    python.chmod(0o755)
+    env = {**os.environ, "PYVTK_GPU_BUNDLE": str(bundle)}
+    made = subprocess.run([ROOT / ".ci" / "gpu-bundle", python], env=env, capture_output=True, text=True)
+    assert made.returncode == 0 and "for Python 3.12:" in made.stdout, made.stderr
+    assert "lib/libpyvtk_cuda.so" in made.stdout and "peers could not be downloaded" in made.stdout
+    (bundle / "lib" / "good").touch()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    status, said, notes = gpu("build")
+    assert status == 0 and f"commit {commit}" in said and f"prebuilt {bundle / 'lib'}" in notes
+
+
 def test_builds_what_does_not_load(gpu, bundle):
     (bundle / "lib" / "good").unlink()
     status, said, notes = gpu("build")

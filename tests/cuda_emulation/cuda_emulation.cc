@@ -540,6 +540,7 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
   const size_t allowed = limit == dynamic_limits().end() ? 48 * 1024 : std::max(48 * 1024, limit->second);
   if (dynamic_bytes > allowed) return cudaErrorInvalidValue;
 
+  if (options().launched) options().launched(kernel);
   const Unwatched unwatched;
   Launch launch;
   release(&launch.begin);
