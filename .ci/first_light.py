@@ -92,7 +92,7 @@ def work(job: dict, tell) -> None:
             tell(end=name, status="POISONED", message=message or one_line(error))
             return
         tell(end=name, status=status, message=message, seconds=seconds)
-        if job["count"] and status == "ok":
+        if job["count"] and status != "ERROR":
             tell(counting=name)
             try:
                 tell(kernels=launched(lambda call=call, inputs=inputs: call.run(job["backend"], *inputs)))
@@ -133,7 +133,10 @@ class Worker:
     def _listen(self, reading: int) -> None:
         with os.fdopen(reading) as pipe:
             for line in pipe:
-                self.told.put(json.loads(line))
+                try:
+                    self.told.put(json.loads(line))
+                except ValueError:
+                    break  # it was killed while it wrote
         self.told.put(None)
 
     def next(self, seconds: float) -> dict | None:

@@ -195,3 +195,24 @@ def test_a_test_that_loses_the_device_costs_no_other(tmp_path):
 def test_without_other_processes_a_lost_device_ends_the_run(tmp_path):
     said = pytest_run(tmp_path, "-p", "no:xdist")
     assert "test_poisons: the device is lost" in said and "test_hangs" not in said and said.endswith("status 70"), said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "chosen", ["select and ties", "equals_the_reference and (attention or score) and not LLaVA and not select"]
+)
+def test_promises_are_kept_on_the_cpu(chosen):
+    """tests/test_cuda.py itself: every promise for one call, and the calls that the emulation has no kernels for."""
+    env = {**os.environ, "PYVTK_GPU_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-c",
+        "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(
+        [*command, "tests/test_cuda.py", "-k", chosen], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "failed" not in done.stdout, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 5, done.stdout

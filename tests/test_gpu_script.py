@@ -5,7 +5,7 @@ import subprocess
 import tarfile
 
 import pytest
-from fresh import ROOT
+from fresh import ROOT, run
 
 from pyvtk import bench
 
@@ -259,6 +259,12 @@ def test_profiles(gpu, tmp_path):
     status, said, _ = gpu("profile", PATH=path)
     assert status == 0 and "--clock-control none --profile-from-start off --section SpeedOfLight" in said
     assert ".ci/profile_kernels.py" in said and "--import" in said
+
+
+def test_what_is_profiled_is_measured():
+    """Nsight Compute sees cases of the benchmarks, by their names."""
+    said = run(str(ROOT / ".ci" / "profile_kernels.py"), "--list", cwd=ROOT)
+    assert len(said.splitlines()) == 6
 
 
 def test_runs_under_the_sanitizer(gpu, tmp_path):

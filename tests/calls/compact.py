@@ -129,8 +129,8 @@ def packed_update(*shape):
     return selection, values(4, selection.capacity, *shape)
 
 
-def tables(dtype):
-    """A wide and an odd width: units of 16 bytes, and numbers one by one."""
+def both_widths(dtype):
+    """Channels that move in units of 16 bytes, and those that move one by one."""
     return ((dtype, 64), (dtype, 65))
 
 
@@ -209,7 +209,7 @@ CALLS = {
         *packed_update(24), values(201, 24), values(201, 24)), gradient(restore(dim=0), 2)),
     "gate's gradient": gate_gradient_in(SINGLE, 65),
     **{f"gate's gradient, {short(dtype)}, {channels} channels": gate_gradient_in(dtype, channels)
-       for dtype, channels in ((SINGLE, 64), *tables(BRAIN), *tables(HALF), *tables(DOUBLE))},
+       for dtype, channels in ((SINGLE, 64), *both_widths(BRAIN), *both_widths(HALF), *both_widths(DOUBLE))},
     "gate's gradient, repeated": Call("restore_backward", lambda: (
         repeated((3,), 97, 31), values(3, 97, 24), values(3, 31), values(3, 31, 24), values(3, 97, 24)),
         gradient(restore_gated(), 2)),

@@ -89,10 +89,8 @@ def layer24(transposable: bool):
     """Linear24 forward and backward: the results, and the gradients to x, weight and bias."""
 
     def inputs():
-        # no two weights of one magnitude: masks are those of the same weight in float64
-        weight = (torch.randperm(96 * 128).view(96, 128) - 6000.5) / 6000
-        return weight.to(SINGLE).to(BRAIN), torch.randn(96).to(BRAIN), torch.randn(2, 20, 128).to(BRAIN), \
-            torch.randn(2, 20, 96).to(BRAIN)  # fmt: skip
+        weight = torch.randn(96, 128)
+        return tuple(t.to(BRAIN) for t in (weight, torch.randn(96), torch.randn(2, 20, 128), torch.randn(2, 20, 96)))
 
     def run(backend, weight, bias, x, grad):
         linear = torch.nn.Linear(128, 96, device="meta")
@@ -110,14 +108,10 @@ def layer24(transposable: bool):
     return call24(inputs, run, waits=True)
 
 
-def rows_of_every_tile(dtype, int8: bool, exact: bool) -> dict[str, Call]:
-    """The tiles that a product of these types has: of 8, 16 and 32 rows for few, of 64 and 128 for many."""
-    make = call24_int8 if exact else call24
-    kind = f"{short(dtype)}{' x int8' if int8 else ''}" if not exact else "int8 x int8"
-    return {
-        f"{kind}, {rows} rows": make(product(rows, features, columns, dtype, int8=int8))
-        for rows, features, columns in ((7, 96, 512), (15, 96, 512), (31, 96, 512), (70, 96, 512), (577, 4224, 64))
-    }
+def every_tile(kind: str, make, dtype, int8: bool = False) -> dict[str, Call]:
+    """Rows for each tile that a kernel has: 8, 16 and 32 for few, 64 and 128 for many."""
+    shapes = (7, 96, 512), (15, 96, 512), (31, 96, 512), (70, 96, 512), (577, 4224, 64)
+    return {f"{kind}, {shape[0]} rows": make(product(*shape, dtype, int8=int8)) for shape in shapes}
 
 
 CALLS = {
@@ -131,11 +125,11 @@ CALLS = {
     "64 rows": call24(product(64, 256, 1024)),
     "130 rows, fp16": call24(product(130, 130, 576, HALF)),
     "577 rows": call24(product(577, 384, 256)),
-    **rows_of_every_tile(BRAIN, False, False),
-    **rows_of_every_tile(HALF, False, False),
-    **rows_of_every_tile(BRAIN, True, False),
-    **rows_of_every_tile(HALF, True, False),
-    **rows_of_every_tile(BRAIN, True, True),
+    **every_tile("bf16", call24, BRAIN),
+    **every_tile("fp16", call24, HALF),
+    **every_tile("bf16 x int8", call24, BRAIN, int8=True),
+    **every_tile("fp16 x int8", call24, HALF, int8=True),
+    **every_tile("int8 x int8", call24_int8, BRAIN, int8=True),
     "no rows": call24(product(0, 64, 64)),
     "no features": call24(product(5, 0, 64)),
     "images": call24(product((2, 3), 96, 128)),

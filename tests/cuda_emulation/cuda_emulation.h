@@ -96,7 +96,7 @@ struct Options {
   uint64_t seed = 0;
   int blocks_alive = 1;  // blocks that run at the same time
   int multiprocessors = 4;
-  int64_t shared_bytes = 227 * 1024;  // of a block, all kinds together; above 48 KiB a kernel has to ask
+  int64_t shared_bytes = 227 * 1024;               // of a block, all kinds together; above 48 KiB a kernel has to ask
   void (*launched)(const void* kernel) = nullptr;  // is told of every launch
 };
 // Of the launches that follow. CUDA_EMULATION_SEED and CUDA_EMULATION_BLOCKS set the first ones.

@@ -1,5 +1,5 @@
-// Stands in for csrc/cuda/stream_binding.h where the bindings of CUDA are compiled for the emulation: their operators are
-// registered for CPU tensors, in place of the CPU's own.
+// Stands in for csrc/cuda/stream_binding.h where the bindings of CUDA are compiled for the emulation: their operators
+// are registered for CPU tensors, in place of the CPU's own.
 #pragma once
 #include <cstring>
 #include <initializer_list>
