@@ -37,9 +37,14 @@ def device_lives(request):
     """PYVTK_TEST_SECONDS: how long a test may take; no limit without."""
     stderr = _uncaptured_stderr(request.config.pluginmanager.getplugin("capturemanager"))
     seconds = float(os.environ.get("PYVTK_TEST_SECONDS") or 0)
-    if seconds > 0:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=stderr)  # needs neither Python nor the device
+
+    def watch() -> None:
+        if seconds > 0:
+            faulthandler.dump_traceback_later(seconds, exit=True, file=stderr)  # needs neither Python nor the device
+
+    watch()
     yield
+    watch()  # anew: pytest stops the other one where a test fails
     reason = why_lost()
     if seconds > 0:
         faulthandler.cancel_dump_traceback_later()

@@ -171,6 +171,10 @@ def test_poisons():
 
 def test_hangs():
     time.sleep(60)
+
+def test_fails_while_the_device_hangs():
+    page.why_lost = lambda: time.sleep(60)
+    raise ValueError
 """
 
 
@@ -185,9 +189,9 @@ def pytest_run(folder: Path, *arguments: str) -> str:
 
 def test_a_test_that_loses_the_device_costs_no_other(tmp_path):
     said = pytest_run(tmp_path, "-n", "2", "--max-worker-restart", "9")
-    assert "2 failed, 7 passed" in said and said.endswith("status 1"), said
-    assert re.search(r"crashed while running '.*::test_poisons'", said), said
-    assert re.search(r"crashed while running '.*::test_hangs'", said), said
+    assert "4 failed, 7 passed" in said and said.endswith("status 1"), said
+    for name in ("poisons", "hangs", "fails_while_the_device_hangs"):
+        assert re.search(rf"crashed while running '.*::test_{name}'", said), said
     assert "test_poisons: the device is lost: an illegal memory access" in said
     assert "in test_hangs" in said  # where it stood
 
