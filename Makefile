@@ -37,8 +37,8 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 CXX_FILES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: build test oldest gpu-bundle demo bench asan cpp-test cuda triton emulate emulate-asan emulate-tsan wheel lint lint-python \
-  lint-cpp lint-text format clean
+.PHONY: build test oldest gpu-bundle demo bench asan cpp-test cuda triton emulate emulate-asan emulate-tsan wheel lint \
+  lint-python lint-cpp lint-text format clean
 .DEFAULT_GOAL := build
 .DELETE_ON_ERROR:
 
