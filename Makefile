@@ -10,6 +10,7 @@
 #   oldest     the tests with the oldest torch and Triton that pyvtk takes, in an environment of its own; oldest-wheel,
 #              oldest-triton, ...: the other goals there
 #   newer      tests of the libraries that `make oldest` built, under the newer torch of $(VENV)
+#   gpu-bundle what a machine with a GPU takes along (needs nvcc, no GPU)
 #   lint       what a change must pass                                       format   rewrites the files so that it does
 #   clean      removes what was built; the virtual environment stays
 #
@@ -39,8 +40,8 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 CXX_FILES = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu')
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: environment build test oldest newer demo bench asan cpp-test cuda triton emulate emulate-asan emulate-tsan \
-  wheel lint lint-python lint-cpp lint-text format clean
+.PHONY: environment build test oldest newer gpu-bundle demo bench asan cpp-test cuda triton emulate emulate-asan \
+  emulate-tsan wheel lint lint-python lint-cpp lint-text format clean
 .DEFAULT_GOAL := build
 .DELETE_ON_ERROR:
 
@@ -106,6 +107,11 @@ newer: $(VENV)/.built
 	PYTHONPATH=$(CURDIR)/build/newer $(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not package' \
 	  tests/test_select.py tests/test_compact.py tests/test_plans.py tests/test_sparse24.py $(PYTEST_ARGS)
 
+# The compiled parts and the peers that a machine with a GPU takes along: .gpu, see README.md.
+gpu-bundle:
+	$(MAKE) $(OLDEST_VENV)/.tools $(OLDEST)
+	.ci/gpu-bundle $(OLDEST_VENV)/bin/python
+
 # A second installation, in build/asan, beside the ordinary one. The sanitizers' runtimes have to be loaded before
 # Python, and libstdc++ with them, or exceptions cannot be followed. Tests that compile code of their own are left out.
 # So are the harness of the benchmarks, which needs an installation from the checkout and no kernel of its own, and the
@@ -137,7 +143,8 @@ cuda: $(VENV)/.built
 
 # The CUDA kernels, compiled by g++ and run on the CPU (tests/cuda_emulation). Python runs beside ThreadSanitizer, not
 # under it: there the C++ tests run the kernels.
-build_emulation = cmake -S . -B build/$@ -G Ninja -DPYVTK_PYTHON=OFF -DPYVTK_EMULATION=ON -DPYVTK_SANITIZE=$(1) && \
+build_emulation = cmake -S . -B build/$@ -G Ninja -DPYVTK_PYTHON=OFF -DPYVTK_EMULATION=ON -DPYVTK_SANITIZE=$(1) \
+  -DPYVTK_TORCH_ROOT="$$($(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')" && \
   cmake --build build/$@ -j $(JOBS) && ctest --test-dir build/$@ -j $(JOBS) --output-on-failure
 test_emulation = $(ONE_THREAD) PYVTK_EMULATION_BUILD=$(CURDIR)/build/$@ $(BIN)/pytest -n $(JOBS) tests/cuda_emulation \
   $(PYTEST_ARGS)

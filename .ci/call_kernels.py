@@ -1,28 +1,26 @@
-"""Calls every CUDA kernel on small inputs, once, for compute-sanitizer: the calls of tests/test_cuda.py."""
+"""Makes every call of tests/calls once, for compute-sanitizer: what a kernel does, not what comes out."""
 
 import os
 import sys
 from pathlib import Path
 
-import torch
-
+os.environ["PYVTK_GPU_DEVICE"] = device = os.environ.get("PYVTK_GPU_DEVICE") or "cuda"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import test_cuda
 
-from pyvtk import backends
+import torch
+from calls import CALLS
+from calls.call import make, ways
 
 
 def main() -> int:
-    device = os.environ.get("PYVTK_GPU_DEVICE") or "cuda"
     called = 0
-    for name, call in test_cuda.CALLS.items():
-        if backends.why_not(call.operator, "compiled", device) is not None:
-            continue
-        call.run(None, *test_cuda.make(call))
-        if device == "cuda":
-            torch.cuda.synchronize()
-        called += 1
-        print(name, flush=True)
+    for name, call in CALLS.items():
+        for backend in ways(call):
+            print(name, backend or "", flush=True)
+            call.run(backend, *make(call))
+            if device == "cuda":
+                torch.cuda.synchronize()
+            called += 1
     print(f"{called} calls")
     return 0 if called else 1
 

@@ -8,10 +8,9 @@ memory than can be declared.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
-import shutil
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -170,30 +169,40 @@ def kernels(architecture: str, elf: bytes) -> Iterator[Kernel]:
         yield Kernel(name, architecture, registers, found[_FRAME].get(name, 0), *spills, shared, threads, *fit)
 
 
-def readable(names: list[str]) -> dict[str, str]:
-    """C++ names without what all of ours have in common; as they are where c++filt is not installed."""
-    if not names or shutil.which("c++filt") is None:
-        return {name: name for name in names}
-    said = subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True).stdout
-    short = {}
-    for name, text in zip(names, said.splitlines()):
-        text = text.removeprefix("void ").replace("pyvtk::cuda::", "").replace("pyvtk::", "")
-        depth = 0
-        for i, letter in enumerate(text):  # the arguments begin at the first parenthesis outside of <>
-            depth += (letter == "<") - (letter == ">")
-            if letter == "(" and depth == 0 and i > 0:
-                text = text[:i]
-                break
-        short[name] = text
-    return short
+def demangled(name: str) -> str:
+    """A C++ name as it is written, by the function that c++filt and profilers call; as it is where that is missing."""
+    try:
+        demangle = ctypes.CDLL("libstdc++.so.6").__cxa_demangle
+    except (OSError, AttributeError):
+        return name
+    demangle.argtypes, demangle.restype = (ctypes.c_char_p, *[ctypes.c_void_p] * 3), ctypes.c_void_p
+    if (text := demangle(name.encode(), None, None, None)) is None:
+        return name
+    try:
+        return ctypes.string_at(text).decode()
+    finally:
+        free = ctypes.CDLL(None).free
+        free.argtypes = (ctypes.c_void_p,)
+        free(text)
+
+
+def readable(name: str) -> str:
+    """The name of a kernel, mangled or not, without what all of ours have in common and without its arguments."""
+    text = demangled(name) if name.startswith("_Z") else name
+    text = text.removeprefix("void ").replace("pyvtk::cuda::", "").replace("pyvtk::", "")
+    depth = 0
+    for i, letter in enumerate(text):  # the arguments begin at the first parenthesis outside of <>
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0 and i > 0:
+            return text[:i]
+    return text
 
 
 def read(library: Path) -> list[Kernel]:
     """Every kernel of a library on every architecture, by name."""
     found = [kernel for architecture, elf in machine_code(library) for kernel in kernels(architecture, elf)]
-    short = readable(sorted({kernel.name for kernel in found}))
     for kernel in found:
-        kernel.name = short[kernel.name]
+        kernel.name = readable(kernel.name)
     return sorted(found, key=lambda kernel: (kernel.name, number_of(kernel.architecture)))
 
 

@@ -1,8 +1,10 @@
-"""Fixtures: poisoned memory and a fixed seed for every test, and the instruction sets of this machine."""
+"""Fixtures: poisoned memory, a fixed seed and a living device for every test; the instruction sets of this machine."""
 
 import hypothesis
 import pytest
 import torch
+from device_lives import device_lives  # noqa: F401  a fixture
+from support import poison_cuda
 
 from pyvtk import _C
 
@@ -19,6 +21,7 @@ def pytest_collection_modifyitems(items):
 def poisoned_memory():
     """Uninitialised tensors are full of NaN, in Python and in compiled operators (integers: the maximum, and -1)."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    poison_cuda()
     _C.poison_new_memory(True)
     torch.manual_seed(0)
     yield

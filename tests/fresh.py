@@ -51,6 +51,6 @@ def copy_package(folder: Path) -> Path:
 def copy_tree(folder: Path) -> Path:
     """The source tree without anything built, as a clone would be."""
     built = shutil.ignore_patterns(
-        "__pycache__", "*.so", "*.egg-info", "build", "dist", ".git", ".venv*", ".*cache", ".hypothesis"
+        "__pycache__", "*.so", "*.egg-info", "build", "dist", ".git", ".gpu", ".venv*", ".*cache", ".hypothesis"
     )
     return shutil.copytree(ROOT, folder / "tree", ignore=built)

@@ -1,4 +1,4 @@
-"""What tests share: the error budget, and random inputs."""
+"""What tests share: the error budget, comparisons, poisoned memory."""
 
 from __future__ import annotations
 
@@ -38,12 +38,22 @@ def assert_within_budget(
         oracle: the reference computed in float64.
         plain: the reference computed by plain torch in the kernel's input dtype.
         instruction_set: of the kernel.
-        added: largest sum of magnitudes of float32 terms, for tests that draw few results.
+        added: largest sum of magnitudes of the terms, which are float32 (float64 where the result is), for tests that
+            draw few results.
     """
     rounding = torch.finfo(actual.dtype).eps * largest(oracle) * (2 if instruction_set == "portable" else 1)
-    budget = 2 * max_error(plain, oracle) + rounding + torch.finfo(torch.float32).eps * added
+    wide = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    budget = 2 * max_error(plain, oracle) + rounding + torch.finfo(wide).eps * added
     error = max_error(actual, oracle)
-    assert error <= budget, f"error {error:.3e} exceeds the budget {budget:.3e}"
+    assert error <= budget, f"error {error:.3e} exceeds the budget {budget:.3e}{_where(actual, oracle, budget)}"
+
+
+def _where(actual: Tensor, oracle: Tensor, budget: float) -> str:
+    """How many values are beyond the budget, and the first of them."""
+    beyond = ((actual.detach().double() - oracle.detach().double()).abs() > budget).nonzero()
+    place = beyond[0].tolist()
+    found, wanted = (x[tuple(place)].item() for x in (actual, oracle))
+    return f": {len(beyond)} of {actual.numel()} values, the first at {place}: {found:.6g}, oracle {wanted:.6g}"
 
 
 def same(actual, expected) -> None:
@@ -54,3 +64,16 @@ def same(actual, expected) -> None:
         assert a.dtype == b.dtype and a.shape == b.shape
         a, b = (x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in (a, b))
         assert torch.equal(a, b)
+
+
+def poison_cuda() -> None:
+    """Fill with ones, in every bit, what torch's allocator hands out next on the current device, if one is in use.
+
+    CUDA operators get their results from there: what a kernel leaves unwritten is NaN then, or an index out of bounds.
+    Its pool for less than a MiB takes pieces of 2 MiB; larger tensors are cut from any larger piece.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    pieces = [torch.empty(1 << 20, dtype=torch.uint8, device="cuda") for _ in range(16)]
+    for piece in [*pieces, torch.empty(128 << 20, dtype=torch.uint8, device="cuda")]:
+        piece.fill_(0xFF)

@@ -861,16 +861,14 @@ inline cudaError_t compact_kv(const KvCache* caches, int64_t count, const Select
                               bool per_head, cudaStream_t stream) {
   if (batch == 0 || selected.capacity == 0) return cudaSuccess;
   if (selected.capacity > selected.tokens) return cudaErrorInvalidValue;
-  int device = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  int at_a_time = 0;
+  cudaError_t status = multiprocessors(at_a_time);
   if (status != cudaSuccess) return status;
   int64_t pairs = 0;
   for (int64_t i = 0; i < count; ++i) pairs += caches[i].run > 0 ? batch * int64_t{caches[i].heads} : 0;
   // A walk has no more in flight than one chunk, so many of them have to run at a time; below 64 bytes a slice would
   // waste what memory fetches at once.
-  const int64_t wanted = ceil_div<int64_t>(8 * int64_t{multiprocessors}, std::max<int64_t>(pairs, 1));
+  const int64_t wanted = ceil_div<int64_t>(8 * int64_t{at_a_time}, std::max<int64_t>(pairs, 1));
   for (int64_t next = 0; next < count;) {
     KvCaches some;
     some.count = 0;

@@ -280,6 +280,13 @@ inline cudaError_t allow_shared(const void* kernel, int64_t bytes) {
 
 }  // namespace detail
 
+// Multiprocessors of the current device.
+inline cudaError_t multiprocessors(int& count) {
+  int device = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  return status == cudaSuccess ? cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) : status;
+}
+
 // The most dynamic shared memory, in bytes, that the current device gives a block of this kernel: what plans may use.
 template <class... Parameters>
 cudaError_t most_dynamic_shared(void (*kernel)(Parameters...), int64_t& bytes) {

@@ -19,12 +19,6 @@ Sparse24Number number_of(ScalarType dtype, const char* name) {
   return Sparse24Number::float16;
 }
 
-int multiprocessors_of(const Tensor& tensor) {
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device_index()), "sparse24");
-  return count;
-}
-
 // Everything but x itself and the scales; out is made here.
 struct Call {
   Sparse24Problem problem;
@@ -78,7 +72,9 @@ Call make_call(const Tensor& x, const Tensor& values, const Tensor& metadata, co
 
 template <class X, class V>
 void multiply(const Sparse24Problem& problem, const Tensor& like, bool few) {
-  const Sparse24Plan plan = plan_sparse24<X, V>(problem, few, multiprocessors_of(like));
+  int at_a_time = 0;
+  check(multiprocessors(at_a_time), "sparse24_linear");
+  const Sparse24Plan plan = plan_sparse24<X, V>(problem, few, at_a_time);
   const int64_t bytes = plan.workspace_bytes(problem);
   OptionalTensor workspace;
   if (bytes > 0) workspace = new_empty(like, {bytes}, ScalarType::Byte);

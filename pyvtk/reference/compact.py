@@ -143,6 +143,7 @@ def compact_kv_(indices: Tensor, counts: Tensor, caches: list[Tensor]) -> None:
     """cache[b, h, :capacity] = the kept rows in order, then zeros. Later rows stay as they are."""
     capacity = indices.shape[-1]
     for cache in caches:
+        cache = cache.view(torch.uint8) if _is_byte_float(cache) else cache
         kept = indices if indices.dim() == 3 else indices[:, None].expand(-1, cache.shape[1], -1)
         valid = _valid(kept, counts if indices.dim() == 3 else counts[:, None].expand(-1, cache.shape[1]), False)
         rows = cache.gather(2, torch.where(valid, kept, 0)[..., None].expand(*kept.shape, cache.shape[3]))

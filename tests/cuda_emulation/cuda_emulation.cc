@@ -621,6 +621,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, void (*bod
   if (static_cast<int64_t>(config.dynamicSmemBytes) > allowed) return cudaErrorInvalidValue;
   if (options().dry) return cudaSuccess;
 
+  if (options().launched) options().launched(kernel);
   const Unwatched unwatched;
   Launch launch;
   release(&launch.begin);

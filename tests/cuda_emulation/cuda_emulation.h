@@ -114,6 +114,7 @@ struct Options {
   // What cudaFuncGetAttributes says that a kernel declares: what it really does shows only when it runs.
   int64_t declared_bytes = 32 * 1024;
   bool dry = false;  // launches are checked, and nothing runs
+  void (*launched)(const void* kernel) = nullptr;  // is told of every launch
 };
 // Of the launches that follow. CUDA_EMULATION_SEED and CUDA_EMULATION_BLOCKS set the first ones.
 Options& options();
@@ -213,6 +214,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   return cuda_emulation::returned(cuda_emulation::kernel_attributes(attributes));
+}
+template <class... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(Parameters...)) {
+  return cudaFuncGetAttributes(attributes, reinterpret_cast<const void*>(kernel));
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
   return cuda_emulation::returned(cuda_emulation::set_dynamic_shared_limit(kernel, bytes));
