@@ -14,11 +14,11 @@ from pyvtk import _resources
 
 
 def kernels(library: Path) -> dict[str, str]:
-    """Where a kernel stands in a library -> its name."""
+    """Where a kernel (and none of its lambdas) stands in a library -> its name."""
     listed = subprocess.run(["nm", "--defined-only", str(library)], check=True, capture_output=True, text=True).stdout
     symbols = (line.split() for line in listed.splitlines() if "pyvtk4cuda" in line)
     names = {place: _resources.readable(name) for place, _, name in symbols}
-    return {place: name for place, name in names.items() if re.fullmatch(r"\w+_kernel(<.*>)?", name)}  # not their lambdas
+    return {place: name for place, name in names.items() if re.fullmatch(r"\w+_kernel(<.*>)?", name)}
 
 
 @pytest.mark.long
