@@ -104,6 +104,7 @@ newer: $(VENV)/.built
 	cp build/cmake-*-torch$(OLDEST_TORCH)/libpyvtk_cpu.so build/newer-parts
 	cp pyvtk/_C$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))') build/newer-parts
 	PYVTK_PREBUILT=build/newer-parts PYVTK_CUDA=0 $(PIP) install -q --no-build-isolation --no-deps --target build/newer .
+	cd build && PYTHONPATH=$(CURDIR)/build/newer $(BIN)/python -c 'import pyvtk; assert "newer" in pyvtk.__file__, pyvtk.__file__'
 	PYTHONPATH=$(CURDIR)/build/newer $(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not package' \
 	  tests/test_select.py tests/test_compact.py tests/test_plans.py tests/test_sparse24.py $(PYTEST_ARGS)
 
