@@ -159,7 +159,7 @@ def test_packed_equals_samples(head_reduce):
     if head_reduce == "mean":
         options["q_positions"] = torch.randint(0, 60, q.shape[:1], device=DEVICE)
         options["k_bias"] = torch.randn(k.shape[0], device=DEVICE)
-    check(q, k, options)
+    check(q, k, options, draws=3 if "k_bias" in options else 1)  # its gradient is a float32 sum of few terms
 
 
 @kernels
