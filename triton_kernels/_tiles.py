@@ -3,7 +3,7 @@
 A head dimension is cut into two powers of two (80 = 64 + 16), so that it does not pay for the next one; the second part
 is empty (D2 = 0) where the first holds all.
 
-Triton compiles a variant of a kernel for every int that is 1 or a multiple of 16, and knows of strides nothing but that.
+Triton compiles a variant of a kernel for every int that is 1 or a multiple of 16, and knows nothing else of strides.
 So kernels take their ints unspecialised (each family lists its NUMBERS), one variant for all sizes, and learn from one
 constant, UNIT, what strides are multiples of: rows of 72 channels are loaded by 16 bytes like those of 64 or 80.
 """
