@@ -159,9 +159,10 @@ emulate-tsan: $(VENV)/.built
 	$(call build_emulation,thread)
 	$(test_emulation)
 
-# Not only that they compile: shared memory within each architecture's limit, no register spilled up to 128 channels.
+# Not only that they compile: shared memory within each architecture's limit, registers that spill, loads by 16 bytes.
+# Registers differ between versions of Triton: `make triton VENV=.venv-oldest` asks the oldest one, about sm_90.
 triton: $(VENV)/.built
-	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python .ci/check_triton.py --jobs $(JOBS)
+	$(BIN)/python .ci/check_triton.py --jobs $(JOBS)
 
 wheel: $(VENV)/.built $(VENV)/.dev
 	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir dist .

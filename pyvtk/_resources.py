@@ -101,11 +101,16 @@ def number_of(architecture: str) -> int:
     return int(architecture.strip("sm_af"))
 
 
+def shared_of_block(architecture: str) -> int:
+    """Bytes of shared memory that a block may have where its launch asks for them; of an architecture in LIMITS."""
+    return (LIMITS[number_of(architecture)][2] - 1) << 10
+
+
 def occupancy(architecture: str, threads: int, registers: int, shared: int) -> tuple[int, int]:
     """Blocks and warps that a multiprocessor holds at a time; of an architecture in LIMITS."""
     most_warps, most_blocks, kib = LIMITS[number_of(architecture)]
     warps = -(-threads // 32)
-    # A warp takes registers by 256, from the quarter of the multiprocessor that it lives in.
+    # A warp takes registers by 256, from the quarter of the multiprocessor that it lives in; shared memory goes by 128.
     by_registers = 4 * (65536 // 4 // (-(-32 * max(registers, 1) // 256) * 256)) // warps
     by_shared = (kib << 10) // (-(-(shared + 1024) // 128) * 128)
     blocks = min(most_warps // warps, by_registers, by_shared, most_blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def max_error(actual: Tensor, oracle: Tensor) -> float:
@@ -39,7 +40,7 @@ def assert_within_budget(
         plain: the reference computed by plain torch in the kernel's input dtype.
         instruction_set: of the kernel.
         added: largest sum of magnitudes of the terms, which are float32 (float64 where the result is), for tests that
-            draw few results.
+            draw few results, and what the products of tensor cores may be off by (:class:`TF32x3`).
     """
     rounding = torch.finfo(actual.dtype).eps * largest(oracle) * (2 if instruction_set == "portable" else 1)
     wide = torch.float64 if actual.dtype == torch.float64 else torch.float32
@@ -54,6 +55,45 @@ def _where(actual: Tensor, oracle: Tensor, budget: float) -> str:
     place = beyond[0].tolist()
     found, wanted = (x[tuple(place)].item() for x in (actual, oracle))
     return f": {len(beyond)} of {actual.numel()} values, the first at {place}: {found:.6g}, oracle {wanted:.6g}"
+
+
+class TF32x3(TorchDispatchMode):
+    """Within it every matrix product is as far off as "tf32x3" on tensor cores may be, up or down at random.
+
+    A float32 kernel that multiplies so (Triton's, on CUDA) may be off by as much as the oracle is within this mode::
+
+        with TF32x3():
+            inexact = compute(*inputs_in_float64)
+        assert_within_budget(actual, oracle, plain, added=TF32x3.added(inexact, oracle))
+
+    Plain torch knows nothing of such errors: it multiplies in float32.
+    """
+
+    @staticmethod
+    def roundings(length: int) -> float:
+        """Most of an error of a sum of ``length`` products, in units of 2**-23 of the sum of their magnitudes.
+
+        A factor x is big + small with big of 11 bits and |small| <= 2**-11 |x|, of which tensor cores read all but one
+        bit of 2**-23 |x|. So small * small, which is left out, is 2 units, and these bits are 2 more. Adding chops what
+        lies below the last bit of the largest term: less than a unit for each product, and one more for each step of 4
+        products or more; nothing else is assumed of tensor cores. Products with small factors are 2**-11 of the rest.
+        Kernels multiply at most 128 channels or tokens at a time, and add these sums up in float32 as plain torch does.
+        """
+        length = min(length, 128)
+        return (4 + length + length / 4) * (1 + 2**-8)
+
+    @staticmethod
+    def added(inexact: Tensor, oracle: Tensor) -> float:
+        """What :func:`assert_within_budget` takes for it."""
+        return max_error(inexact, oracle) / torch.finfo(torch.float32).eps
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            share = self.roundings(args[0].shape[-1]) * torch.finfo(torch.float32).eps
+            up_or_down = torch.randint(0, 2, out.shape, device=out.device) * 2 - 1
+            out = out + up_or_down * share * function(args[0].abs(), args[1].abs())
+        return out
 
 
 def same(actual, expected) -> None:

@@ -13,17 +13,16 @@ import sys
 import pytest
 import torch
 from fresh import ROOT, run
-from interpreter import passed_in_the_interpreter
-from support import assert_within_budget
+from interpreter import DEVICE, in_tf32x3, passed_in_the_interpreter, runs_kernels
+from support import TF32x3, assert_within_budget
 from torch import Tensor
 
 import pyvtk
 from pyvtk import ImageSpan, Selection, TokenLayout, backends
 from pyvtk.reference import attention as reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHY_NOT = backends.why_not("neighbor_attention", "triton", DEVICE)
-kernels = pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT} (test_in_the_interpreter does that)")
+kernels = runs_kernels("neighbor_attention")
 pytest.importorskip("triton", reason="triton is not installed")
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
@@ -32,6 +31,13 @@ HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 @pytest.mark.skipif(WHY_NOT is None, reason="the tests below run in this process")
 def test_in_the_interpreter(tmp_path):
     assert passed_in_the_interpreter(__file__, tmp_path) >= len(CASES)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(WHY_NOT is None, reason="the tests below run in this process")
+def test_in_the_interpreter_as_tensor_cores_multiply(tmp_path):
+    some = "test_outputs_and_gradients and (group or parts or video or subset or keep)"
+    assert passed_in_the_interpreter(__file__, tmp_path, some, tf32x3=True) == 7
 
 
 @pytest.mark.long
@@ -178,21 +184,24 @@ def test_outputs_and_gradients(name):
     grad_bad = poisoned["grad_out"].masked_fill(blind[..., None], float("nan"))
     grads = torch.autograd.grad([out, lse], inputs, [grad_bad, weight])
 
-    results = []
-    for compute, precision in ((reference.neighbor_attention, torch.float64), (plain, dtype)):
+    def results(compute, precision) -> tuple[Tensor, ...]:
         exact = leaves(*(given[n].to(precision) for n in "qkv"), None if bias is None else bias.to(precision))
         o, z = compute(*exact[:3], exact[3] if bias is not None else None, on, *settings)
         loss = (o * given["grad_out"].masked_fill(blind[..., None], 0).to(o.dtype)).sum()
         loss = loss + (z.masked_fill(blind, 0) * given["grad_lse"].masked_fill(blind, 0)).sum()
-        results.append((o, z, torch.autograd.grad(loss, exact)))
-    (oracle, oracle_lse, oracle_grads), (rough, rough_lse, rough_grads) = results
-    assert torch.equal(blind, oracle_lse.isneginf())
-    assert_within_budget(out, oracle, rough)
-    assert_within_budget(lse, oracle_lse, rough_lse)
-    for label, grad, right, about in zip(("q", "k", "v", "k_bias"), grads, oracle_grads, rough_grads):
+        return o, z, *torch.autograd.grad(loss, exact)
+
+    oracle, rough = results(reference.neighbor_attention, torch.float64), results(plain, dtype)
+    inexact = oracle
+    if in_tf32x3(dtype):
+        with TF32x3():
+            inexact = results(reference.neighbor_attention, torch.float64)
+    assert torch.equal(blind, oracle[1].isneginf())
+    for actual, right, about, off in zip((out, lse, *grads), oracle, rough, inexact):
+        assert_within_budget(actual, right, about, added=TF32x3.added(off, right))
+    for label, grad in zip(("q", "k", "v", "k_bias"), grads):
         where = {"q": invalid_queries, "k_bias": invalid_keys[:, 0]}.get(label, invalid_keys)
         assert (grad[where.expand(grad.shape[: where.dim()])] == 0).all()
-        assert_within_budget(grad, right, about)
 
 
 @kernels
@@ -208,6 +217,33 @@ def test_public_function_and_memory_order():
     assert grad.isfinite().all()
     again = pyvtk.neighbor_attention(q, k, v, plan, backend="triton")
     assert torch.equal(out, again)
+
+
+def apart(x: Tensor, gap: int, offset: int) -> Tensor:
+    """x, its rows ``gap`` numbers apart and the first one ``offset`` numbers behind an aligned address."""
+    memory = x.new_empty(*x.shape[:-1], x.shape[-1] + gap)
+    return memory[..., offset : offset + x.shape[-1]].copy_(x)
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("gap", "offset", "dtype"), [(1, 1, BRAIN), (2, 0, BRAIN), (4, 4, BRAIN), (56, 4, BRAIN), (2, 1, SINGLE)], ids=str
+)
+def test_rows_may_lie_anywhere(gap, offset, dtype):
+    """Kernels are told what strides are multiples of; one claim too many, and they read other rows."""
+    plan = neighbors(TokenLayout.from_images([16], [ImageSpan(0, 2, (1, 3, 4))], device=DEVICE))
+    q, grad = (torch.randn(1, 2, 16, 24, device=DEVICE).to(dtype) for _ in range(2))
+    k, v = (torch.randn(1, 1, 16, 24, device=DEVICE).to(dtype) for _ in range(2))
+
+    def results(q, k, v, grad):
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        out = pyvtk.neighbor_attention(*inputs, plan, backend="triton")
+        return out, *torch.autograd.grad(out, inputs, grad)
+
+    expected = results(*(x.clone() for x in (q, k, v, grad)))
+    for which in ((0, 1, 2, 3), (gap % 4,)):  # all, and one alone
+        tensors = [apart(x, gap, offset) if i in which else x.clone() for i, x in enumerate((q, k, v, grad))]
+        torch.testing.assert_close(results(*tensors), expected)
 
 
 @kernels

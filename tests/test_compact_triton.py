@@ -9,16 +9,15 @@ from __future__ import annotations
 import pytest
 import torch
 from fresh import ROOT, run
-from interpreter import passed_in_the_interpreter
+from interpreter import DEVICE, passed_in_the_interpreter, runs_kernels
 from support import same
 
 import pyvtk
 from pyvtk import Selection, backends
 from pyvtk.reference import compact as reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHY_NOT = backends.why_not("compact", "triton", DEVICE)
-kernels = pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT} (test_in_the_interpreter does that)")
+kernels = runs_kernels("compact")
 pytest.importorskip("triton", reason="triton is not installed")
 OPS = torch.ops.pyvtk
 
@@ -39,7 +38,8 @@ def test_in_the_interpreter(tmp_path):
 def test_kernels_compile_for_every_architecture(tmp_path):
     """Shared memory and spills of what .ci/check_triton.py compiles for one architecture, without a GPU."""
     env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    said = run(str(ROOT / ".ci" / "check_triton.py"), "--family", "compact", "--arch", "90", cwd=tmp_path, env=env)
+    some = ("--family", "compact", "--arch", "90", "--dtype", "bf16")
+    said = run(str(ROOT / ".ci" / "check_triton.py"), *some, cwd=tmp_path, env=env)
     assert "gather" in said and "scatter" in said and "compact_kv" in said, said
 
 
@@ -111,6 +111,10 @@ def test_layouts():
         "offset": (random((3, 12, 7))[1:, 2:11, 1:6], 1, 0),
         "too many axes": (random((2, 9, 4, 6, 8, 3, 2))[:, :, ::2, ::2, ::2, :, :1], 1, 0),
         "long rows": (random((2, 9, 5000)), 1, 0),
+        "rows of 8 and an odd number": (random((2, 3, 9, 72), torch.bfloat16), 2, 0),
+        "begins 8 bytes off": (random((2, 9, 28), torch.bfloat16)[..., 4:], 1, 0),
+        "odd rows": (random((2, 9, 17), torch.bfloat16)[..., 1:], 1, 0),
+        "odd samples": (random((2, 73), torch.uint8)[:, :72].unflatten(1, (9, 8)), 1, 0),
     }
     for x, dim, batch_dim in views.values():
         both(pyvtk.compact, sel, x, dim=dim, batch_dim=batch_dim, pad_value=7)
@@ -211,6 +215,7 @@ def test_compact_kv(rows, dtype):
         random((2, 3, 140, 8), dtype),
         random((2, 140, 3, 40), dtype).transpose(1, 2),
         random((2, 3, 150, 9), dtype)[:, :, 3:143, :8],
+        random((2, 3, 140, 28), dtype)[..., 4:],
     ]
     expected = [c.clone() for c in caches]
     reference.compact_kv_(sel.indices, sel.counts, expected)

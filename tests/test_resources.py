@@ -104,10 +104,24 @@ def test_faults_fail_the_command(compiled, tmp_path, capsys):
         ("sm_86", 64, 16, 0, 16),  # as many blocks as it takes
         ("sm_120", 256, 40, 0, 6),  # as many warps
         ("sm_120", 32, 16, 24 << 10, 4),  # 100 KiB, 1 of each block for the system
+        ("sm_80", 160, 80, 0, 4),  # 6 warps in each quarter, not 25 in all
+        ("sm_89", 128, 33, 0, 12),  # 40 registers: they go by 8 a thread
+        ("sm_90", 64, 32, 32329, 6),  # 7 of 33353 bytes would fit, but not of 33408
+        ("sm_100", 128, 255, 84224, 2),
     ],
 )
 def test_occupancy(architecture, threads, registers, shared, blocks):
     assert _resources.occupancy(architecture, threads, registers, shared) == (blocks, blocks * (threads // 32))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kib"),
+    [("sm_80", 163), ("sm_86", 99), ("sm_89", 99), ("sm_90a", 227), ("sm_100", 227), ("sm_120", 99)],
+)
+def test_shared_memory_of_a_block(architecture, kib):
+    assert _resources.shared_of_block(architecture) == kib << 10
+    assert _resources.occupancy(architecture, 32, 16, kib << 10) == (1, 1)
+    assert _resources.occupancy(architecture, 32, 16, (kib << 10) + 1) == (0, 0)
 
 
 def test_too_much_shared_memory_is_a_fault():

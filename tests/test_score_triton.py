@@ -7,17 +7,16 @@ import math
 
 import pytest
 import torch
-from interpreter import passed_in_the_interpreter
-from support import assert_within_budget
+from interpreter import DEVICE, in_tf32x3, passed_in_the_interpreter, runs_kernels
+from support import TF32x3, assert_within_budget
 from test_score import ALL, extras, in_double, inputs
 
 import pyvtk
 from pyvtk import backends
 from pyvtk.ops import score as page
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WHY_NOT = backends.why_not("attention_scores", "triton", DEVICE)
-kernels = pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT} (test_in_the_interpreter does that)")
+kernels = runs_kernels("attention_scores")
 pytest.importorskip("triton", reason="triton is not installed")
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
@@ -26,6 +25,12 @@ HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 @pytest.mark.skipif(WHY_NOT is None, reason="the tests below run in this process")
 def test_in_the_interpreter(tmp_path):
     assert passed_in_the_interpreter(__file__, tmp_path) >= len(COMBINATIONS)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(WHY_NOT is None, reason="the tests below run in this process")
+def test_in_the_interpreter_as_tensor_cores_multiply(tmp_path):
+    assert passed_in_the_interpreter(__file__, tmp_path, "test_float32", tf32x3=True) == 2
 
 
 # Against the reference -----------------------------------------------------------------------------------------------
@@ -65,9 +70,14 @@ def check(q, k, options: dict, draws: int = 1) -> None:
         actual = results(some_q, some_k, options, "triton")
         plain = results(some_q, some_k, options, "reference")
         oracle = results(some_q.double(), some_k.double(), in_double(options), "reference")
-        drawn.append((actual, oracle, plain))
+        inexact = oracle
+        if in_tf32x3(q.dtype):
+            with TF32x3():
+                inexact = results(some_q.double(), some_k.double(), in_double(options), "reference")
+        drawn.append((actual, oracle, plain, inexact))
     for name in drawn[0][0]:
-        assert_within_budget(*(torch.stack([draw[i][name] for draw in drawn]) for i in range(3)))
+        actual, oracle, plain, inexact = (torch.stack([draw[i][name] for draw in drawn]) for i in range(4))
+        assert_within_budget(actual, oracle, plain, added=TF32x3.added(inexact, oracle))
 
 
 # An odd step: each reduction, order and quantity comes with each mixture of the other options.
@@ -159,7 +169,7 @@ def test_packed_equals_samples(head_reduce):
     if head_reduce == "mean":
         options["q_positions"] = torch.randint(0, 60, q.shape[:1], device=DEVICE)
         options["k_bias"] = torch.randn(k.shape[0], device=DEVICE)
-    check(q, k, options)
+    check(q, k, options, draws=3 if "k_bias" in options else 1)  # its gradient is a float32 sum of few terms
 
 
 @kernels
@@ -356,6 +366,29 @@ def test_views_and_memory_order():
     view = whole[:, :, -3:]
     first = pyvtk.attention_scores(view, k, backend="triton")
     assert torch.equal(first, pyvtk.attention_scores(view.contiguous(), k.contiguous(), backend="triton"))
+
+
+@kernels
+@pytest.mark.parametrize("head_reduce", ("mean", "max"))
+@pytest.mark.parametrize(
+    ("gap", "offset", "dtype"), [(1, 1, BRAIN), (2, 0, BRAIN), (4, 4, BRAIN), (56, 4, BRAIN), (2, 1, SINGLE)], ids=str
+)
+def test_rows_may_lie_anywhere(gap, offset, dtype, head_reduce):
+    """As in test_attention_triton.py; a maximum over heads reads rows in a kernel of its own."""
+    q, k = torch.randn(1, 2, 9, 24, device=DEVICE).to(dtype), torch.randn(1, 1, 17, 24, device=DEVICE).to(dtype)
+    options = {"causal": True, "head_reduce": head_reduce, "reduce_order": "heads_first", "backend": "triton"}
+
+    def results(q, k):
+        q, k = q.requires_grad_(), k.requires_grad_()
+        scores, lse = pyvtk.attention_scores(q, k, return_lse=True, **options)
+        return scores, lse, *torch.autograd.grad(scores.square().sum(), (q, k))
+
+    expected = results(q.clone(), k.clone())
+    for which in ((0, 1), (gap % 2,)):  # both, and one alone
+        memory = [x.new_empty(*x.shape[:-1], 24 + gap) for x in (q, k)]
+        views = [m[..., offset : offset + 24].copy_(x) for m, x in zip(memory, (q, k))]
+        tensors = [views[i] if i in which else x.clone() for i, x in enumerate((q, k))]
+        torch.testing.assert_close(results(*tensors), expected)
 
 
 def test_nobody_gets_the_interpreter_unasked():

@@ -2,9 +2,15 @@
 
 A head dimension is cut into two powers of two (80 = 64 + 16), so that it does not pay for the next one; the second part
 is empty (D2 = 0) where the first holds all.
+
+Triton compiles a variant of a kernel for every int that is 1 or a multiple of 16, and knows nothing else of strides.
+So kernels take their ints unspecialised (each family lists its NUMBERS), one variant for all sizes, and learn from one
+constant, UNIT, what strides are multiples of: rows of 72 channels are loaded by 16 bytes like those of 64 or 80.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -23,6 +29,12 @@ _INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 # Parts of kernels ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def in_units(batch, head, row, UNIT: tl.constexpr):
+    """The same three strides, which are multiples of UNIT (:func:`unit`), as Triton can see now."""
+    return batch // UNIT * UNIT, head // UNIT * UNIT, row // UNIT * UNIT
 
 
 @triton.jit
@@ -96,10 +108,28 @@ def capability(tensor: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (8, 0)
 
 
+# a multiplication and the addition behind it are one instruction: from Triton 3.10 on only where it is asked for
+OPTIONS = {"enable_fp_fusion": True}
+
+
 def launch(kernel, programs: int, arguments: dict) -> None:
     if programs > 0:
-        kernel[(programs,)](**arguments)
+        kernel[(programs,)](**arguments, **OPTIONS)
 
 
-def strides(name: str, tensor: Tensor) -> dict[str, int]:
-    return {f"{name}_batch": tensor.stride(0), f"{name}_head": tensor.stride(1), f"{name}_row": tensor.stride(2)}
+def unit(element_size: int, *numbers: int) -> int:
+    """The largest number of elements, 16 bytes at most, of which all ``numbers`` (strides, channels) are multiples.
+
+    Whether a tensor begins at a multiple of 16 bytes, Triton looks up itself.
+    """
+    return math.gcd(16 // element_size, *numbers)
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Strides of [batch, heads, rows, channels], as kernels name them, and the UNIT of all."""
+    found = {
+        f"{name}_{axis}": stride
+        for name, tensor in tensors.items()
+        for axis, stride in zip(("batch", "head", "row"), tensor.stride())
+    }
+    return {**found, "UNIT": unit(min(x.element_size() for x in tensors.values()), *found.values())}

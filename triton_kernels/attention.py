@@ -17,8 +17,27 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tiles
-from ._tiles import FIRST, LAST, LN_2, LOG2_E, SMALLEST, accumulate, load_rows, parts, products, store_rows, strides
+from ._tiles import (
+    FIRST,
+    LAST,
+    LN_2,
+    LOG2_E,
+    SMALLEST,
+    accumulate,
+    in_units,
+    load_rows,
+    parts,
+    products,
+    store_rows,
+    strides,
+)
 
+# of which Triton compiles no variants (_tiles.py)
+NUMBERS = (
+    "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row", "out_batch", "out_head",
+    "out_row", "grad_batch", "grad_head", "grad_row", "query_rows", "key_rows", "query_length", "key_length", "heads",
+    "regions", "radius_t", "radius_y", "radius_x",
+)  # fmt: skip
 INFINITE = 2**30
 _FACTS: tl.constexpr = tl.constexpr(8)  # of a slot
 # visual_heads: absent, off heads keep the mass of visual keys, off heads do not see them
@@ -115,7 +134,7 @@ def _key_tile(key_order, blocks, heads, BLOCK_K: tl.constexpr, TILE_K: tl.conste
 # Forward -------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["radius_t", "radius_y", "radius_x"])
+@triton.jit(do_not_specialize=NUMBERS)
 def neighbor_attention_kernel(
     q, k, v,  # [B, heads, rows, D]
     k_bias,  # [B, N] or None
@@ -124,13 +143,17 @@ def neighbor_attention_kernel(
     query_slots, key_slots, key_blocks, key_counts, query_order, routes,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     query_rows, key_rows, query_length, key_length, heads, regions, radius_t, radius_y, radius_x, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, HEADS: tl.constexpr, TILE_K: tl.constexpr, BOX_T: tl.constexpr,
-    BOX_Y: tl.constexpr, BOX_X: tl.constexpr, ROUTES: tl.constexpr, CAUSAL_WINDOW: tl.constexpr,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, HEADS: tl.constexpr, TILE_K: tl.constexpr,
+    BOX_T: tl.constexpr, BOX_Y: tl.constexpr, BOX_X: tl.constexpr, ROUTES: tl.constexpr, CAUSAL_WINDOW: tl.constexpr,
     CROSS_IMAGE: tl.constexpr, HEADS_OFF: tl.constexpr, ZERO_ROWS: tl.constexpr, NEGATIVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale * q k + k_bias) v with an online softmax in base 2; ``scale`` is |scale| * log2(e) here."""
+    q_batch, q_head, q_row = in_units(q_batch, q_head, q_row, UNIT)
+    k_batch, k_head, k_row = in_units(k_batch, k_head, k_row, UNIT)
+    v_batch, v_head, v_row = in_units(v_batch, v_head, v_row, UNIT)
+    out_batch, out_head, out_row = in_units(out_batch, out_head, out_row, UNIT)
     blocks = query_length // BLOCK_Q
     batch, block, kv_head, slot, member = _query_tile(query_order, blocks, heads, GROUP, BLOCK_Q, TILE_Q, HEADS, False)
     facts = query_slots + batch * _FACTS * query_length
@@ -220,13 +243,15 @@ def neighbor_attention_kernel(
 # Backward ------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def neighbor_attention_delta_kernel(
     grad_out, grad_lse, out, lse, delta,  # [B, Hq, M, D], [B, Hq, M] or None, [B, Hq, M, D], [B, Hq, M] twice
     grad_batch, grad_head, grad_row, out_batch, out_head, out_row, query_rows, heads,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr,
+    UNIT: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """delta = sum of grad_out * out - grad_lse, and 0 for rows that see nothing, whatever their gradients hold."""
+    grad_batch, grad_head, grad_row = in_units(grad_batch, grad_head, grad_row, UNIT)
+    out_batch, out_head, out_row = in_units(out_batch, out_head, out_row, UNIT)
     tiles = tl.cdiv(query_rows, ROWS)
     program = tl.program_id(0)
     row = (program % tiles) * ROWS + tl.arange(0, ROWS)
@@ -247,7 +272,7 @@ def neighbor_attention_delta_kernel(
     tl.store(delta + place, sums, mask=here)
 
 
-@triton.jit(do_not_specialize=["radius_t", "radius_y", "radius_x"])
+@triton.jit(do_not_specialize=NUMBERS)
 def neighbor_attention_query_grad_kernel(
     q, k, v,  # [B, heads, rows, D]
     k_bias,  # [B, N] or None
@@ -257,12 +282,16 @@ def neighbor_attention_query_grad_kernel(
     query_slots, key_slots, key_blocks, key_counts, query_order, routes,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, grad_batch, grad_head, grad_row,
     query_rows, key_rows, query_length, key_length, heads, regions, radius_t, radius_y, radius_x, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, HEADS: tl.constexpr, TILE_K: tl.constexpr, BOX_T: tl.constexpr,
-    BOX_Y: tl.constexpr, BOX_X: tl.constexpr, ROUTES: tl.constexpr, CAUSAL_WINDOW: tl.constexpr,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, HEADS: tl.constexpr, TILE_K: tl.constexpr,
+    BOX_T: tl.constexpr, BOX_Y: tl.constexpr, BOX_X: tl.constexpr, ROUTES: tl.constexpr, CAUSAL_WINDOW: tl.constexpr,
     CROSS_IMAGE: tl.constexpr, HEADS_OFF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_q = scale * dz k with dz = p * (grad_out v - delta); the same walk as the forward."""
+    q_batch, q_head, q_row = in_units(q_batch, q_head, q_row, UNIT)
+    k_batch, k_head, k_row = in_units(k_batch, k_head, k_row, UNIT)
+    v_batch, v_head, v_row = in_units(v_batch, v_head, v_row, UNIT)
+    grad_batch, grad_head, grad_row = in_units(grad_batch, grad_head, grad_row, UNIT)
     blocks = query_length // BLOCK_Q
     batch, block, kv_head, slot, member = _query_tile(query_order, blocks, heads, GROUP, BLOCK_Q, TILE_Q, HEADS, False)
     facts = query_slots + batch * _FACTS * query_length
@@ -337,7 +366,7 @@ def neighbor_attention_query_grad_kernel(
     store_rows(grad_q, place * D, exists, sums1 * factor, sums2 * factor, D, D1, D2)
 
 
-@triton.jit(do_not_specialize=["radius_t", "radius_y", "radius_x"])
+@triton.jit(do_not_specialize=NUMBERS)
 def neighbor_attention_key_grad_kernel(
     q, k, v,  # [B, heads, rows, D]
     k_bias,  # [B, N] or None
@@ -348,12 +377,16 @@ def neighbor_attention_key_grad_kernel(
     query_slots, key_slots, query_blocks, query_counts, key_order, routes,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, grad_batch, grad_head, grad_row,
     query_rows, key_rows, query_length, key_length, heads, regions, radius_t, radius_y, radius_x, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, HEADS: tl.constexpr, TILE_K: tl.constexpr, BOX_T: tl.constexpr,
-    BOX_Y: tl.constexpr, BOX_X: tl.constexpr, ROUTES: tl.constexpr, CAUSAL_WINDOW: tl.constexpr,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, HEADS: tl.constexpr, TILE_K: tl.constexpr,
+    BOX_T: tl.constexpr, BOX_Y: tl.constexpr, BOX_X: tl.constexpr, ROUTES: tl.constexpr, CAUSAL_WINDOW: tl.constexpr,
     CROSS_IMAGE: tl.constexpr, HEADS_OFF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_k = scale * dz^T q, grad_v = p^T grad_out, grad_k_bias = the sums of dz; tiles stand as [keys, queries]."""
+    q_batch, q_head, q_row = in_units(q_batch, q_head, q_row, UNIT)
+    k_batch, k_head, k_row = in_units(k_batch, k_head, k_row, UNIT)
+    v_batch, v_head, v_row = in_units(v_batch, v_head, v_row, UNIT)
+    grad_batch, grad_head, grad_row = in_units(grad_batch, grad_head, grad_row, UNIT)
     count = key_length // BLOCK_K
     batch, block, kv_head, k_slot = _key_tile(key_order, count, heads, BLOCK_K, TILE_K, False)
     facts = key_slots + batch * _FACTS * key_length
@@ -505,12 +538,12 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, group: int, block_q: i
         second = first
     return {
         "TILE_Q": tile_q, "HEADS": heads, "TILE_K": tile_k, "D1": first, "D2": second, "num_warps": warps,
-        "num_stages": stages, "enable_fp_fusion": True,
+        "num_stages": stages,
     }  # fmt: skip
 
 
-def _common(kernel: str, q, k, v, k_bias, visual_heads, plan, rule, keep_mass) -> dict:
-    """Arguments that the three walks share."""
+def _common(kernel: str, q, k, v, k_bias, visual_heads, plan, rule, keep_mass, **others: Tensor) -> dict:
+    """Arguments that the three walks share, and the strides of ``others``."""
     query_slots, key_slots, routes = plan[0], plan[1], plan[8]
     block_q, block_k, radius_t, radius_y, radius_x, causal_window, cross_image = rule
     head_dim, heads = q.shape[3], k.shape[1]
@@ -519,8 +552,7 @@ def _common(kernel: str, q, k, v, k_bias, visual_heads, plan, rule, keep_mass) -
         "q": q, "k": k, "v": v, "k_bias": k_bias,
         "visual_heads": None if visual_heads is None else visual_heads.contiguous().view(torch.uint8),
         "query_slots": query_slots, "key_slots": key_slots, "routes": routes,
-        **strides("q", q), **strides("k", k), **strides("v", v),
-        "query_rows": q.shape[2], "key_rows": k.shape[2],
+        **strides(q=q, k=k, v=v, **others), "query_rows": q.shape[2], "key_rows": k.shape[2],
         "query_length": query_slots.shape[2], "key_length": key_slots.shape[2], "heads": heads,
         "regions": routes.shape[1], "radius_t": radius_t, "radius_y": radius_y, "radius_x": radius_x,
         "GROUP": q.shape[1] // heads, "D": head_dim, "BLOCK_Q": block_q, "BLOCK_K": block_k,
@@ -546,8 +578,7 @@ def neighbor_attention(q, k, v, k_bias, visual_heads, plan, rule, scale, keep_ma
         out = q.new_empty(batch, heads, rows, head_dim)
     lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
     arguments = {
-        **_common("forward", q, k, v, k_bias, visual_heads, plan, rule, keep_mass),
-        "out": out, "lse": lse, **strides("out", out),
+        **_common("forward", q, k, v, k_bias, visual_heads, plan, rule, keep_mass, out=out), "out": out, "lse": lse,
         "key_blocks": plan[2], "key_counts": plan[3], "query_order": plan[4],
         "scale": max(abs(scale) * LOG2_E.value, SMALLEST), "NEGATIVE": scale < 0,
         "ZERO_ROWS": zero_rows and visual_heads is not None,
@@ -573,19 +604,19 @@ def neighbor_attention_backward(
         first, second = parts(head_dim)
         arguments = {
             "grad_out": grad_out, "grad_lse": None if grad_lse is None else grad_lse.contiguous(), "out": out,
-            "lse": lse, "delta": delta, **strides("grad", grad_out), **strides("out", out), "query_rows": rows,
-            "heads": heads, "D": head_dim, "D1": first, "D2": second, "ROWS": tile, "num_warps": 4,
+            "lse": lse, "delta": delta, **strides(grad=grad_out, out=out), "query_rows": rows, "heads": heads,
+            "D": head_dim, "D1": first, "D2": second, "ROWS": tile, "num_warps": 4,
         }  # fmt: skip
         _tiles.launch(neighbor_attention_delta_kernel, batch * heads * triton.cdiv(rows, tile), arguments)
+        walk = (q, k, v, k_bias, visual_heads, plan, rule, keep_mass)
         shared = {"grad_out": grad_out, "lse": lse, "delta": delta, "scale": scale * LOG2_E.value}
-        shared.update(strides("grad", grad_out))
         arguments = {
-            **_common("query_grad", q, k, v, k_bias, visual_heads, plan, rule, keep_mass), **shared, "grad_q": grad_q,
+            **_common("query_grad", *walk, grad=grad_out), **shared, "grad_q": grad_q,
             "key_blocks": plan[2], "key_counts": plan[3], "query_order": plan[4],
         }  # fmt: skip
         _tiles.launch(neighbor_attention_query_grad_kernel, _query_programs(plan[4], arguments), arguments)
         arguments = {
-            **_common("key_grad", q, k, v, k_bias, visual_heads, plan, rule, keep_mass), **shared,
+            **_common("key_grad", *walk, grad=grad_out), **shared,
             "grad_k": grad_k, "grad_v": grad_v, "grad_k_bias": bias_parts,
             "query_blocks": plan[5], "query_counts": plan[6], "key_order": plan[7],
         }  # fmt: skip

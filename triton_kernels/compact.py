@@ -14,13 +14,25 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tiles
+from ._tiles import unit
 
+# of which Triton compiles no variants (_tiles.py); s0 and t0 it has to know where they are 1
+NUMBERS = (
+    "pad", "pad_odd", "count", "channels", "n1", "n2", "s_batch", "s_token", "s2", "s1", "t_batch", "t_token", "t2",
+    "t1", "heads", "capacity", "batch_stride", "head_stride", "token_stride",
+)  # fmt: skip
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Elements of a program's block; with more of them a gradient, which adds up, spills registers.
 _MOVED, _ADDED = 2048, 1024
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _in_units(a, b, c, d, UNIT: tl.constexpr):
+    """The same four strides, which are multiples of UNIT, as Triton can see now."""
+    return a // UNIT * UNIT, b // UNIT * UNIT, c // UNIT * UNIT, d // UNIT * UNIT
 
 
 @triton.jit
@@ -37,13 +49,16 @@ def _place(count, channels, n1, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     return program // n1, i1, p, c
 
 
-@triton.jit(do_not_specialize=["pad", "pad_odd"])
+@triton.jit(do_not_specialize=NUMBERS)
 def gather_kernel(
     source, target, tokens, rows, pad, pad_odd, count, channels, n1, n2,
     s_batch, s_token, s2, s1, s0, t_batch, t_token, t2, t1, t0,
-    PACKED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    PACKED: tl.constexpr, UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """target[row, p] = source[row, tokens[row, p]], the pad where that is negative; packed: of row rows[p]."""
+    s_batch, s_token, s2, s1 = _in_units(s_batch, s_token, s2, s1, UNIT)
+    t_batch, t_token, t2, t1 = _in_units(t_batch, t_token, t2, t1, UNIT)
+    channels = channels // UNIT * UNIT
     outer, i1, p, c = _place(count, channels, n1, BLOCK_P, BLOCK_C)
     i2 = (outer % n2).to(tl.int64)
     row = (outer // n2).to(tl.int64)
@@ -60,13 +75,16 @@ def gather_kernel(
     tl.store(target + to[:, None] + (c.to(tl.int64) * t0)[None, :], value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def scatter_kernel(
     source, target, starts, source_rows, source_positions, count, channels, n1, n2,
     s_batch, s_token, s2, s1, s0, t_batch, t_token, t2, t1, t0,
-    WIDE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """target[row, p] = the sum, in order, of what landed on token p: entries starts[row, p] to the next start."""
+    s_batch, s_token, s2, s1 = _in_units(s_batch, s_token, s2, s1, UNIT)
+    t_batch, t_token, t2, t1 = _in_units(t_batch, t_token, t2, t1, UNIT)
+    channels = channels // UNIT * UNIT
     outer, i1, p, c = _place(count, channels, n1, BLOCK_P, BLOCK_C)
     i2 = (outer % n2).to(tl.int64)
     row = (outer // n2).to(tl.int64)
@@ -87,13 +105,16 @@ def scatter_kernel(
     tl.store(target + to[:, None] + (c.to(tl.int64) * t0)[None, :], value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def compact_kv_kernel(
     cache, tokens, heads, capacity, channels, batch_stride, head_stride, token_stride,
-    PER_HEAD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    PER_HEAD: tl.constexpr, UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """In place: a program owns some channels of one slice and walks its slots: all loads of a block, a barrier, then
     its stores. Tokens ascend, so that no later load reads what was stored (csrc/cuda/compact.cuh has the proof)."""
+    batch_stride, head_stride, token_stride, channels = _in_units(
+        batch_stride, head_stride, token_stride, channels, UNIT
+    )
     program = tl.program_id(0)
     blocks_c = tl.cdiv(channels, BLOCK_C)
     c = program % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -165,6 +186,7 @@ def _move_arguments(source, target, dims, batch_dims, count: int, elements: int)
         "source": source, "target": target, "count": count, "channels": channels, "n1": n1, "n2": n2,
         "s_batch": s_batch, "s_token": s_token, "s2": s2, "s1": s1, "s0": s0,
         "t_batch": t_batch, "t_token": t_token, "t2": t2, "t1": t1, "t0": t0, **blocks(count, channels, elements),
+        "UNIT": unit(target.element_size(), channels, s_batch, s_token, s2, s1, t_batch, t_token, t2, t1),
     }  # fmt: skip
     block = arguments["BLOCK_P"], arguments["BLOCK_C"]
     return n2 * n1 * triton.cdiv(count, block[0]) * triton.cdiv(channels, block[1]), arguments
@@ -315,10 +337,10 @@ def compact_kv_(indices, counts, caches) -> None:
         batch, heads, _, channels = x.shape
         # few channels a program: walks are long, and only many of them fill a device
         block_c = min(triton.next_power_of_2(channels), max(64 // x.element_size(), 1))
+        steps = {"batch_stride": x.stride(0), "head_stride": x.stride(1), "token_stride": x.stride(2)}
         arguments = {
             "cache": x, "tokens": tokens, "heads": heads, "capacity": capacity, "channels": channels,
-            "batch_stride": x.stride(0), "head_stride": x.stride(1), "token_stride": x.stride(2),
-            "PER_HEAD": indices.dim() == 3, "BLOCK_P": min(triton.next_power_of_2(capacity), 2048 // block_c),
-            "BLOCK_C": block_c, "num_warps": 4,
+            **steps, "PER_HEAD": indices.dim() == 3, "UNIT": unit(x.element_size(), channels, *steps.values()),
+            "BLOCK_P": min(triton.next_power_of_2(capacity), 2048 // block_c), "BLOCK_C": block_c, "num_warps": 4,
         }  # fmt: skip
         _tiles.launch(compact_kv_kernel, batch * heads * triton.cdiv(channels, block_c), arguments)

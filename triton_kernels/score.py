@@ -23,12 +23,14 @@ import triton
 import triton.language as tl
 
 from . import _tiles
-from ._tiles import FIRST, LOG2_E, load_rows, products
+from ._tiles import FIRST, LOG2_E, in_units, load_rows, products
 from .score_lse import row_bounds
 from .score_walk import (
+    NUMBERS,
     Walk,
     from_ordered,
     key_tile,
+    padded,
     pair_values,
     positions_at,
     queries_of,
@@ -51,22 +53,25 @@ _MAX_HEADS: tl.constexpr = tl.constexpr(MAX_HEADS)
 # Kernels -------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def attention_scores_kernel(
-    q, k, bounds, dead,  # [B, heads, tokens, D] twice, [B, Hq, M] or None (logits), [B, Hq] or None
+    q, k, bounds, dead,  # [B, heads, tokens, D] twice, [B, Hq, padded(M)] or None (logits), [B, Hq] or None
     q_mask, k_mask, q_positions, k_positions, k_bias, head_weights,  # [B, tokens] or None, [Hq] or [B, Hq] or None
     sums, tops, winners,  # [runs, B, slots, columns] or None
     table, cu_q, cu_k, extents, extent_first,
     q_batch, q_head, q_row, k_batch, k_head, k_row, weights_batch, batch, queries, keys, heads, start, columns, total,
     runs, scale,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, LOGIT: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr,
-    D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, LOGIT: tl.constexpr, PER_HEAD: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Column sums, and maxima with the queries that won them, over a run of queries.
 
     ``scale`` is in base 2, for logits natural. Without PER_HEAD the heads of a group are added up. A tile's columns are
     summed at once: most of a column lies in one thread, and single sums would take as many registers as the logits.
     """
+    q_batch, q_head, q_row = in_units(q_batch, q_head, q_row, UNIT)
+    k_batch, k_head, k_row = in_units(k_batch, k_head, k_row, UNIT)
     program = tl.program_id(0)
     run, kv_head = program % runs, program // runs % heads
     sample, tile = work_of(program // runs // heads, table, batch)
@@ -105,12 +110,14 @@ def attention_scores_kernel(
     offset = row.to(tl.int64) * q_row
     hop = (tl.zeros([], tl.int64) + q_row) * ROWS
     row_place = entry * queries + first_q
+    line = padded(queries)
+    bounded = line if table is None else rows  # behind a packed sample come the rows of the next
     sum = tl.zeros([KEYS], tl.float32)
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
         head_q = q + entry * q_batch + head.to(tl.int64) * q_head + first_q.to(tl.int64) * q_row
         if bounds is not None:
-            head_bounds = bounds + (entry * heads * GROUP + head) * queries + first_q
+            head_bounds = bounds + (entry * heads * GROUP + head) * line + first_q
         if head_weights is not None:
             weight = tl.load(head_weights + entry * weights_batch + head)
         partial = full
@@ -134,9 +141,11 @@ def attention_scores_kernel(
                     here = here & (tl.load(q_mask + row_place + number, mask=here, other=0) != 0)
                     live = here
                 if not LOGIT:
-                    bound = tl.load(head_bounds + number, mask=number < rows, other=float("inf"))
+                    bound = tl.load(head_bounds + number, mask=number < bounded, other=float("inf"))
                     if not FULL:
-                        live = here & (bound != float("inf"))
+                        live = bound != float("inf")
+                        if q_mask is not None:
+                            live = live & here
                 q1, q2 = load_rows(head_q + step * hop, offset, live, D, D1, D2)
                 value = products(k1, k2, q1, q2, D2, PRECISION) * scale
                 if k_bias is not None:
@@ -171,19 +180,22 @@ def attention_scores_kernel(
         tl.store(sums + to, tl.where(visible, sum, 0.0), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def attention_scores_pairs_kernel(
     q, k, bounds, q_mask, k_mask, q_positions, k_positions, k_bias, head_weights, sums, tops, winners,
     table, cu_q, cu_k, extents, extent_first,
     q_batch, q_head, q_row, k_batch, k_head, k_row, weights_batch, batch, queries, keys, heads, start, columns, total,
     runs, scale, kv_heads,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, LOGIT: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-    D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, LOGIT: tl.constexpr, HEADS: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As attention_scores_kernel, with heads reduced for every pair of query and key first, by a maximum, say.
 
     ``heads`` of the result, each of ``kv_heads`` groups; a winner is query * q_heads + head where HEADS is a maximum.
     """
+    q_batch, q_head, q_row = in_units(q_batch, q_head, q_row, UNIT)
+    k_batch, k_head, k_row = in_units(k_batch, k_head, k_row, UNIT)
     program = tl.program_id(0)
     run, out_head = program % runs, program // runs % heads
     sample, tile = work_of(program // runs // heads, table, batch)
@@ -254,7 +266,7 @@ def attention_scores_pairs_kernel(
         tl.store(winners + to, winner, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def attention_scores_finish_kernel(
     sums, tops, winners,  # [runs, B, slots, columns] or None
     q_mask, k_mask, q_positions, k_positions,

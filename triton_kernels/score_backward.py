@@ -21,11 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tiles
-from ._tiles import FIRST, LOG2_E, accumulate, load_rows, products, store_rows, strides
+from ._tiles import FIRST, LOG2_E, accumulate, in_units, load_rows, products, store_rows
 from .score_walk import (
+    NUMBERS,
     Walk,
     key_tile,
     keys_of,
+    padded,
     pair_values,
     positions_at,
     queries_of,
@@ -59,7 +61,7 @@ def _winning_heads(
     return who
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def attention_scores_query_grad_kernel(
     q, k, bounds, q_mask, k_mask, q_positions, k_positions, k_bias, head_weights,
     linear, grad_max, max_query, grad_lse,  # [B, Hq, columns], the next two or None, [B, Hq, M] or None
@@ -67,11 +69,14 @@ def attention_scores_query_grad_kernel(
     table, cu_q, cu_k, extents, extent_first,
     q_batch, q_head, q_row, k_batch, k_head, k_row, grad_batch, grad_head, grad_row, weights_batch, batch, queries,
     keys, heads, start, window, score_start, columns, total, scale, pair_heads,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, LOGIT: tl.constexpr, LSE_GIVEN: tl.constexpr, PAIRS: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, LOGIT: tl.constexpr, LSE_GIVEN: tl.constexpr,
+    PAIRS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_q = scale * dz k; dots = sums of value * c before the head's weight. ``scale`` is natural."""
+    q_batch, q_head, q_row = in_units(q_batch, q_head, q_row, UNIT)
+    k_batch, k_head, k_row = in_units(k_batch, k_head, k_row, UNIT)
+    grad_batch, grad_head, grad_row = in_units(grad_batch, grad_head, grad_row, UNIT)
     program = tl.program_id(0)
     head = program % heads
     sample, tile = work_of(program // heads, table, batch)
@@ -94,7 +99,8 @@ def attention_scores_query_grad_kernel(
     place = (entry * heads + head) * queries + first_q + row
     live = valid
     if bounds is not None:
-        bound = tl.load(bounds + place, mask=valid, other=float("inf"))
+        bound_place = (entry * heads + head) * padded(queries) + first_q + row
+        bound = tl.load(bounds + bound_place, mask=valid, other=float("inf"))
         if not LOGIT:
             live = live & (bound != float("inf"))
     from_lse = tl.zeros([ROWS], tl.float32)
@@ -178,7 +184,7 @@ def attention_scores_query_grad_kernel(
     tl.store(factors + place, factor, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def attention_scores_key_grad_kernel(
     q, k, bounds, q_mask, k_mask, q_positions, k_positions, k_bias, head_weights,
     linear, grad_max, max_query, shifts, factors,
@@ -186,11 +192,14 @@ def attention_scores_key_grad_kernel(
     table, cu_q, cu_k, extents, extent_first,
     q_batch, q_head, q_row, k_batch, k_head, k_row, grad_batch, grad_head, grad_row, weights_batch, batch, queries,
     keys, heads, start, window, score_start, columns, total, scale, pair_heads,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, LOGIT: tl.constexpr, GRAD_LSE: tl.constexpr, PAIRS: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, LOGIT: tl.constexpr, GRAD_LSE: tl.constexpr,
+    PAIRS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_k = scale * dz^T q, grad_bias = the sums of dz, one per key/value head; tiles stand as [keys, queries]."""
+    q_batch, q_head, q_row = in_units(q_batch, q_head, q_row, UNIT)
+    k_batch, k_head, k_row = in_units(k_batch, k_head, k_row, UNIT)
+    grad_batch, grad_head, grad_row = in_units(grad_batch, grad_head, grad_row, UNIT)
     program = tl.program_id(0)
     kv_head = program % heads
     sample, tile = work_of(program // heads, table, batch)
@@ -219,6 +228,8 @@ def attention_scores_key_grad_kernel(
     sums1 = tl.zeros([KEYS, D1], tl.float32)
     sums2 = tl.zeros([KEYS, D2 if D2 else 16], tl.float32)
     row_place = entry * queries + first_q
+    line = padded(queries)
+    bounded = line if table is None else rows  # behind a packed sample come the rows of the next
     q_heads = heads * GROUP
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
@@ -239,9 +250,12 @@ def attention_scores_key_grad_kernel(
             place = (entry * q_heads + head) * queries + first_q + row
             live = valid
             if bounds is not None:
-                bound = tl.load(bounds + place, mask=valid, other=float("inf"))
+                bound_place = (entry * q_heads + head) * line + first_q + row
+                bound = tl.load(bounds + bound_place, mask=row < bounded, other=float("inf"))
                 if not LOGIT:
-                    live = live & (bound != float("inf"))
+                    live = bound != float("inf")
+                    if q_mask is not None:
+                        live = live & valid
             seen = visible[:, None] & live[None, :]
             if CAUSAL:
                 row_at = positions_at(q_positions, row_place, row, valid, extra)
@@ -328,8 +342,9 @@ def attention_scores_backward(
         bounds = None
         if lse.numel() or not logit:
             bounds = torch.where(lse == float("-inf"), float("inf"), lse)
+            bounds = torch.nn.functional.pad(bounds, (0, -walk.queries % 16), value=float("inf"))
         shared = {
-            **walk.common(), "bounds": bounds, "head_weights": head_weights, "linear": grad_linear,
+            "bounds": bounds, "head_weights": head_weights, "linear": grad_linear,
             "grad_max": grad_max, "max_query": max_query, "shifts": shifts, "factors": factors,
             "unit": unit,
             "weights_batch": walk.q_heads if head_weights is not None and head_weights.dim() == 2 else 0,
@@ -339,16 +354,15 @@ def attention_scores_backward(
         tile = walk.tiles("query_grad", grad_max is not None)
         table, _, total = walk.table(True, walk.queries, tile["ROWS"])
         arguments = {
-            **shared, "grad_lse": grad_lse, "grad_q": to_q, "dots": dots, "table": table, "heads": walk.q_heads,
-            **walk.extents(False, start, window, tile["KEYS"]), **strides("grad", to_q),
-            "LSE_GIVEN": lse_given, **tile,
+            **walk.common(grad=to_q), **shared, "grad_lse": grad_lse, "grad_q": to_q, "dots": dots, "table": table,
+            "heads": walk.q_heads, **walk.extents(False, start, window, tile["KEYS"]), "LSE_GIVEN": lse_given, **tile,
         }  # fmt: skip
         _tiles.launch(attention_scores_query_grad_kernel, total * walk.q_heads, arguments)
         tile = walk.tiles("key_grad", grad_max is not None)
         table, _, total = walk.table(False, window, tile["KEYS"])
         arguments = {
-            **shared, "grad_k": to_k, "grad_bias": bias_parts, "table": table, "heads": walk.kv_heads,
-            **walk.extents(True, 0, walk.queries, tile["ROWS"]), **strides("grad", to_k),
+            **walk.common(grad=to_k), **shared, "grad_k": to_k, "grad_bias": bias_parts, "table": table,
+            "heads": walk.kv_heads, **walk.extents(True, 0, walk.queries, tile["ROWS"]),
             "GRAD_LSE": grad_lse is not None, **tile,
         }  # fmt: skip
         _tiles.launch(attention_scores_key_grad_kernel, total * walk.kv_heads, arguments)

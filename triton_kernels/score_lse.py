@@ -8,20 +8,22 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _tiles
-from ._tiles import LN_2, LOG2_E, SMALLEST, load_rows, products
-from .score_walk import Walk, keys_of, positions_at, row_tile, runs_of, sample_at, work_of
+from ._tiles import LN_2, LOG2_E, SMALLEST, in_units, load_rows, products
+from .score_walk import NUMBERS, Walk, keys_of, padded, positions_at, row_tile, runs_of, sample_at, work_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def attention_scores_lse_kernel(
     q, k, q_mask, k_mask, q_positions, k_positions, k_bias,  # [B, heads, tokens, D] twice, [B, tokens] or None
     tops, masses,  # [runs, B, Hq, M]
     table, cu_q, cu_k, extents, extent_first,
     q_batch, q_head, q_row, k_batch, k_head, k_row, batch, queries, keys, heads, start, window, total, runs, scale,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, NEGATIVE: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, NEGATIVE: tl.constexpr, D: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Largest logit of a row and the sum of exp2 relative to it, over a run of keys; ``scale`` > 0, in base 2."""
+    q_batch, q_head, q_row = in_units(q_batch, q_head, q_row, UNIT)
+    k_batch, k_head, k_row = in_units(k_batch, k_head, k_row, UNIT)
     program = tl.program_id(0)
     run, head = program % runs, program // runs % heads
     sample, tile = work_of(program // runs // heads, table, batch)
@@ -88,16 +90,17 @@ def attention_scores_lse_kernel(
     tl.store(masses + to, tl.where(valid, mass, 0.0), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def attention_scores_bounds_kernel(
     tops, masses, lse_given, q_mask,  # [runs, B, Hq, M] twice, [B, Hq, M] or None, [B, M] or None
-    lse, bounds, dead,  # [B, Hq, M] twice, [B, Hq] or None
+    lse, bounds, dead,  # [B, Hq, M], [B, Hq, padded(M)], [B, Hq] or None
     queries, heads, rows_in_all, runs, ROWS: tl.constexpr,
 ):  # fmt: skip
     """lse of a row, and its bound; with a given lse also whether the head has a dead row."""
     program = tl.program_id(0).to(tl.int64)
     any_dead = tl.zeros([ROWS], tl.int32)
-    for some in tl.range(0, queries, ROWS):
+    line = padded(queries)
+    for some in tl.range(0, line, ROWS):
         row = some + tl.arange(0, ROWS)
         here = row < queries
         valid = here
@@ -121,7 +124,7 @@ def attention_scores_bounds_kernel(
             natural = bound * LN_2
         blind = natural == float("-inf")
         tl.store(lse + place, natural, mask=here)
-        tl.store(bounds + place, tl.where(blind, float("inf"), bound), mask=here)
+        tl.store(bounds + program * line + row, tl.where(blind, float("inf"), bound), mask=row < line)
         any_dead = any_dead | (here & blind).to(tl.int32)
     if dead is not None:
         tl.store(dead + program, tl.max(any_dead))
@@ -133,7 +136,8 @@ def attention_scores_bounds_kernel(
 def row_bounds(walk: Walk, lse_given: Tensor | None, start: int, window: int, scale: float) -> tuple:
     """lse, bounds and dead heads of all rows; the denominator is that of ``window`` keys from ``start`` on."""
     shape = (walk.batch, walk.q_heads, walk.queries)
-    lse, bounds = (walk.q.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    lse = walk.q.new_empty(shape, dtype=torch.float32)
+    bounds = walk.q.new_empty((*shape[:2], triton.cdiv(walk.queries, 16) * 16), dtype=torch.float32)
     tops = masses = dead = None
     runs, rows = 1, walk.batch * walk.q_heads * walk.queries
     if lse_given is None:

@@ -10,6 +10,13 @@ from torch import Tensor
 from . import _tiles
 from ._tiles import FIRST, LAST, LOG2_E, load_rows, parts, precision, products, strides
 
+# of which Triton compiles no variants (_tiles.py)
+NUMBERS = (
+    "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "grad_batch", "grad_head", "grad_row", "weights_batch",
+    "batch", "queries", "keys", "heads", "start", "window", "score_start", "columns", "total", "runs", "kv_heads",
+    "pair_heads", "slots", "out_heads", "heads_per_out", "rows_in_all",
+)  # fmt: skip
+
 # Parts of kernels ----------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +157,12 @@ def from_ordered(ordered):
 
 
 @triton.jit
+def padded(rows):
+    """Length of a line of bounds: +inf where there is no row, so that whole vectors may be asked for."""
+    return tl.cdiv(rows, 16) * 16
+
+
+@triton.jit
 def pair_values(
     q, k, bounds, k_bias, head_weights, entry, head, number, key, here, visible, first_q, first_k, queries, keys,
     q_heads, q_batch, q_head, q_row, k_batch, k_head, k_row, weights_batch, scale,
@@ -162,7 +175,8 @@ def pair_values(
     """
     live = here
     if not LOGIT:
-        bound = tl.load(bounds + (entry * q_heads + head) * queries + first_q + number, mask=here, other=float("inf"))
+        place = (entry * q_heads + head) * padded(queries) + first_q + number
+        bound = tl.load(bounds + place, mask=here, other=float("inf"))
         live = live & (bound != float("inf"))
     q += entry * q_batch + head.to(tl.int64) * q_head + first_q.to(tl.int64) * q_row
     k += entry * k_batch + (head // GROUP).to(tl.int64) * k_head + first_k.to(tl.int64) * k_row
@@ -182,7 +196,7 @@ def pair_values(
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def attention_scores_extents_kernel(
     positions, mask, table, cu_q, cu_k, extents,  # [batch, tokens] or None twice, ..., [2, tiles]
     batch, queries, keys, start, window, total, OF_QUERIES: tl.constexpr, TILE: tl.constexpr,
@@ -326,12 +340,13 @@ class Walk:
         _tiles.launch(attention_scores_extents_kernel, total, arguments)
         return {"extents": extents, "extent_first": first, "total": total}
 
-    def common(self) -> dict:
+    def common(self, **others: Tensor) -> dict:
+        """Arguments of every walk, and the strides of ``others``."""
         return {
             "q": self.q, "k": self.k, "q_mask": self.q_mask, "k_mask": self.k_mask, "q_positions": self.q_positions,
             "k_positions": self.k_positions, "k_bias": self.k_bias, "cu_q": self.cu_q, "cu_k": self.cu_k,
-            **strides("q", self.q), **strides("k", self.k), "batch": self.batch,
-            "queries": self.queries, "keys": self.keys, "CAUSAL": self.causal,
+            **strides(q=self.q, k=self.k, **others), "batch": self.batch, "queries": self.queries,
+            "keys": self.keys, "CAUSAL": self.causal,
         }  # fmt: skip
 
 
