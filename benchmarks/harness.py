@@ -564,9 +564,9 @@ def replay_floor(device: str) -> float | None:
 
 
 def cases(
-    families: list[str] | None = None, text: str | None = None, device: str = "cpu", key: bool = False
+    families: list[str] | None = None, texts: list[str] | None = None, device: str = "cpu", key: bool = False
 ) -> list[Case]:
-    """All cases of these families on the device whose id contains ``text``. A family lists ``CASES`` for the CPU, or
+    """All cases of these families on the device whose id contains one of ``texts``, if any. A family lists ``CASES`` for the CPU, or
     has a function ``cases(device)`` where the shapes depend on it.
 
     Args:
@@ -578,7 +578,7 @@ def cases(
     for family in families or FAMILIES:
         module = importlib.import_module(f"{__package__}.bench_{family}")
         of_family = module.cases(device) if hasattr(module, "cases") else module.CASES if device == "cpu" else []
-        found += [case for case in of_family if text is None or text.lower() in case.id.lower()]
+        found += [case for case in of_family if not texts or any(text.lower() in case.id.lower() for text in texts)]
     if not key:
         return found
     chosen = sorted((case for case in found if case.place), key=lambda case: case.place)
@@ -595,7 +595,7 @@ class DeviceLost(Exception):
 
 def run(
     chosen: list[Case], *, seconds: float, command: str, device: str = "cpu", path: Path | None = None,
-    before: list[Result] = (),
+    before: list[Result] = (), threads: int = 1,
 ) -> Report:  # fmt: skip
     """Measure cases one after the other under a progress bar (on a terminal).
 
@@ -603,6 +603,7 @@ def run(
         path: the report is written there before and after every case.
         before: results of another run, taken instead of measuring these cases again (:func:`not_again`). Those of cases
             that are not chosen stay in the file.
+        threads: of torch and of the kernels of the CPU.
 
     Raises:
         DeviceLost: the rest has to be measured by another process; the report is written.
@@ -610,7 +611,7 @@ def run(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     report = Report(machine(command, device, replay_floor(device)), [])
     known = not_again(before)
 
@@ -666,7 +667,7 @@ def main(args: argparse.Namespace) -> int:
         print("\n".join(case.id for case in chosen))
         return 0
     if not chosen:
-        wanted = f"contains {args.filter!r}" if args.filter else f"runs on {args.device}"
+        wanted = f"contains {' or '.join(map(repr, args.filter))}" if args.filter else f"runs on {args.device}"
         print(f"pyvtk bench: no case {wanted}; --list shows them", file=sys.stderr)
         return 2
     if args.key:  # FlashInfer is a peer where its kernels come built; compiling them takes minutes
@@ -676,13 +677,17 @@ def main(args: argparse.Namespace) -> int:
     words = ["python -m pyvtk bench", *(args.families or []), *(["--key"] if args.key else [])]
     words += ["--quick"] if args.quick else []
     words += [f"--device {args.device}"] if args.device != "cpu" else []
-    words += [f"--filter {args.filter!r}"] if args.filter else []
+    words += [f"--threads {args.threads}"] if args.threads > 1 else []
+    words += [f"--filter {text!r}" for text in args.filter or []]
     path = Path(args.json) if args.json else None
     before = Report.from_json(path.read_text()).results if args.resume and path is not None and path.is_file() else []
     seconds = 0.2 if args.quick else 2.0
     try:
         with ended_by_exception():
-            report = run(chosen, seconds=seconds, command=" ".join(words), device=args.device, path=path, before=before)
+            report = run(
+                chosen, seconds=seconds, command=" ".join(words), device=args.device, path=path, before=before,
+                threads=args.threads,
+            )  # fmt: skip
     except DeviceLost as case:
         print(f"pyvtk bench: the device works no more after {case}; --resume goes on behind it", file=sys.stderr)
         sys.stdout.flush()

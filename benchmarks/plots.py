@@ -101,7 +101,7 @@ def _signed(figure, title: str, facts: dict) -> None:
     figure.suptitle(title, fontsize=13, color=INK, x=0.01, ha="left", fontweight="bold")
     device = "" if facts["device"] == "cpu" else f"{facts['device']}, "
     figure.supxlabel(
-        f"{device}{facts['cpu']}, {facts['instruction_set']}, {facts['threads']} thread, torch {facts['torch']}, "
+        f"{device}{facts['cpu']}, {facts['instruction_set']}, {facts['threads']} thread(s), torch {facts['torch']}, "
         f"pyvtk {facts['pyvtk']} ({facts['commit']}), {facts['date'][:10]}",
         fontsize=7.5,
         color=TODAY,

@@ -278,7 +278,7 @@ def summary(results: list[Result]) -> str:
 def header(facts: dict) -> str:
     lines = (
         *(["{device}, beside"] if facts["device"] != "cpu" else []),
-        "{cpu}, {instruction_set}, {threads} thread, last-level cache {cache}, load {load}",
+        "{cpu}, {instruction_set}, {threads} thread(s), last-level cache {cache}, load {load}",
         *(["one tiny kernel, replayed as all are, takes {floor}"] if facts["floor"] else []),
         "pyvtk {pyvtk} at commit {commit}, torch {torch}, Python {python}, {date}",
         "{command}",

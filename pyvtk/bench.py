@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     parser.add_argument("--quick", action="store_true", help="0.2 s of measured time per case instead of 2")
     parser.add_argument("--key", action="store_true", help="only the cases that say most of a device in little time")
-    parser.add_argument("--filter", metavar="TEXT", help="only cases whose line in --list contains TEXT")
+    parser.add_argument(
+        "--filter", metavar="TEXT", action="append",
+        help="only cases whose line in --list contains TEXT; several: one of them",
+    )  # fmt: skip
+    parser.add_argument("--threads", metavar="N", type=int, default=1, help="threads of the CPU; default: 1")
     parser.add_argument("--json", metavar="PATH", help="write every number, with machine, versions and commit")
     parser.add_argument("--resume", action="store_true", help="go on behind the cases that PATH of --json holds")
     parser.add_argument("--plots", metavar="DIR", help="write one picture per family")
@@ -59,6 +63,9 @@ def main(args: argparse.Namespace) -> int:
     unknown = sorted(set(args.families) - set(harness.FAMILIES))
     if unknown:
         print(f"pyvtk bench: unknown family {unknown[0]!r}; choose from {', '.join(harness.FAMILIES)}", file=sys.stderr)
+        return 2
+    if args.threads < 1:
+        print(f"pyvtk bench: --threads {args.threads}; it takes one or more", file=sys.stderr)
         return 2
     if args.device == "cuda" and not args.list and not torch.cuda.is_available():
         print("pyvtk bench: torch sees no CUDA device", file=sys.stderr)

@@ -761,19 +761,28 @@ class TestAttention:
 def test_command_lists_and_filters(capsys):
     assert main(["bench", "--list", "select", "--filter", "snapkv"]) == 0
     assert capsys.readouterr().out == "select: SnapKV per head [1, 4, 16384] to 2048, fp32\n"
+    assert main(["bench", "--list", "select", "--filter", "snapkv", "--filter", "[8, 2880] to 720, all"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_command_runs_one_case(tmp_path, capsys):
     pytest.importorskip("rich")
     path = tmp_path / "new" / "x.json"
-    assert main(["bench", "select", "--quick", "--filter", "[1, 576] to 72,", "--json", str(path)]) == 0
+    before = torch.get_num_threads()
+    options = ["--quick", "--filter", "[1, 576] to 72,", "--json", str(path), "--threads", "2"]
+    try:
+        assert main(["bench", "select", *options]) == 0
+    finally:
+        torch.set_num_threads(before)
     assert "every result checked" in capsys.readouterr().out
-    assert harness.Report.from_json(path.read_text()).results[0].times["pyvtk"].median > 0
+    report = harness.Report.from_json(path.read_text())
+    assert report.results[0].times["pyvtk"].median > 0
+    assert report.machine["threads"] == 2 and "--threads 2" in report.machine["command"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["nothing"], "unknown family 'nothing'"), (["--filter", "no such case"], "no case contains 'no such case'")],
+    [(["nothing"], "unknown family 'nothing'"), (["--filter", "no such case"], "no case contains 'no such case'"), (["--threads", "0"], "--threads 0")],
 )
 def test_command_refuses(arguments, message, capsys):
     assert main(["bench", *arguments]) == 2
