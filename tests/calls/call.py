@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,6 +102,23 @@ def make(call: Call, seed: int = 0, device=DEVICE):
     """Inputs of ``call`` for a seed."""
     torch.manual_seed(seed)
     return on(device, call.inputs())
+
+
+def apart(inputs: tuple, gap: int = 3, before: int = 0) -> tuple:
+    """The same values, each row of the last dimension ``gap`` elements apart from the next and the first one ``before``
+    elements behind the begin of memory that is full of other numbers. Selections stay contiguous, as they are by
+    definition; positions and other tables lie apart as well."""
+
+    def one(x):
+        if not isinstance(x, Tensor) or x.dim() < 2 or x.numel() == 0:
+            return x
+        size = *x.shape[:-1], x.shape[-1] + gap
+        wide = torch.full((before + math.prod(size),), 77, dtype=torch.float64, device=x.device).to(x.dtype)
+        rows = wide[before:].view(size)[..., : x.shape[-1]]
+        rows.copy_(x)
+        return rows
+
+    return tuple(x if isinstance(x, Selection) else one(x) for x in inputs)
 
 
 def _comparable(x: Tensor) -> Tensor:
