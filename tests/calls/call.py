@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable
@@ -9,13 +10,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.utils._pytree as pytree
-from support import TF32x3, assert_within_budget
+from support import Exponents, TF32x3, assert_within_budget
 from torch import Tensor
 
 from pyvtk import Selection, backends
 
 DEVICE = os.environ.get("PYVTK_GPU_DEVICE") or "cuda"
 HALF, BRAIN, SINGLE, DOUBLE, WHOLE = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8
+
+# operators whose float32 results are weights of attention, or sums of them
+WEIGHTS = ("attention_scores", "score_and_select")
 
 
 @dataclass
@@ -180,14 +184,18 @@ def assert_right(call: Call, result, inputs) -> None:
         return
     oracle = call.run("reference", *in_float64(inputs))
     plain = call.plain(*inputs) if call.plain else call.run("reference", *inputs)
+    inexact = oracle
+    modes = [TF32x3()] if multiplies_in_tf32(call, inputs) else []
+    modes += [Exponents()] if call.operator in WEIGHTS else []
+    if modes:
+        with contextlib.ExitStack() as entered:
+            for mode in modes:
+                entered.enter_context(mode)
+            inexact = call.run("reference", *in_float64(inputs))
     if call.operator == "score_and_select":
         selection, result = result
-        (_, oracle), (_, plain) = oracle, plain
+        (_, oracle), (_, plain), (_, inexact) = oracle, plain, inexact
         _assert_chosen_again(call, selection, result, inputs)
-    inexact = oracle
-    if multiplies_in_tf32(call, inputs):
-        with TF32x3():
-            inexact = call.run("reference", *in_float64(inputs))
     leaves = [pytree.tree_leaves(x) for x in (result, oracle, plain, inexact)]
     for number, (leaf, exact, other, off) in enumerate(zip(*leaves, strict=True), 1):
         try:
