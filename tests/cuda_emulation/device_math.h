@@ -28,6 +28,10 @@ inline float off_by(int units, double exact, float argument) {
 namespace pyvtk::cuda {
 
 inline float expf(float x) { return cuda_emulation::off_by(2, std::exp(double{x}), x); }
+// powers of two that are whole are exact
+inline float exp2f(float x) {
+  return std::nearbyint(x) == x ? std::exp2(x) : cuda_emulation::off_by(2, std::exp2(double{x}), x);
+}
 inline float logf(float x) { return x == 1.0f ? 0.0f : cuda_emulation::off_by(1, std::log(double{x}), x); }
 inline float erff(float x) { return cuda_emulation::off_by(2, std::erf(double{x}), x); }
 inline float tanhf(float x) { return cuda_emulation::off_by(2, std::tanh(double{x}), x); }

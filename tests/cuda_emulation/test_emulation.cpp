@@ -248,6 +248,7 @@ void functions() {
   for (float x = 0.01f; x < 8.0f; x *= 1.01f, ++all) {
     const float found = pyvtk::cuda::expf(-x), exact = static_cast<float>(std::exp(-double{x}));
     CHECK(units_between(found, exact) == 2 && found == pyvtk::cuda::expf(-x), x, found, exact);
+    CHECK(units_between(pyvtk::cuda::exp2f(x), static_cast<float>(std::exp2(double{x}))) == 2, x);
     CHECK(units_between(pyvtk::cuda::logf(x), static_cast<float>(std::log(double{x}))) == 1, x);
     CHECK(units_between(pyvtk::cuda::erff(x), static_cast<float>(std::erf(double{x}))) == 2, x);
     CHECK(units_between(pyvtk::cuda::tanhf(x), static_cast<float>(std::tanh(double{x}))) == 2, x);
@@ -258,6 +259,7 @@ void functions() {
   const float one = pyvtk::cuda::expf(0.0f), zero = pyvtk::cuda::expf(-kInfinity),
               infinite = pyvtk::cuda::expf(kInfinity);
   CHECK(one == 1.0f && zero == 0.0f && infinite == kInfinity && pyvtk::cuda::logf(1.0f) == 0.0f, one, zero, infinite);
+  CHECK(pyvtk::cuda::exp2f(-7.0f) == 0.0078125f && pyvtk::cuda::exp2f(-kInfinity) == 0.0f, "exp2f");
   CHECK(std::isnan(pyvtk::cuda::expf(kInfinity - kInfinity)), "NaN");
 }
 
