@@ -541,7 +541,12 @@ def all_rows_beside_attention(tokens, bars, device="cuda", heads=(32, 8), size=1
 
     def expect(q, k, v, lse):
         mask = unseen(q, k)
-        check = close(exact(q, k, mask, lambda p: p.mean(0)).mean(1), rounded_by_head(q, k, mask))
+        # flash-colreduce rounds the sum of each head to the dtype of q
+        check = close(
+            exact(q, k, mask, lambda p: p.mean(0)).mean(1),
+            rounded_by_head(q, k, mask),
+            answers={"flash-colreduce": dtype},
+        )
 
         def of_scores(name, result):
             if name in floors:

@@ -209,8 +209,13 @@ class Packed:
 
     @functools.cached_property
     def torchao_int8(self):
-        from torchao.dtypes import SemiSparseLayout
+        import torchao
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        try:
+            from torchao.dtypes import SemiSparseLayout
+        except ImportError as error:  # it has float8 times 2:4 instead
+            raise ImportError(f"torchao {torchao.__version__} has no int8 times 2:4 any more") from error
 
         layer = self._layer()
         quantize_(layer, Int8DynamicActivationInt8WeightConfig(layout=SemiSparseLayout()))

@@ -96,6 +96,39 @@ class TF32x3(TorchDispatchMode):
         return out
 
 
+class Exponents(TorchDispatchMode):
+    """Within it the exponents of attention's weights, exp and log are as far off as in float32 on a GPU, up or down at
+    random. For weights that float32 results are made of; used as :class:`TF32x3` is.
+
+    A weight is exp(q . k - lse): what rounds its exponent shows in it as often as the exponent is large, whichever way
+    sums are ordered, and where there are few results plain torch may be right by luck. So there is room for
+
+    - one rounding of what is added up in products, as ``added`` is of :func:`assert_within_budget`,
+    - half a unit of each term of a difference: it was rounded to float32 itself,
+    - 2 units in the last place of exp, 1 of log: what CUDA's expf and logf may be off (programming guide, "Mathematical
+      Functions"), and ex2.approx with them; so much the emulation puts them off (device_math.h).
+    """
+
+    added = staticmethod(TF32x3.added)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        units = None
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            units = function(args[0].abs(), args[1].abs())
+        elif function == torch.ops.aten.sub.Tensor and out.is_floating_point():
+            units = (args[0].abs() + args[1].abs()) / 2 if isinstance(args[1], Tensor) else args[0].abs() / 2
+        elif function == torch.ops.aten.exp.default:
+            units = 2 * out
+        elif function == torch.ops.aten.log.default:
+            units = out.abs()
+        if units is not None:
+            up_or_down = torch.randint(0, 2, out.shape, device=out.device) * 2 - 1
+            off = up_or_down * units * torch.finfo(torch.float32).eps
+            out = out + off.nan_to_num(0.0, 0.0, 0.0)
+        return out
+
+
 def same(actual, expected) -> None:
     """Tensors, or sequences of them, have the same dtypes, shapes and values; no tolerance, and NaN equals nothing."""
     actual, expected = (x if isinstance(x, (tuple, list)) else (x,) for x in (actual, expected))

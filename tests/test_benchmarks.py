@@ -73,6 +73,41 @@ def test_close_allows_peers_more_than_us():
         check("pyvtk", torch.full((4,), float("nan")))
 
 
+def test_close_knows_what_peers_answer_in():
+    """A peer that rounds its results to 16 bits is measured; where it is wrong by more than that, it is not."""
+    oracle = torch.tensor([1.0, 2**-10], dtype=torch.float64)
+    check = harness.close(oracle, oracle.float(), answers={"peer": torch.bfloat16})
+    half_a_unit = torch.tensor([1 + 2**-8, 2**-10])
+    check("peer", half_a_unit)
+    for name, found in (
+        ("other peer", half_a_unit),
+        ("pyvtk", half_a_unit),
+        ("peer", half_a_unit + 2**-9),
+        ("peer", torch.tensor([1.0, 2**-9])),
+        ("peer", torch.tensor([1.0, float("nan")])),
+    ):
+        with pytest.raises(AssertionError, match="exceeds the budget"):
+            check(name, found)
+
+
+def test_a_peer_that_is_no_more_says_so(tmp_path, monkeypatch):
+    """torchao 0.18 has configurations of int8 without 2:4."""
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao" / "__init__.py").write_text("__version__ = '0.18.0'")
+    (tmp_path / "torchao" / "dtypes.py").touch()
+    (tmp_path / "torchao" / "quantization.py").write_text("Int8DynamicActivationInt8WeightConfig = quantize_ = None")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = bench.load("bench_sparse24")
+    monkeypatch.setattr(module, "made_on", lambda device, inputs: inputs)
+    monkeypatch.setattr(harness, "compiled", lambda function: function)
+    monkeypatch.setattr(harness, "still_works", lambda device: True)
+    case = module.int8_on_cuda("x", 70, {"torchao int8": 1.0}, "cuda", (64, 128))
+    runs, _ = harness.settled(case, case.inputs())
+    assert runs.absent["torchao int8"] == "ImportError: torchao 0.18.0 has no int8 times 2:4 any more"
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchao"]:
+        del sys.modules[name]
+
+
 def test_memory_bar_is_an_upper_one():
     case = doubling(bars={"memory": 0.02})
     times = {"pyvtk": Timing(1, 1, 1, 3), "peer": Timing(2, 2, 2, 3)}
@@ -782,7 +817,11 @@ def test_command_runs_one_case(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["nothing"], "unknown family 'nothing'"), (["--filter", "no such case"], "no case contains 'no such case'"), (["--threads", "0"], "--threads 0")],
+    [
+        (["nothing"], "unknown family 'nothing'"),
+        (["--filter", "no such case"], "no case contains 'no such case'"),
+        (["--threads", "0"], "--threads 0"),
+    ],
 )
 def test_command_refuses(arguments, message, capsys):
     assert main(["bench", *arguments]) == 2

@@ -94,7 +94,8 @@ def test_goes_on_on_another_machine(gpu, tmp_path, kept):
                        PYVTK_GPU_ARCHIVE=str(archive))  # fmt: skip
     assert status == 1
     with tarfile.open(archive) as packed:
-        assert {"./build.done", "./bench-score.done", "./bench-merge.log"} <= set(packed.getnames())
+        assert {"build.done", "bench-score.done", "bench-merge.log"} <= set(packed.getnames())
+        assert all(member.isfile() for member in packed)
     (tmp_path / "out").rename(tmp_path / "lost")
     (tmp_path / "built").unlink()
     settings = {"PYVTK_GPU_ARCHIVE": str(archive)}
@@ -113,6 +114,44 @@ def test_an_archive_does_not_undo_what_is_newer(gpu, tmp_path):
     (tmp_path / "out" / "bench-score.log").write_text("newer")
     gpu("bench-score", PYVTK_GPU_ARCHIVE=str(archive))
     assert (tmp_path / "out" / "bench-score.log").read_text() == "newer"
+
+
+# GNU tar as on a file system that tells other things of a folder than those with which it was made
+TAR = """case "$*" in
+  *-xzf*) if /bin/tar --verbose "$@" | grep '/$'; then echo Unexpected inconsistency; exit 2; fi;;
+  *) exec /bin/tar "$@";;
+esac"""
+
+
+@pytest.mark.skipif(not os.path.exists("/bin/tar"), reason="tar is elsewhere")
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_archive_with_folders_is_unpacked(gpu, tmp_path, exists):
+    """As .ci/gpu wrote it once, or somebody packs it by hand; into a folder that is there, and empty, as well."""
+    bundle, before, out = tmp_path / ".gpu", tmp_path / "before", tmp_path / "out"
+    (before / "deep").mkdir(parents=True)
+    bundle.mkdir()
+    for name in ("bench-score.done", "-odd name", "deep/picture.png"):
+        (before / name).write_text("on cpu, before")
+    with tarfile.open(bundle / "results.tar.gz", "w:gz") as packed:
+        packed.add(before, ".")
+    if exists:
+        out.mkdir()
+    status, said, notes = gpu("bench-score", PATH=tool(tmp_path, "tar", TAR))
+    assert status == 0 and "bench-score: done before" in said and "bench score" not in notes
+    assert (out / "deep" / "picture.png").exists() and (out / "-odd name").exists()
+
+
+@pytest.mark.parametrize("kept", ["archive", "bundle"])
+def test_goes_on_without_an_archive_that_cannot_be_unpacked(gpu, tmp_path, kept):
+    """The machine is there for a quarter of an hour: what can be measured is."""
+    bad = tmp_path / ("gpu.tar.gz" if kept == "archive" else ".gpu/results.tar.gz")
+    bad.parent.mkdir(exist_ok=True)
+    bad.write_bytes(b"cut off")
+    settings = {"PYVTK_GPU_ARCHIVE": str(bad)} if kept == "archive" else {}
+    status, said, notes = gpu("bench-score", **settings)
+    assert status == 0 and f"{bad} cannot be unpacked: goes on without it" in said and "bench score" in notes
+    assert bad.with_name(f"{bad.name}.bad").read_bytes() == b"cut off"
+    assert bad.exists() == (kept == "archive")
 
 
 # What ends a benchmark costs a case
@@ -223,7 +262,7 @@ def test_refuses(gpu, parts, settings, message):
 def test_every_family_is_measured(gpu):
     known = gpu("nothing")[1].split("there are ")[1].split()
     assert [part for part in known if part.startswith("bench-")] == [
-        f"bench-{name}" for name in ("key", *bench.load().FAMILIES)
+        f"bench-{name}" for name in ("key", *bench.load().FAMILIES, "threads")
     ]
 
 

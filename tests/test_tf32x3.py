@@ -1,10 +1,10 @@
-"""The model of tf32x3, and how far off its products may be."""
+"""The models of what a GPU computes: tf32x3, and how far off its products may be; exponents."""
 
 import numpy as np
 import pytest
 import tf32x3
 import torch
-from support import TF32x3
+from support import Exponents, TF32x3
 
 EPS = 2.0**-23
 
@@ -65,3 +65,17 @@ def test_mode_reaches_products_and_gradients():
         torch.testing.assert_close(
             (x - y).abs() / limit, torch.full_like(x, TF32x3.roundings(16) * EPS), rtol=1e-6, atol=0
         )
+
+
+def test_exponents_are_off_by_what_is_said():
+    a, b = (torch.randn(5, 16, 16, dtype=torch.float64) for _ in range(2))
+    with Exponents():
+        found = a @ b, a - b, a.exp(), b.abs().log(), a + b, a.where(a > 0, -torch.inf).exp()
+    share = torch.ones_like(a)
+    for x, y, limit in zip(
+        (a @ b, a - b, a.exp(), b.abs().log()),
+        found,
+        (a.abs() @ b.abs(), (a.abs() + b.abs()) / 2, 2 * a.exp(), b.abs().log().abs()),
+    ):
+        torch.testing.assert_close((x - y).abs() / limit, share * EPS, rtol=1e-6, atol=0)
+    assert torch.equal(found[4], a + b) and torch.equal(found[5] > 0, a > 0)

@@ -84,6 +84,20 @@ def products(a1, a2, b1, b2, D2: tl.constexpr, PRECISION: tl.constexpr):
     return sums
 
 
+@triton.jit
+def sum_of_rows(x, LENGTH: tl.constexpr):
+    """Sums of rows of LENGTH, a power of two: neighbours first, then neighbouring sums.
+
+    tl.sum would add in the order of the layout, which follows from how the rows were loaded: by 16 bytes, or one by one
+    where strides allow no more. A sum of two has one order. Launched without enable_fp_fusion, as the first addition
+    would be one instruction with a product in some layouts.
+    """
+    rows: tl.constexpr = x.shape[0]
+    for step in tl.static_range(LENGTH.bit_length() - 1):
+        x = tl.sum(tl.reshape(x, [rows, LENGTH >> (step + 1), 2]), 2)
+    return tl.reshape(x, [rows])
+
+
 # Launchers -----------------------------------------------------------------------------------------------------------
 
 
@@ -114,7 +128,7 @@ OPTIONS = {"enable_fp_fusion": True}
 
 def launch(kernel, programs: int, arguments: dict) -> None:
     if programs > 0:
-        kernel[(programs,)](**arguments, **OPTIONS)
+        kernel[(programs,)](**{**OPTIONS, **arguments})
 
 
 def unit(element_size: int, *numbers: int) -> int:

@@ -30,6 +30,7 @@ from ._tiles import (
     products,
     store_rows,
     strides,
+    sum_of_rows,
 )
 
 # of which Triton compiles no variants (_tiles.py)
@@ -264,9 +265,9 @@ def neighbor_attention_delta_kernel(
     grad1, grad2 = load_rows(grad, row.to(tl.int64) * grad_row, sees, D, D1, D2)
     out += batch * out_batch + head * out_head
     out1, out2 = load_rows(out, row.to(tl.int64) * out_row, sees, D, D1, D2)
-    sums = tl.sum(grad1.to(tl.float32) * out1.to(tl.float32), 1)
+    sums = sum_of_rows(grad1.to(tl.float32) * out1.to(tl.float32), D1)
     if D2:
-        sums += tl.sum(grad2.to(tl.float32) * out2.to(tl.float32), 1)
+        sums += sum_of_rows(grad2.to(tl.float32) * out2.to(tl.float32), D2)
     if grad_lse is not None:
         sums -= tl.load(grad_lse + place, mask=sees, other=0.0)
     tl.store(delta + place, sums, mask=here)
@@ -609,7 +610,7 @@ def neighbor_attention_backward(
         arguments = {
             "grad_out": grad_out, "grad_lse": None if grad_lse is None else grad_lse.contiguous(), "out": out,
             "lse": lse, "delta": delta, **strides(grad=grad_out, out=out), "query_rows": rows, "heads": heads,
-            "D": head_dim, "D1": first, "D2": second, "ROWS": tile, "num_warps": 4,
+            "D": head_dim, "D1": first, "D2": second, "ROWS": tile, "num_warps": 4, "enable_fp_fusion": False,
         }  # fmt: skip
         _tiles.launch(neighbor_attention_delta_kernel, batch * heads * triton.cdiv(rows, tile), arguments)
         walk = (q, k, v, k_bias, visual_heads, plan, rule, keep_mass)

@@ -176,10 +176,12 @@ __device__ __forceinline__ void put_number(void* numbers, bool are_double, int64
   }
 }
 
-// dx, and g . x: a warp has a token.
+// dx, and g . x: a warp has a token. The order of the sum of g . x follows from kCount, which therefore depends on the
+// channels alone: where rows are not `aligned` to the packs, their numbers are read one by one.
 template <class T, int kCount>
 __global__ void __launch_bounds__(kMergeThreads, 3)
-    merge_backward_kernel(const MergeProblem problem, const MergeGradient gradient, int32_t units) {
+    merge_backward_kernel(const MergeProblem problem, const MergeGradient gradient, int32_t units, bool aligned,
+                          bool result_aligned) {
   const int64_t item = int64_t{blockIdx.x} * (kMergeThreads / 32) + warp_of_block();
   if (item >= problem.batch * problem.tokens) return;
   const int64_t sample = item / problem.tokens, token = item % problem.tokens;
@@ -196,17 +198,17 @@ __global__ void __launch_bounds__(kMergeThreads, 3)
   for (int64_t unit = lane_of_warp(); unit < units; unit += 32) {
     Pack<T, kCount> out{};
     if (alive) {
-      const Pack<T, kCount> given = load_pack<T, kCount>(grad + unit * kBytes);
+      const Pack<T, kCount> given = load_pack<T, kCount>(grad + unit * kBytes, aligned);
       for (int i = 0; i < kCount; ++i)
         out.numbers[i] = from_wide<T>(fused(factor, to_wide(given.numbers[i]), Wide<T>{0}));
       if (gradient.grad_weights) {
-        const Pack<T, kCount> row = load_pack<T, kCount>(x + unit * kBytes);
+        const Pack<T, kCount> row = load_pack<T, kCount>(x + unit * kBytes, aligned);
         for (int i = 0; i < kCount; ++i) {
           products[i] = fused(to_wide(given.numbers[i]), to_wide(row.numbers[i]), products[i]);
         }
       }
     }
-    store_pack<T, kCount>(grad_x + unit * kBytes, out);
+    store_pack<T, kCount>(grad_x + unit * kBytes, out, result_aligned);
   }
   if (!gradient.grad_weights) return;
   double product = 0;
@@ -256,11 +258,10 @@ inline cudaError_t sort_members(const MergeProblem& problem, cudaStream_t stream
   return launch(members_kernel, dim3(static_cast<unsigned>(problem.batch)), dim3(kSortThreads), bytes, stream, problem);
 }
 
-// f(count), the numbers of a unit as a constant
+// f(count), the numbers of a unit as a constant; all: what units have to be multiples of, in one word
 template <class T, class F>
-cudaError_t with_count(uint64_t addresses, F&& f) {
-  return width_of(addresses) == 16 ? f(std::integral_constant<int, 16 / sizeof(T)>{})
-                                   : f(std::integral_constant<int, 1>{});
+cudaError_t with_count(uint64_t all, F&& f) {
+  return width_of(all) == 16 ? f(std::integral_constant<int, 16 / sizeof(T)>{}) : f(std::integral_constant<int, 1>{});
 }
 
 inline uint64_t addresses_of(const MergeRows& rows) {
@@ -302,15 +303,16 @@ cudaError_t merge_backward(const MergeProblem& problem, const MergeGradient& gra
   if (problem.batch == 0 || problem.tokens == 0) return cudaSuccess;
   if (detail::too_large(problem, sizeof(T))) return cudaErrorInvalidValue;
   const int64_t bytes = problem.channels * static_cast<int64_t>(sizeof(T));
-  const uint64_t addresses = detail::addresses_of(problem.x) | detail::addresses_of(gradient.grad) |
-                             reinterpret_cast<uintptr_t>(gradient.grad_x) | static_cast<uint64_t>(bytes);
-  cudaError_t status = detail::with_count<T>(addresses, [&](auto count) {
+  const uint64_t addresses = detail::addresses_of(problem.x) | detail::addresses_of(gradient.grad);
+  const bool aligned = width_of(addresses) == 16;
+  const bool result_aligned = width_of(reinterpret_cast<uintptr_t>(gradient.grad_x)) == 16;
+  cudaError_t status = detail::with_count<T>(static_cast<uint64_t>(bytes), [&](auto count) {
     constexpr int kCount = decltype(count)::value;
     dim3 grid;
     const cudaError_t fits = detail::grid_for(problem.batch * problem.tokens, kMergeThreads / 32, grid);
     if (fits != cudaSuccess) return fits;
     return launch(merge_backward_kernel<T, kCount>, grid, dim3(kMergeThreads), 0, stream, problem, gradient,
-                  static_cast<int32_t>(problem.channels / kCount));
+                  static_cast<int32_t>(problem.channels / kCount), aligned, result_aligned);
   });
   if (status != cudaSuccess || !gradient.products || problem.groups == 0) return status;
   status = detail::sort_members(problem, stream);

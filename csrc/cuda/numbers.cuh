@@ -50,6 +50,14 @@ __device__ __forceinline__ Pack<T, kCount> load_pack(const char* from) {
     return *reinterpret_cast<const Pack<T, kCount>*>(from);
   }
 }
+// The same where addresses may be multiples of a number's size only.
+template <class T, int kCount>
+__device__ __forceinline__ Pack<T, kCount> load_pack(const char* from, bool aligned) {
+  if (aligned) return load_pack<T, kCount>(from);
+  Pack<T, kCount> pack;
+  for (int i = 0; i < kCount; ++i) pack.numbers[i] = reinterpret_cast<const T*>(from)[i];
+  return pack;
+}
 template <class T, int kCount>
 __device__ __forceinline__ void store_pack(char* to, const Pack<T, kCount>& pack) {
   if constexpr (sizeof(T) * kCount == 16) {
@@ -57,6 +65,12 @@ __device__ __forceinline__ void store_pack(char* to, const Pack<T, kCount>& pack
   } else {
     *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
   }
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ void store_pack(char* to, const Pack<T, kCount>& pack, bool aligned) {
+  if (aligned) return store_pack<T, kCount>(to, pack);
+  for (int i = 0; i < kCount; ++i) reinterpret_cast<T*>(to)[i] = pack.numbers[i];
 }
 
 __device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }

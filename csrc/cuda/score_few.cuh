@@ -203,6 +203,19 @@ struct Statistics {
   __device__ __forceinline__ void add_lane(int step) {
     add(Statistics{__shfl_xor_sync(kAllLanes, largest, step), __shfl_xor_sync(kAllLanes, sum, step)});
   }
+  // of so many neighbouring lanes, a power of two: the maximum first, so that each sum is rescaled once
+  __device__ __forceinline__ void add_lanes(int lanes) {
+    const float mine = largest;
+    for (int step = lanes / 2; step > 0; step /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
+    }
+    sum = rescaled(mine, sum);
+    for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+  }
+  // a sum of exp(logit - their_largest) as one of exp(logit - largest), which is no smaller
+  __device__ __forceinline__ float rescaled(float their_largest, float their_sum) const {
+    return their_sum * expf(their_largest - (largest == -kInfinity ? 0.0f : largest));
+  }
   __device__ __forceinline__ float lse() const { return sum == 0.0f ? -kInfinity : largest + logf(sum); }
 };
 
@@ -225,7 +238,7 @@ __device__ __forceinline__ void lse_of_rows(const FewProblem& few, const FewSamp
         all.add(Statistics{one.x, one.y});
       }
     }
-    for (int step = kLanes / 2; step > 0; step /= 2) all.add_lane(step);
+    all.add_lanes(kLanes);
     if (lane == 0 && row < end) to(row, all.lse());
   }
 }
@@ -481,14 +494,15 @@ __global__ void __launch_bounds__(kFewThreads, 2) score_rows_kernel(const FewPro
     PYVTK_UNROLL
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows) break;
-      for (int lanes = 16; lanes > 0; lanes /= 2) statistics[r].add_lane(lanes);
+      statistics[r].add_lanes(32);
       if (lane_of_warp() == 0) of_warps[warp_of_block()][r] = make_float2(statistics[r].largest, statistics[r].sum);
     }
     __syncthreads();
     if (thread < rows) {
       Statistics all;
+      for (int warp = 0; warp < kFewWarps; ++warp) all.largest = fmaxf(all.largest, of_warps[warp][thread].x);
       for (int warp = 0; warp < kFewWarps; ++warp) {
-        all.add(Statistics{of_warps[warp][thread].x, of_warps[warp][thread].y});
+        all.sum += all.rescaled(of_warps[warp][thread].x, of_warps[warp][thread].y);
       }
       const int64_t head = kv_head * few.group + (first + thread) / s.queries;
       few.statistics[(run * p.q_heads + head) * few.queries + (first + thread) % s.queries] =
@@ -541,7 +555,8 @@ __global__ void __launch_bounds__(kFewThreads, 2) score_columns_kernel(const Few
     return few.columns + plane_of(p, s, few.units * few.columns_of_unit, head_or_unit) + key - s.key_start;
   };
 
-  float sum = nothing(few.query_max);
+  // of all rows, and of kRowsOfColumns: a chain of hundreds of additions would lose bits
+  float sum = nothing(few.query_max), of_some = sum;
   for (int i = 0; i < kv_heads; ++i) {
     const int kv_head = part * kv_heads + i;
     const T* k = static_cast<const T*>(p.k) + s.k_offset + kv_head * p.k_head_stride;
@@ -580,13 +595,15 @@ __global__ void __launch_bounds__(kFewThreads, 2) score_columns_kernel(const Few
             pair = is_first ? value : reduced(few.head_max, pair, value);
             continue;
           }
-          if (seen) sum = reduced(few.query_max, sum, value);
+          if (seen) of_some = reduced(few.query_max, of_some, value);
           if (query == s.queries - 1 && !few.merges_heads) {
-            *column(kv_head * few.group + (first + row) / s.queries) = sum;
-            sum = nothing(few.query_max);
+            *column(kv_head * few.group + (first + row) / s.queries) = reduced(few.query_max, sum, of_some);
+            sum = of_some = nothing(few.query_max);
           }
         }
       }
+      sum = reduced(few.query_max, sum, of_some);
+      of_some = nothing(few.query_max);
     }
   }
   if (!has_key) return;

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.utils._pytree as pytree
-from support import TF32x3, assert_within_budget
+from support import Exponents, TF32x3, assert_within_budget
 from torch import Tensor
 
 from pyvtk import Selection, backends
 
 DEVICE = os.environ.get("PYVTK_GPU_DEVICE") or "cuda"
 HALF, BRAIN, SINGLE, DOUBLE, WHOLE = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8
+
+# operators whose float32 results are weights of attention, or sums of them
+WEIGHTS = ("attention_scores", "score_and_select")
 
 
 @dataclass
@@ -103,6 +108,23 @@ def make(call: Call, seed: int = 0, device=DEVICE):
     return on(device, call.inputs())
 
 
+def apart(inputs: tuple, gap: int = 3, before: int = 0) -> tuple:
+    """The same values, each row of the last dimension ``gap`` elements apart from the next and the first one ``before``
+    elements behind the begin of memory that is full of other numbers. Selections stay contiguous, as they are by
+    definition; positions and other tables lie apart as well."""
+
+    def one(x):
+        if not isinstance(x, Tensor) or x.dim() < 2 or x.numel() == 0:
+            return x
+        size = *x.shape[:-1], x.shape[-1] + gap
+        wide = torch.full((before + math.prod(size),), 77, dtype=torch.float64, device=x.device).to(x.dtype)
+        rows = wide[before:].view(size)[..., : x.shape[-1]]
+        rows.copy_(x)
+        return rows
+
+    return tuple(x if isinstance(x, Selection) else one(x) for x in inputs)
+
+
 def _comparable(x: Tensor) -> Tensor:
     """Equal where the bits are, NaN included; the two zeros are one."""
     if x.is_complex():
@@ -162,14 +184,18 @@ def assert_right(call: Call, result, inputs) -> None:
         return
     oracle = call.run("reference", *in_float64(inputs))
     plain = call.plain(*inputs) if call.plain else call.run("reference", *inputs)
+    inexact = oracle
+    modes = [TF32x3()] if multiplies_in_tf32(call, inputs) else []
+    modes += [Exponents()] if call.operator in WEIGHTS else []
+    if modes:
+        with contextlib.ExitStack() as entered:
+            for mode in modes:
+                entered.enter_context(mode)
+            inexact = call.run("reference", *in_float64(inputs))
     if call.operator == "score_and_select":
         selection, result = result
-        (_, oracle), (_, plain) = oracle, plain
+        (_, oracle), (_, plain), (_, inexact) = oracle, plain, inexact
         _assert_chosen_again(call, selection, result, inputs)
-    inexact = oracle
-    if multiplies_in_tf32(call, inputs):
-        with TF32x3():
-            inexact = call.run("reference", *in_float64(inputs))
     leaves = [pytree.tree_leaves(x) for x in (result, oracle, plain, inexact)]
     for number, (leaf, exact, other, off) in enumerate(zip(*leaves, strict=True), 1):
         try:

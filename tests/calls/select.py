@@ -67,8 +67,9 @@ CALLS = {
     "longest rows, many": Call("select", scores(100, 20000, values=100), select(5000)),
     "longest row, masks": Call("select", masked(2, 70000, "drop", "candidates"),
                                select(9000, names=("drop", "candidates"), capacity=9100, align="right")),
-    "longest row, threshold": Call("select", scores(2, 33000), lambda b, x: pyvtk.select(
-        x, torch.tensor([20000, 300], device=x.device), threshold=x[:, 0] * 0 - 0.5, capacity=15000, backend=b)),
+    "longest row, threshold": Call("select", lambda: (torch.randn(2, 33000), torch.tensor([20000, 300])),
+                                   lambda b, x, k: pyvtk.select(x, k, threshold=x[:, 0] * 0 - 0.5, capacity=15000,
+                                                                backend=b)),
     "heads": Call("select", scores(2, 4, 1001), select(100)),
     "ties": Call("select", scores(5, 997, values=8), select(333)),
     "all equal": Call("select", scores(3, 640, values=1), select(320)),

@@ -2,6 +2,7 @@
 #pragma once
 #include "common/types.h"
 #include "cuda_emulation.h"
+#include "device_math.h"
 #include "warp_matrix.h"
 
 // A constant for every declaration (and every instance of a template): its address finds the block's memory.

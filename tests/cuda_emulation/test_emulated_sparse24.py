@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import assert_within_budget
+from support import assert_within_budget, largest
 
 from pyvtk.reference import sparse24 as reference
 
@@ -133,8 +133,9 @@ def test_linear_int8(problem, one_scale, seed):
     plain = reference.linear_int8(x, values, metadata, scales, x_scale, bias, mul, activation)
     if activation in ("none", "relu"):
         assert torch.equal(actual, plain)
-    else:
-        assert_within_budget(actual, plain.double(), plain)
+    else:  # erff, tanhf and expf, of which x is a factor, may be off by 2 units each
+        x_times = reference.linear_int8(x, values, metadata, scales, x_scale, bias, mul, "none")
+        assert_within_budget(actual, plain.double(), plain, added=2 * largest(x_times))
 
 
 @pytest.mark.parametrize("x_scale", [None, 0.5])

@@ -1,4 +1,8 @@
 // What the emulation gives kernels is what the CUDA manual says: places, barriers, warps, atomics, copies, launches.
+#include <bit>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
 #include <numeric>
 #include <set>
 #include <thread>
@@ -233,6 +237,32 @@ void last_error() {
 }
 
 // Kernels of several host threads run one after another.
+// Units in the last place between two numbers of one sign.
+int64_t units_between(float a, float b) {
+  return std::abs(int64_t{std::bit_cast<int32_t>(a)} - int64_t{std::bit_cast<int32_t>(b)});
+}
+
+// As far off as they may be, up or down, and the same each time.
+void functions() {
+  int up = 0, all = 0;
+  for (float x = 0.01f; x < 8.0f; x *= 1.01f, ++all) {
+    const float found = pyvtk::cuda::expf(-x), exact = static_cast<float>(std::exp(-double{x}));
+    CHECK(units_between(found, exact) == 2 && found == pyvtk::cuda::expf(-x), x, found, exact);
+    CHECK(units_between(pyvtk::cuda::exp2f(x), static_cast<float>(std::exp2(double{x}))) == 2, x);
+    CHECK(units_between(pyvtk::cuda::logf(x), static_cast<float>(std::log(double{x}))) == 1, x);
+    CHECK(units_between(pyvtk::cuda::erff(x), static_cast<float>(std::erf(double{x}))) == 2, x);
+    CHECK(units_between(pyvtk::cuda::tanhf(x), static_cast<float>(std::tanh(double{x}))) == 2, x);
+    up += found > exact;
+  }
+  CHECK(up > all / 3 && up < all - all / 3, up, all);
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const float one = pyvtk::cuda::expf(0.0f), zero = pyvtk::cuda::expf(-kInfinity),
+              infinite = pyvtk::cuda::expf(kInfinity);
+  CHECK(one == 1.0f && zero == 0.0f && infinite == kInfinity && pyvtk::cuda::logf(1.0f) == 0.0f, one, zero, infinite);
+  CHECK(pyvtk::cuda::exp2f(-7.0f) == 0.0078125f && pyvtk::cuda::exp2f(-kInfinity) == 0.0f, "exp2f");
+  CHECK(std::isnan(pyvtk::cuda::expf(kInfinity - kInfinity)), "NaN");
+}
+
 void host_threads() {
   std::vector<std::vector<int>> out(3, std::vector<int>(96));
   std::vector<std::thread> threads;
@@ -260,6 +290,7 @@ int main() {
   last_block();
   limits();
   last_error();
+  functions();
   host_threads();
   return report();
 }
