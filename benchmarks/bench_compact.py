@@ -310,7 +310,9 @@ def training(name, shape, keep, dtype, bars, device="cpu"):
 
 
 def backward(name, shape, keep, dtype, bars, device="cpu"):
-    """The backward pass alone, of a forward pass that is done. It runs on that one's stream: no graph captures it."""
+    """The backward pass alone, of a forward pass that is done. Autograd runs it on that one's stream, and ends at its
+    leaf on the stream that first used it. So that a graph can capture it, every stream gets a forward pass of its own,
+    of a leaf of its own, in the first call on it: that is one of those that precede a capture."""
     batch, tokens, width = shape
     moves = {
         "pyvtk": lambda x, s, rows, wide: pyvtk.compact(s, x),
@@ -320,13 +322,19 @@ def backward(name, shape, keep, dtype, bars, device="cpu"):
 
     def inputs():
         selection = chosen((batch,), tokens, keep)
-        x = torch.randn(shape).to(dtype).requires_grad_()
-        wide = along_rows(selection, width)
-        out = {who: move(x, selection, flat(selection), wide) for who, move in moves.items()}
-        return x, out, wide, torch.randn(batch, keep, width).to(dtype)
+        grad = torch.randn(batch, keep, width).to(dtype)
+        return torch.randn(shape).to(dtype), selection, flat(selection), along_rows(selection, width), grad, {}
 
     def gradient(who):
-        return lambda x, out, wide, grad: torch.autograd.grad(out[who], x, grad, retain_graph=True)[0]
+        def call(x, s, rows, wide, grad, forward):
+            here = who, torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
+            if here not in forward:
+                leaf = x.detach().requires_grad_()
+                forward[here] = leaf, moves[who](leaf, s, rows, wide)
+            leaf, out = forward[here]
+            return torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]
+
+        return call
 
     return Case(
         "compact",
@@ -334,11 +342,10 @@ def backward(name, shape, keep, dtype, bars, device="cpu"):
         dtype,
         made_on(device, inputs),
         {who: gradient(who) for who in moves},
-        lambda x, out, wide, grad: same(grad.new_zeros(shape).scatter(1, wide, grad)),
-        limit=limit_of(device, lambda x, *rest: [kept_part(x.detach(), batch * (keep + tokens) // 2)]),
+        lambda x, s, rows, wide, grad, forward: same(grad.new_zeros(shape).scatter(1, wide, grad)),
+        limit=limit_of(device, lambda x, *rest: [kept_part(x, batch * (keep + tokens) // 2)]),
         bars=bars,
         device=device,
-        eager=tuple(moves),
     )
 
 

@@ -3,10 +3,10 @@
 //
 // A tensor is rows of a selection (batch, head) x lines x positions x one run of bytes (common/compact_shape.h), and a
 // run is units of the widest access that all its addresses allow. (line, position, unit) counted through is one axis,
-// cut into tiles of kTile: a block moves a tile, kMoveItems units a thread, all loads before the first store. Two long
-// rows and a thousand short ones fill a device alike, small tensors ride along with large ones, and no unit is idle for
-// the sake of a shape. The tensors are described in the parameters of the kernel: nothing is copied to the device
-// first, and a CUDA graph holds them.
+// cut into tiles: a block moves one (or a few), some units a thread, all loads before the first store. Two long rows
+// and a thousand short ones fill a device alike, small tensors ride along with large ones, and no unit is idle for the
+// sake of a shape. The tensors are described in the parameters of the kernel: nothing is copied to the device first,
+// and a CUDA graph holds them.
 //
 // What the host does not know stays on the device: counts, offsets of packed rows, whether indices repeat. An index
 // outside of the token axis is padding; no address is formed from it.
@@ -23,23 +23,35 @@
 
 namespace pyvtk::cuda {
 
-// Launch bounds name 3 blocks for each multiprocessor, so 80 registers: left alone, ptxas prefers a fifth block and
-// spills for it (sm_86, 100, 120).
+// Items of a thread: what it reads before it writes. A gather waits twice, for an index and for what that names. On an
+// H200, [8, 2880, 4096] bfloat16 to 720 takes 26.3 us with 2 items and as many blocks as there can be, 27.9 with 2
+// items in 6 blocks, 30.1 with 4 items in 4 blocks, 28.8 with 1 item; a copy of as many bytes takes 23.9.
 inline constexpr int kMoveThreads = 256;
-inline constexpr int kMoveItems = 4;  // 64 bytes in flight for each thread: a few blocks hide the latency of memory
+inline constexpr int kGatherItems = 2;
+inline constexpr uint32_t kGatherTile = kMoveThreads * kGatherItems;
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000)
+inline constexpr int kGatherBlocks = 8;  // of a multiprocessor: 32 registers
+#else
+inline constexpr int kGatherBlocks = 6;  // more do not fit, or spill (sm_80)
+#endif
+// Of scatter and the moves in place, in 3 blocks: with a fourth scatter spills.
+inline constexpr int kMoveItems = 4;
 inline constexpr uint32_t kTile = kMoveThreads * kMoveItems;
+inline constexpr int kScatterTiles = 4;  // of a block, which looks up the slots of one while it moves the one before
 inline constexpr int kMostAxes = 4;
-inline constexpr int kFewMoves = 8;    // parameters of less than 4 KiB cost a launch nothing
-inline constexpr int kManyMoves = 64;  // 22 KiB: CUDA 12.1 takes 32 since sm_70
+inline constexpr int kMostMoves = 64;
+inline constexpr int kMostShapes = 6;
 inline constexpr int kMostCaches = 64;
 inline constexpr uint32_t kTailBlocks = 64;
-inline constexpr int64_t kMostCounted = std::numeric_limits<int32_t>::max() - 2 * int64_t{kTile};
+inline constexpr int64_t kMostCounted = std::numeric_limits<int32_t>::max() - 2 * int64_t{kScatterTiles * kTile};
 
 // Division by a number that the host knows: a multiplication. Exact for numerators below 2^31.
 struct Divider {
   uint32_t divisor = 1;
   uint32_t multiplier = 1;
   uint32_t shift = 0;
+
+  bool operator==(const Divider&) const = default;
 };
 
 constexpr Divider divider_of(int64_t divisor) {
@@ -62,41 +74,65 @@ __device__ __forceinline__ Split split(const Divider& by, uint32_t number) {
 // Strides in bytes.
 struct Strides {
   int64_t source, target, base;
+
+  bool operator==(const Strides&) const = default;
 };
 struct OuterAxis {
   Divider size;
   Strides strides;
+
+  bool operator==(const OuterAxis&) const = default;
 };
 
 enum class Number : int32_t { none, float32, float64, float16, bfloat16 };  // what rows can be added as
 
-// One tensor of a launch.
-struct Move {
-  const char* source;  // nullptr: rows are cleared (restore)
-  char* target;
-  const char* base;  // positions that no row lands on; nullptr: zeros
-  Strides batch, head, token;
-  OuterAxis outer[kMostAxes];
-  int32_t axes;
-  uint32_t lines;
+// What tensors of a launch can have in common, such as the keys and values of all layers.
+struct Shape {
   Divider units;  // of a run
   Divider positions;
-  int32_t width;   // bytes of a unit
-  Number number;   // of scatter
-  int32_t merged;  // of scatter: all rows share one target
-  uint32_t tiles_of_row;
-  Divider tiles;        // the same, if not 0
-  uint32_t row_blocks;  // tiles of all rows; what follows are blocks of the tail
+  Divider tiles;           // of a row, or groups of kScatterTiles; at least 1
+  uint32_t next_position;  // from a unit to the one that lies kMoveThreads behind it
+  uint32_t next_unit;
+  uint32_t lines;
+  int32_t width;  // bytes of a unit
+  int32_t axes;
+  Strides batch, head, token;
+  OuterAxis outer[kMostAxes];
+  const char* base;     // positions that no row lands on; nullptr: zeros
+  Number number;        // of scatter
+  int32_t merged;       // of scatter: all rows share one target
+  uint32_t row_blocks;  // of all rows; what follows are blocks of the tail
   alignas(16) unsigned char pad[16];
+
+  bool operator==(const Shape&) const = default;
 };
 
-template <int kMost>
+// One tensor of a launch.
+struct Move : Shape {
+  uint64_t units_of_row;  // all of them
+  const char* source;     // nullptr: rows are cleared (restore)
+  char* target;
+};
+
+// Parameters of less than 4 KiB cost a launch nothing. But a multiprocessor waits for each line of them that it has not
+// read before, so tensors share their shapes (56 caches on an H200, described one by one: 21.5 us, so: 21.0).
 struct Moves {
   int32_t count;
-  uint32_t first_block[kMost];
-  Move moves[kMost];
+  int32_t shapes;
+  uint32_t first_block[kMostMoves];
+  uint8_t shape_of[kMostMoves];
+  const char* source[kMostMoves];
+  char* target[kMostMoves];
+  Shape shape[kMostShapes];
 };
-static_assert(sizeof(Moves<kFewMoves>) + 256 <= 4096 && sizeof(Moves<kManyMoves>) + 256 <= 32764);
+static_assert(sizeof(Moves) + 256 <= 4096);
+
+// What a block works on.
+struct Moved {
+  const Shape& shape;
+  const char* source;
+  char* target;
+};
 
 // The selection. `total` >= 0: rows follow each other on an axis of that length.
 struct SelectedOnDevice {
@@ -164,20 +200,35 @@ struct Spot {
   uint32_t line, position, unit;
 };
 // `number` of all units of a row, from its beginning: usually a small number.
-__device__ __forceinline__ Spot spot_at(const Move& move, uint64_t number) {
+__device__ __forceinline__ Spot spot_at(const Shape& shape, uint64_t number) {
   if (number <= static_cast<uint64_t>(kMostCounted)) {
-    const Split run = split(move.units, static_cast<uint32_t>(number));
-    const Split line = split(move.positions, run.quotient);
+    const Split run = split(shape.units, static_cast<uint32_t>(number));
+    const Split line = split(shape.positions, run.quotient);
     return {line.quotient, line.rest, run.rest};
   }
-  const uint64_t run = number / move.units.divisor;
-  return {static_cast<uint32_t>(run / move.positions.divisor), static_cast<uint32_t>(run % move.positions.divisor),
-          static_cast<uint32_t>(number % move.units.divisor)};
+  const uint64_t run = number / shape.units.divisor;
+  return {static_cast<uint32_t>(run / shape.positions.divisor), static_cast<uint32_t>(run % shape.positions.divisor),
+          static_cast<uint32_t>(number % shape.units.divisor)};
 }
-__device__ __forceinline__ Spot spot_after(const Move& move, Spot spot, uint32_t units) {
-  const Split run = split(move.units, spot.unit + units);
-  const Split line = split(move.positions, spot.position + run.quotient);
+__device__ __forceinline__ Spot spot_after(const Shape& shape, Spot spot, uint32_t units) {
+  const Split run = split(shape.units, spot.unit + units);
+  const Split line = split(shape.positions, spot.position + run.quotient);
   return {spot.line + line.quotient, line.rest, run.rest};
+}
+// kMoveThreads units later.
+__device__ __forceinline__ Spot next_spot(const Shape& shape, Spot spot) {
+  spot.unit += shape.next_unit;
+  spot.position += shape.next_position;
+  if (spot.unit >= shape.units.divisor) {
+    spot.unit -= shape.units.divisor;
+    ++spot.position;
+  }
+  if (spot.position >= shape.positions.divisor) {
+    const Split line = split(shape.positions, spot.position);
+    spot.line += line.quotient;
+    spot.position = line.rest;
+  }
+  return spot;
 }
 
 __device__ __forceinline__ void add(Strides& sum, const Strides& strides, int64_t at) {
@@ -186,22 +237,22 @@ __device__ __forceinline__ void add(Strides& sum, const Strides& strides, int64_
   sum.base += at * strides.base;
 }
 // Of a row.
-__device__ __forceinline__ Strides row_offset(const Move& move, const SelectedOnDevice& selected, int32_t row) {
+__device__ __forceinline__ Strides row_offset(const Shape& shape, const SelectedOnDevice& selected, int32_t row) {
   Strides offset{};
   const Split at = split(selected.heads, static_cast<uint32_t>(row));
-  add(offset, move.batch, at.quotient);
-  add(offset, move.head, at.rest);
+  add(offset, shape.batch, at.quotient);
+  add(offset, shape.head, at.rest);
   return offset;
 }
 // Of a spot, all but its position.
-__device__ __forceinline__ Strides line_offset(const Move& move, Spot spot, uint32_t width) {
+__device__ __forceinline__ Strides line_offset(const Shape& shape, Spot spot, uint32_t width) {
   const int64_t unit = static_cast<int64_t>(uint64_t{spot.unit} * width);
   Strides offset{unit, unit, unit};
   // most tensors have no axes: unrolled, the loop would be most of the code
   PYVTK_NOT_UNROLLED
-  for (int axis = move.axes - 1; axis >= 0; --axis) {
-    const Split at = split(move.outer[axis].size, spot.line);
-    add(offset, move.outer[axis].strides, at.rest);
+  for (int axis = shape.axes - 1; axis >= 0; --axis) {
+    const Split at = split(shape.outer[axis].size, spot.line);
+    add(offset, shape.outer[axis].strides, at.rest);
     spot.line = at.quotient;
   }
   return offset;
@@ -212,8 +263,7 @@ struct Work {
   int32_t move;
   uint32_t block;
 };
-template <int kMost>
-__device__ __forceinline__ Work work_of_block(const Moves<kMost>& moves) {
+__device__ __forceinline__ Work work_of_block(const Moves& moves) {
   int32_t low = 0, high = moves.count;
   while (high - low > 1) {
     const int32_t middle = (low + high) / 2;
@@ -333,77 +383,83 @@ enum class Gather { padded, packed, winners };
 
 // target[row, slot] = source[row, token of the slot], or the pad. Positions are slots.
 template <class Unit, Gather kKind>
-__device__ __forceinline__ void gather_tile(const Move& move, const SelectedOnDevice& selected, const Inverse& inverse,
+__device__ __forceinline__ void gather_tile(const Moved& move, const SelectedOnDevice& selected, const Inverse& inverse,
                                             int32_t row, uint32_t tile) {
+  const Shape& shape = move.shape;
   const Slots slots = slots_of(selected, row);
   constexpr bool kPacked = kKind == Gather::packed;
+  Spot spots[kGatherItems];
+  int64_t indices[kGatherItems];
+  Spot spot = spot_after(shape, spot_at(shape, uint64_t{tile} * kGatherTile), threadIdx.x);
+  for (int k = 0; k < kGatherItems; ++k) {
+    // padding is read too, rather than to wait for the count
+    indices[k] =
+        spot.line < shape.lines ? __ldg(selected.indices + int64_t{row} * selected.capacity + spot.position) : -1;
+    spots[k] = spot;
+    spot = next_spot(shape, spot);
+  }
   const int32_t shift = kPacked ? packed_begin(selected, row) - slots.begin : 0;
-  const Spot start = spot_at(move, uint64_t{tile} * kTile);
-  const Strides here = row_offset(move, selected, row);
-  Spot spots[kMoveItems];
-  int64_t indices[kMoveItems];
-  for (int k = 0; k < kMoveItems; ++k) {
-    spots[k] = spot_after(move, start, threadIdx.x + static_cast<uint32_t>(k) * kMoveThreads);
-    const auto slot = static_cast<int32_t>(spots[k].position);
-    const bool written = spots[k].line < move.lines &&
-                         (!kPacked || (slot >= slots.begin && slot < slots.end && slot + shift < selected.total));
-    if (!written) spots[k].line = move.lines;
-    indices[k] = written ? index_in(selected, row, slots, slot) : -1;
-  }
-  const Unit* const pad = reinterpret_cast<const Unit*>(move.pad);
+  const Strides here = row_offset(shape, selected, row);
+  const Unit* const pad = reinterpret_cast<const Unit*>(shape.pad);
   constexpr uint32_t kPads = 16 / sizeof(Unit);
-  char* to[kMoveItems];
-  Unit values[kMoveItems];
-  for (int k = 0; k < kMoveItems; ++k) {
-    const Spot spot = spots[k];
+  char* to[kGatherItems];
+  Unit values[kGatherItems];
+  for (int k = 0; k < kGatherItems; ++k) {
+    const auto slot = static_cast<int32_t>(spots[k].position);
+    const bool valid = slot >= slots.begin && slot < slots.end;
     to[k] = nullptr;
-    if (spot.line >= move.lines) continue;
-    const auto slot = static_cast<int32_t>(spot.position);
-    int32_t token = index_or_none(selected, indices[k]);
-    if (kKind == Gather::winners && token >= 0 && !wins(selected, inverse, move.merged, row, slot, token)) token = -1;
-    const Strides offset = line_offset(move, spot, sizeof(Unit));
-    to[k] = move.target + here.target + offset.target + int64_t{slot + shift} * move.token.target;
-    const char* const from = move.source + here.source + offset.source + int64_t{token} * move.token.source;
-    values[k] = token >= 0 ? __ldg(reinterpret_cast<const Unit*>(from)) : pad[spot.unit % kPads];
+    if (spots[k].line >= shape.lines || (kPacked && (!valid || slot + shift >= selected.total))) continue;
+    int32_t token = valid ? index_or_none(selected, indices[k]) : -1;
+    if (kKind == Gather::winners && token >= 0 && !wins(selected, inverse, shape.merged, row, slot, token)) token = -1;
+    const Strides offset = line_offset(shape, spots[k], sizeof(Unit));
+    to[k] = move.target + here.target + offset.target + int64_t{slot + shift} * shape.token.target;
+    const char* const from = move.source + here.source + offset.source + int64_t{token} * shape.token.source;
+    values[k] = token >= 0 ? __ldg(reinterpret_cast<const Unit*>(from)) : pad[spots[k].unit % kPads];
   }
-  for (int k = 0; k < kMoveItems; ++k) {
+  for (int k = 0; k < kGatherItems; ++k) {
     if (to[k]) *reinterpret_cast<Unit*>(to[k]) = values[k];
   }
 }
 
 // Pads what the rows leave of the packed axis.
 template <class Unit>
-__device__ __forceinline__ void pad_tail(const Move& move, const SelectedOnDevice& selected, uint32_t block,
+__device__ __forceinline__ void pad_tail(const Moved& move, const SelectedOnDevice& selected, uint32_t block,
                                          uint32_t blocks) {
   const int32_t begin = packed_begin(selected, selected.rows);
   const uint32_t length = static_cast<uint32_t>(selected.total - begin);
-  const uint64_t count = uint64_t{length} * move.lines * move.units.divisor;
-  const Unit* const pad = reinterpret_cast<const Unit*>(move.pad);
+  const uint64_t count = uint64_t{length} * move.shape.lines * move.shape.units.divisor;
+  const Unit* const pad = reinterpret_cast<const Unit*>(move.shape.pad);
   constexpr uint32_t kPads = 16 / sizeof(Unit);
   for (uint64_t i = uint64_t{block} * kMoveThreads + threadIdx.x; i < count; i += uint64_t{blocks} * kMoveThreads) {
-    const uint64_t run = i / move.units.divisor;
+    const uint64_t run = i / move.shape.units.divisor;
     const Spot spot{static_cast<uint32_t>(run / length), static_cast<uint32_t>(run % length),
-                    static_cast<uint32_t>(i % move.units.divisor)};
-    const Strides offset = line_offset(move, spot, sizeof(Unit));
-    char* const target = move.target + offset.target + (int64_t{begin} + spot.position) * move.token.target;
+                    static_cast<uint32_t>(i % move.shape.units.divisor)};
+    const Strides offset = line_offset(move.shape, spot, sizeof(Unit));
+    char* const target = move.target + offset.target + (int64_t{begin} + spot.position) * move.shape.token.target;
     *reinterpret_cast<Unit*>(target) = pad[spot.unit % kPads];
   }
 }
 
-template <int kMost, Gather kKind>
-__global__ void __launch_bounds__(kMoveThreads, 3)
-    gather_kernel(const __grid_constant__ Moves<kMost> moves, const SelectedOnDevice selected, const Inverse inverse) {
+// The tensor that this block works on.
+__device__ __forceinline__ Moved moved_by(const Moves& moves, const Work& work) {
+  return {moves.shape[moves.shape_of[work.move]], moves.source[work.move], moves.target[work.move]};
+}
+
+// packed and winners have more to keep in registers
+template <Gather kKind>
+__global__ void __launch_bounds__(kMoveThreads, kKind == Gather::padded ? kGatherBlocks : 5)
+    gather_kernel(const __grid_constant__ Moves moves, const SelectedOnDevice selected, const Inverse inverse) {
   const Work work = work_of_block(moves);
-  const Move& move = moves.moves[work.move];
-  with_unit(move.width, [&](auto unit) {
+  const Moved move = moved_by(moves, work);
+  with_unit(move.shape.width, [&](auto unit) {
     using Unit = decltype(unit);
-    if (kKind != Gather::packed || work.block < move.row_blocks) {
-      const Split at = split(move.tiles, work.block);
+    if (kKind != Gather::packed || work.block < move.shape.row_blocks) {
+      const Split at = split(move.shape.tiles, work.block);
       gather_tile<Unit, kKind>(move, selected, inverse, static_cast<int32_t>(at.quotient), at.rest);
     } else {
       const uint32_t next = work.move + 1 < moves.count ? moves.first_block[work.move + 1] : gridDim.x;
-      pad_tail<Unit>(move, selected, work.block - move.row_blocks,
-                     next - moves.first_block[work.move] - move.row_blocks);
+      pad_tail<Unit>(move, selected, work.block - move.shape.row_blocks,
+                     next - moves.first_block[work.move] - move.shape.row_blocks);
     }
   });
 }
@@ -447,7 +503,7 @@ __device__ __forceinline__ Landed landed_on(const SelectedOnDevice& selected, co
 // target = base + sum of gate * source over all slots of the token: rows in order, slots in order, rounded once. The
 // offsets are those of the line and the unit.
 template <class T, int kCount>
-__device__ __forceinline__ void sum_landed(const Move& move, const SelectedOnDevice& selected, const Landing& landing,
+__device__ __forceinline__ void sum_landed(const Moved& move, const SelectedOnDevice& selected, const Landing& landing,
                                            int32_t first_row, int32_t last_row, int32_t token, char* target,
                                            const char* base, int64_t source_offset) {
   const Inverse& inverse = landing.inverse;
@@ -456,13 +512,13 @@ __device__ __forceinline__ void sum_landed(const Move& move, const SelectedOnDev
   for (int32_t row = first_row; row < last_row; ++row) {
     int32_t slot = __ldg(inverse.first + int64_t{row} * selected.tokens + token);
     if (slot < 0) continue;
-    const char* const source = move.source + source_offset + row_offset(move, selected, row).source;
+    const char* const source = move.source + source_offset + row_offset(move.shape, selected, row).source;
     const int32_t shift = inverse.shift ? inverse.shift[row] : 0;
     do {
       const int64_t at = int64_t{row} * selected.capacity + slot;
       const double weight = landing.gates ? number_at(landing.gates, landing.gates_double, at) : 1.0;
       add_pack<T, kCount>(sum, static_cast<Wide<T>>(weight),
-                          load_pack<T, kCount>(source + int64_t{slot + shift} * move.token.source));
+                          load_pack<T, kCount>(source + int64_t{slot + shift} * move.shape.token.source));
       slot = inverse.repeated[row] ? inverse.next[at] : -1;
     } while (slot >= 0);
   }
@@ -473,99 +529,106 @@ __device__ __forceinline__ void sum_landed(const Move& move, const SelectedOnDev
 
 // The same for a unit of any width.
 template <class T>
-__device__ __forceinline__ void sum_unit(const Move& move, const SelectedOnDevice& selected, const Landing& landing,
+__device__ __forceinline__ void sum_unit(const Moved& move, const SelectedOnDevice& selected, const Landing& landing,
                                          int32_t first_row, int32_t last_row, int32_t token, char* target,
                                          const char* base, int64_t source_offset) {
-  if (move.width == 16) {
+  if (move.shape.width == 16) {
     constexpr int kCount = 16 / sizeof(T);
     sum_landed<T, kCount>(move, selected, landing, first_row, last_row, token, target, base, source_offset);
     return;
   }
   constexpr int kBytes = sizeof(T);
-  for (int at = 0; at < move.width; at += kBytes) {
+  for (int at = 0; at < move.shape.width; at += kBytes) {
     sum_landed<T, 1>(move, selected, landing, first_row, last_row, token, target + at, base ? base + at : nullptr,
                      source_offset + at);
   }
 }
 
-// target[token] = what lands there, for the tokens of a tile. Positions are tokens; `row` is -1 where all rows share
-// one target. A bit for each item of this thread where rows have to be added: sums come later, so that moves do not
-// wait for them.
+// target[token] = what lands there, for the tokens of kScatterTiles tiles. Positions are tokens; `row` is -1 where all
+// rows share one target. A bit for each item of this thread where rows have to be added: sums come later, so that moves
+// do not wait for them.
 template <class Unit>
-__device__ __forceinline__ unsigned scatter_tile(const Move& move, const SelectedOnDevice& selected,
-                                                 const Landing& landing, const Strides& here, Spot start, int32_t row) {
+__device__ __forceinline__ unsigned scatter_tiles(const Moved& move, const SelectedOnDevice& selected,
+                                                  const Landing& landing, const Strides& here, Spot start,
+                                                  int32_t row) {
+  const Shape& shape = move.shape;
   const Inverse& inverse = landing.inverse;
   const bool chained = row >= 0 && inverse.next && (landing.gates || inverse.repeated[row]);
-  Spot spots[kMoveItems];
+  Spot spot = spot_after(shape, start, threadIdx.x), ahead = spot;
   int32_t slots[kMoveItems];
-  for (int k = 0; k < kMoveItems; ++k) {
-    spots[k] = spot_after(move, start, threadIdx.x + static_cast<uint32_t>(k) * kMoveThreads);
-    const bool exists = row >= 0 && spots[k].line < move.lines;
-    slots[k] = exists ? __ldg(inverse.first + int64_t{row} * selected.tokens + spots[k].position) : -1;
-  }
-  char* to[kMoveItems];
-  Unit values[kMoveItems];
+  const auto look_ahead = [&] {
+    for (int k = 0; k < kMoveItems; ++k, ahead = next_spot(shape, ahead)) {
+      const bool exists = row >= 0 && ahead.line < shape.lines;
+      slots[k] = exists ? __ldg(inverse.first + int64_t{row} * selected.tokens + ahead.position) : -1;
+    }
+  };
+  look_ahead();
   unsigned several = 0;
-  for (int k = 0; k < kMoveItems; ++k) {
-    const Spot spot = spots[k];
-    to[k] = nullptr;
-    values[k] = Unit{};
-    if (spot.line >= move.lines) continue;
-    const auto token = static_cast<int32_t>(spot.position);
-    Landed landed{row, slots[k], false};
-    if (row < 0) {
-      landed = landed_on(selected, landing, token);
-    } else if (chained && landed.slot >= 0) {
-      landed.several = landing.gates || inverse.next[int64_t{row} * selected.capacity + landed.slot] >= 0;
+  PYVTK_NOT_UNROLLED
+  for (int tile = 0; tile < kScatterTiles && spot.line < shape.lines; ++tile) {
+    char* to[kMoveItems];
+    Unit values[kMoveItems];
+    for (int k = 0; k < kMoveItems; ++k, spot = next_spot(shape, spot)) {
+      to[k] = nullptr;
+      values[k] = Unit{};
+      if (spot.line >= shape.lines) continue;
+      const auto token = static_cast<int32_t>(spot.position);
+      Landed landed{row, slots[k], false};
+      if (row < 0) {
+        landed = landed_on(selected, landing, token);
+      } else if (chained && landed.slot >= 0) {
+        landed.several = landing.gates || inverse.next[int64_t{row} * selected.capacity + landed.slot] >= 0;
+      }
+      if (landed.several) {
+        several |= 1u << (tile * kMoveItems + k);
+        continue;
+      }
+      const Strides offset = line_offset(shape, spot, sizeof(Unit));
+      to[k] = move.target + here.target + offset.target + int64_t{token} * shape.token.target;
+      const char* from = nullptr;
+      if (landed.slot < 0) {
+        if (shape.base) from = shape.base + here.base + offset.base + int64_t{token} * shape.token.base;
+      } else if (move.source) {
+        const int32_t shift = inverse.shift ? inverse.shift[landed.row] : 0;
+        const int64_t of_row = row < 0 ? row_offset(shape, selected, landed.row).source : here.source;
+        from = move.source + of_row + offset.source + int64_t{landed.slot + shift} * shape.token.source;
+      }
+      if (from) values[k] = __ldg(reinterpret_cast<const Unit*>(from));
     }
-    if (landed.several) {
-      several |= 1u << k;
-      continue;
+    look_ahead();
+    for (int k = 0; k < kMoveItems; ++k) {
+      if (to[k]) *reinterpret_cast<Unit*>(to[k]) = values[k];
     }
-    const Strides offset = line_offset(move, spot, sizeof(Unit));
-    to[k] = move.target + here.target + offset.target + int64_t{token} * move.token.target;
-    const char* from = nullptr;
-    if (landed.slot < 0) {
-      if (move.base) from = move.base + here.base + offset.base + int64_t{token} * move.token.base;
-    } else if (move.source) {
-      const int32_t shift = inverse.shift ? inverse.shift[landed.row] : 0;
-      from = move.source + row_offset(move, selected, landed.row).source + offset.source +
-             int64_t{landed.slot + shift} * move.token.source;
-    }
-    if (from) values[k] = __ldg(reinterpret_cast<const Unit*>(from));
-  }
-  for (int k = 0; k < kMoveItems; ++k) {
-    if (to[k]) *reinterpret_cast<Unit*>(to[k]) = values[k];
   }
   return several;
 }
+static_assert(kScatterTiles * kMoveItems <= 32);
 
-template <int kMost>
-__global__ void __launch_bounds__(kMoveThreads, 3)
-    scatter_kernel(const __grid_constant__ Moves<kMost> moves, const SelectedOnDevice selected, const Landing landing) {
+static __global__ void __launch_bounds__(kMoveThreads, 3)
+    scatter_kernel(const __grid_constant__ Moves moves, const SelectedOnDevice selected, const Landing landing) {
   const Work work = work_of_block(moves);
-  const Move& move = moves.moves[work.move];
-  const Split at = split(move.tiles, work.block);
-  const int32_t row = move.merged ? -1 : static_cast<int32_t>(at.quotient);
-  const int32_t first_row = max(row, 0), last_row = move.merged ? selected.rows : row + 1;
-  const Spot start = spot_at(move, uint64_t{at.rest} * kTile);
-  const Strides here = move.merged ? Strides{} : row_offset(move, selected, row);
+  const Moved move = moved_by(moves, work);
+  const Split at = split(move.shape.tiles, work.block);
+  const int32_t row = move.shape.merged ? -1 : static_cast<int32_t>(at.quotient);
+  const int32_t first_row = max(row, 0), last_row = move.shape.merged ? selected.rows : row + 1;
+  const Spot start = spot_at(move.shape, uint64_t{at.rest} * (kScatterTiles * kTile));
+  const Strides here = move.shape.merged ? Strides{} : row_offset(move.shape, selected, row);
   unsigned several = 0;
-  with_unit(move.width,
-            [&](auto unit) { several = scatter_tile<decltype(unit)>(move, selected, landing, here, start, row); });
+  with_unit(move.shape.width,
+            [&](auto unit) { several = scatter_tiles<decltype(unit)>(move, selected, landing, here, start, row); });
   PYVTK_NOT_UNROLLED
   for (; several; several &= several - 1) {
     const auto k = static_cast<uint32_t>(__ffs(static_cast<int>(several)) - 1);
-    const Spot spot = spot_after(move, start, threadIdx.x + k * kMoveThreads);
+    const Spot spot = spot_after(move.shape, start, threadIdx.x + k * kMoveThreads);
     const auto token = static_cast<int32_t>(spot.position);
-    const Strides offset = line_offset(move, spot, static_cast<uint32_t>(move.width));
-    char* const target = move.target + here.target + offset.target + int64_t{token} * move.token.target;
+    const Strides offset = line_offset(move.shape, spot, static_cast<uint32_t>(move.shape.width));
+    char* const target = move.target + here.target + offset.target + int64_t{token} * move.shape.token.target;
     const char* const base =
-        move.base ? move.base + here.base + offset.base + int64_t{token} * move.token.base : nullptr;
+        move.shape.base ? move.shape.base + here.base + offset.base + int64_t{token} * move.shape.token.base : nullptr;
     const auto sum = [&](auto number) {
       sum_unit<decltype(number)>(move, selected, landing, first_row, last_row, token, target, base, offset.source);
     };
-    switch (move.number) {
+    switch (move.shape.number) {
       case Number::float32:
         sum(float{});
         break;
@@ -658,34 +721,44 @@ __device__ __forceinline__ void compact_slice(const KvCache& cache, const Select
                                               char* data, uint32_t first_unit) {
   const Slots slots = slots_of(selected, row);
   const auto capacity = static_cast<uint32_t>(selected.capacity);
-  for (uint32_t chunk_slot = 0, chunk_unit = 0; chunk_slot < capacity;) {
-    Split at[kMoveItems];
+  // What this thread has of a chunk. Padding is read too, rather than to wait for the count.
+  struct Items {
+    Split at[kMoveItems];  // slot and unit
     int64_t indices[kMoveItems];
+  };
+  const auto items_of = [&](Split chunk) {
+    Items items;
     for (int k = 0; k < kMoveItems; ++k) {
-      at[k] = split(cache.units, chunk_unit + threadIdx.x + static_cast<uint32_t>(k) * kMoveThreads);
-      at[k].quotient += chunk_slot;
-      at[k].rest += first_unit;
-      const bool exists = at[k].quotient < capacity && at[k].rest < cache.run;
-      indices[k] = exists ? index_in(selected, row, slots, static_cast<int32_t>(at[k].quotient)) : -1;
+      Split at = split(cache.units, chunk.rest + threadIdx.x + static_cast<uint32_t>(k) * kMoveThreads);
+      at.quotient += chunk.quotient;
+      at.rest += first_unit;
+      const bool exists = at.quotient < capacity && at.rest < cache.run;
+      items.indices[k] = exists ? __ldg(selected.indices + int64_t{row} * selected.capacity + at.quotient) : -1;
+      items.at[k] = exists ? at : Split{capacity, 0};
     }
+    return items;
+  };
+  Split chunk{0, 0};
+  for (Items items = items_of(chunk); chunk.quotient < capacity;) {
     Unit values[kMoveItems];
     char* to[kMoveItems];
     for (int k = 0; k < kMoveItems; ++k) {
-      const int32_t token = index_or_none(selected, indices[k]), slot = static_cast<int32_t>(at[k].quotient);
+      const auto slot = static_cast<int32_t>(items.at[k].quotient);
+      const int32_t token = slot >= slots.begin && slot < slots.end ? index_or_none(selected, items.indices[k]) : -1;
       to[k] = nullptr;
       values[k] = Unit{};
-      if (at[k].quotient >= capacity || at[k].rest >= cache.run || token == slot) continue;
-      char* const column = data + static_cast<int64_t>(uint64_t{at[k].rest} * sizeof(Unit));
+      if (slot == selected.capacity || token == slot) continue;
+      char* const column = data + static_cast<int64_t>(uint64_t{items.at[k].rest} * sizeof(Unit));
       to[k] = column + int64_t{slot} * cache.token;
       if (token >= 0) values[k] = *reinterpret_cast<const Unit*>(column + int64_t{token} * cache.token);
     }
+    const Split next = split(cache.units, chunk.rest + kTile);
+    chunk = {chunk.quotient + next.quotient, next.rest};
+    items = items_of(chunk);
     __syncthreads();
     for (int k = 0; k < kMoveItems; ++k) {
       if (to[k]) *reinterpret_cast<Unit*>(to[k]) = values[k];
     }
-    const Split next = split(cache.units, chunk_unit + kTile);
-    chunk_slot += next.quotient;
-    chunk_unit = next.rest;
   }
 }
 
@@ -738,55 +811,60 @@ inline bool describe(const MoveShape& shape, int64_t positions, const void* sour
   move.lines = units > 0 ? static_cast<uint32_t>(shape.lines) : 0;
   move.units = divider_of(units > 0 ? units : 1);
   move.positions = divider_of(positions > 0 ? positions : 1);
-  const double tiles = static_cast<double>(shape.lines) * static_cast<double>(positions) * static_cast<double>(units);
-  if (tiles / kTile >= static_cast<double>(kMostCounted)) return false;
-  move.tiles_of_row = static_cast<uint32_t>(ceil_div<uint64_t>(
-      static_cast<uint64_t>(shape.lines) * static_cast<uint64_t>(positions) * static_cast<uint64_t>(units), kTile));
-  move.tiles = divider_of(move.tiles_of_row > 0 ? move.tiles_of_row : 1);
+  move.next_position = kMoveThreads / move.units.divisor;
+  move.next_unit = kMoveThreads % move.units.divisor;
+  const double in_row = static_cast<double>(shape.lines) * static_cast<double>(positions) * static_cast<double>(units);
+  if (in_row / kGatherTile >= static_cast<double>(kMostCounted)) return false;
+  move.units_of_row =
+      static_cast<uint64_t>(shape.lines) * static_cast<uint64_t>(positions) * static_cast<uint64_t>(units);
   return true;
 }
 
 namespace detail {
 
-// Runs send(moves, blocks), where Moves<kFewMoves> or Moves<kManyMoves> take what there is, as often as needed.
-// blocks_of(move): how many blocks a move takes.
+// Runs send(moves, blocks), as often as it takes for all of them. blocks_of(move): how many blocks a move takes.
 template <class BlocksOf, class Send>
 cudaError_t in_launches(const Move* moves, int64_t count, BlocksOf&& blocks_of, Send&& send) {
-  const auto take = [&](auto& batch, int most, int64_t& next) {
+  for (int64_t next = 0; next < count;) {
+    Moves batch;
+    batch.count = batch.shapes = 0;
     uint64_t blocks = 0;
-    batch.count = 0;
-    for (; next < count && batch.count < most; ++next) {
-      const uint64_t more = blocks_of(moves[next]);
+    for (; next < count && batch.count < kMostMoves; ++next) {
+      const Move& move = moves[next];
+      const uint64_t more = blocks_of(move);
       if (more == 0) continue;
       if (more > static_cast<uint64_t>(kMostCounted)) return cudaErrorInvalidValue;
       if (blocks + more > static_cast<uint64_t>(kMostCounted)) break;
+      int32_t shape = 0;
+      while (shape < batch.shapes && batch.shape[shape] != move) ++shape;
+      if (shape == kMostShapes) break;
+      if (shape == batch.shapes) batch.shape[batch.shapes++] = move;
       batch.first_block[batch.count] = static_cast<uint32_t>(blocks);
-      batch.moves[batch.count++] = moves[next];
+      batch.shape_of[batch.count] = static_cast<uint8_t>(shape);
+      batch.source[batch.count] = move.source;
+      batch.target[batch.count++] = move.target;
       blocks += more;
     }
-    return batch.count == 0 ? cudaSuccess : send(batch, static_cast<unsigned>(blocks));
-  };
-  for (int64_t next = 0; next < count;) {
-    cudaError_t status = cudaSuccess;
-    if (count - next <= kFewMoves) {
-      Moves<kFewMoves> batch;
-      status = take(batch, kFewMoves, next);
-    } else {
-      Moves<kManyMoves> batch;
-      status = take(batch, kManyMoves, next);
-    }
+    if (batch.count == 0) continue;
+    const cudaError_t status = send(batch, static_cast<unsigned>(blocks));
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
 }
 
-inline uint64_t row_blocks(const Move& move, int64_t rows) {
-  return uint64_t{move.tiles_of_row} * static_cast<uint64_t>(rows);
+// Cuts `rows` rows into tiles, a block for each. false: too many.
+inline bool cut(Move& move, int64_t rows, uint32_t units_of_tile) {
+  const uint64_t tiles = ceil_div<uint64_t>(move.units_of_row, units_of_tile);
+  const uint64_t blocks = tiles * static_cast<uint64_t>(rows);
+  if (blocks > uint64_t{kMostCounted}) return false;
+  move.tiles = divider_of(tiles > 0 ? static_cast<int64_t>(tiles) : 1);
+  move.row_blocks = static_cast<uint32_t>(blocks);
+  return true;
 }
 
 }  // namespace detail
 
-// compact: moves whose positions are slots. Sets their row_blocks.
+// compact: moves whose positions are slots; they are cut.
 inline cudaError_t gather(Move* moves, int64_t count, const SelectedOnDevice& selected, cudaStream_t stream) {
   const bool packed = selected.total >= 0;
   const auto tail_blocks = [&](const Move& move) -> uint64_t {
@@ -795,43 +873,40 @@ inline cudaError_t gather(Move* moves, int64_t count, const SelectedOnDevice& se
     return std::min<uint64_t>(ceil_div<uint64_t>(lines, kTile) * move.units.divisor, kTailBlocks);
   };
   for (int64_t i = 0; i < count; ++i) {
-    if (detail::row_blocks(moves[i], selected.rows) > uint64_t{kMostCounted}) {
-      return cudaErrorInvalidValue;
-    }
-    moves[i].row_blocks = static_cast<uint32_t>(detail::row_blocks(moves[i], selected.rows));
+    if (!detail::cut(moves[i], selected.rows, kGatherTile)) return cudaErrorInvalidValue;
   }
   return detail::in_launches(
       moves, count, [&](const Move& move) { return move.row_blocks + tail_blocks(move); },
-      [&]<int kMost>(const Moves<kMost>& batch, unsigned blocks) {
-        return launch(packed ? gather_kernel<kMost, Gather::packed> : gather_kernel<kMost, Gather::padded>,
-                      dim3(blocks), dim3(kMoveThreads), 0, stream, batch, selected, Inverse{});
+      [&](const Moves& batch, unsigned blocks) {
+        return launch(packed ? gather_kernel<Gather::packed> : gather_kernel<Gather::padded>, dim3(blocks),
+                      dim3(kMoveThreads), 0, stream, batch, selected, Inverse{});
       });
 }
 
 // The gradient of restore without gates: one move, whose positions are slots; `inverse` without chains.
 inline cudaError_t gather_winners(Move move, const SelectedOnDevice& selected, const Inverse& inverse,
                                   cudaStream_t stream) {
-  if (detail::row_blocks(move, selected.rows) > uint64_t{kMostCounted}) return cudaErrorInvalidValue;
-  move.row_blocks = static_cast<uint32_t>(detail::row_blocks(move, selected.rows));
+  if (!detail::cut(move, selected.rows, kGatherTile)) return cudaErrorInvalidValue;
   return detail::in_launches(
       &move, 1, [](const Move& one) { return uint64_t{one.row_blocks}; },
-      [&]<int kMost>(const Moves<kMost>& batch, unsigned blocks) {
-        if constexpr (kMost == kFewMoves) {
-          return launch(gather_kernel<kMost, Gather::winners>, dim3(blocks), dim3(kMoveThreads), 0, stream, batch,
-                        selected, inverse);
-        } else {
-          return cudaErrorInvalidValue;
-        }
+      [&](const Moves& batch, unsigned blocks) {
+        return launch(gather_kernel<Gather::winners>, dim3(blocks), dim3(kMoveThreads), 0, stream, batch, selected,
+                      inverse);
       });
 }
 
-// restore and the gradient of compact: moves whose positions are tokens.
-inline cudaError_t scatter(const Move* moves, int64_t count, const SelectedOnDevice& selected, const Landing& landing,
+// restore and the gradient of compact: moves whose positions are tokens; they are cut.
+inline cudaError_t scatter(Move* moves, int64_t count, const SelectedOnDevice& selected, const Landing& landing,
                            cudaStream_t stream) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (!detail::cut(moves[i], moves[i].merged ? 1 : selected.rows, kScatterTiles * kTile)) {
+      return cudaErrorInvalidValue;
+    }
+  }
   return detail::in_launches(
-      moves, count, [&](const Move& move) { return detail::row_blocks(move, move.merged ? 1 : selected.rows); },
-      [&]<int kMost>(const Moves<kMost>& batch, unsigned blocks) {
-        return launch(scatter_kernel<kMost>, dim3(blocks), dim3(kMoveThreads), 0, stream, batch, selected, landing);
+      moves, count, [](const Move& move) { return uint64_t{move.row_blocks}; },
+      [&](const Moves& batch, unsigned blocks) {
+        return launch(scatter_kernel, dim3(blocks), dim3(kMoveThreads), 0, stream, batch, selected, landing);
       });
 }
 
@@ -850,7 +925,7 @@ cudaError_t recall(Move move, const SelectedOnDevice& selected, const void* gate
   }
   const int64_t numbers = int64_t{move.units.divisor} * move.width / static_cast<int64_t>(sizeof(T));
   if (numbers > kMostCounted || move.width < static_cast<int>(sizeof(T))) return cudaErrorInvalidValue;
-  if (move.tiles_of_row > 0) move.units = divider_of(numbers);
+  if (move.units_of_row > 0) move.units = divider_of(numbers);
   move.width = sizeof(T);
   return launch(recall_kernel<T, 1>, grid, threads, 0, stream, move, selected, gates, gates_double, grad_gates);
 }

@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> merge_tokens(Tensor x, Tensor assignment, OptionalTen
                                         bool mean) {
   guard_dim(x, 3, "x");
   torch::stable::accelerator::DeviceGuard device(x.get_device_index());
-  const Problem problem(x, assignment, weights, num_groups, mean, true);
+  const Problem problem(x, assignment, weights, num_groups, mean, merge_sorts(num_groups));
   const Tensor result = new_empty(x, {problem.batch, num_groups, problem.channels}, x.scalar_type());
   const Tensor totals = new_empty(x, {problem.batch, num_groups}, ScalarType::Double);
   with_number(x.scalar_type(), [&](auto number) {

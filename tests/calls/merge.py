@@ -55,6 +55,10 @@ CALLS = {
     "one group": Call("merge_tokens", grouped(2, 2000, 8, 1), merge(1), exact=False),
     # more counters than a block's shared memory holds
     "many groups": Call("merge_tokens", grouped(1, 3000, 8, 2000, HALF), merge(2000), exact=False),
+    # members are sorted first
+    **{f"sorted, {short(dtype)}, {channels} channels":
+       Call("merge_tokens", grouped(2, 60, channels, 1100, dtype), merge(1100), exact=False)
+       for dtype in (SINGLE, BRAIN, HALF, DOUBLE) for channels in (33, 64)},
     **{f"gradient, {short(dtype)}, {channels} channels": merge_gradient(dtype, channels)
        for dtype in (SINGLE, BRAIN, HALF, DOUBLE) for channels in (33, 64)},
     "gradient of a sum": merge_gradient(BRAIN, 40, "sum"),

@@ -21,9 +21,9 @@ def problems(draw):
     """x, assignment, weights, num_groups, mean, and a byte offset; assignments of groups that do not exist."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     batch = draw(st.sampled_from([0, 1, 2, 3]))
-    tokens = draw(st.sampled_from([0, 1, 5, 31, 33, 600]))
-    channels = draw(st.sampled_from([0, 1, 3, 8, 16, 37]))
-    groups = draw(st.sampled_from([0, 1, 4, 40, 700]))
+    tokens = draw(st.sampled_from([0, 1, 5, 31, 33, 600, 2100]))  # the last: more than a block scans at a time
+    channels = draw(st.sampled_from([0, 1, 3, 8, 16, 37, 600]))
+    groups = draw(st.sampled_from([0, 1, 4, 40, 700, 1100]))  # the last: members are sorted
     x = (torch.randn(batch, tokens, channels, generator=generator, dtype=torch.float64) * 3).to(
         draw(st.sampled_from(kernels.DTYPES))
     )
