@@ -71,14 +71,15 @@ Call make_call(const Tensor& x, const Tensor& values, const Tensor& metadata, co
 }
 
 template <class X, class V>
-void multiply(const Sparse24Problem& problem, const Tensor& like, bool few) {
+void multiply(const Sparse24Problem& problem, const Tensor& like, bool few, bool x_follows = false) {
   int at_a_time = 0;
   check(multiprocessors(at_a_time), "sparse24_linear");
   const Sparse24Plan plan = plan_sparse24<X, V>(problem, few, at_a_time);
   const int64_t bytes = plan.workspace_bytes(problem);
   OptionalTensor workspace;
   if (bytes > 0) workspace = new_empty(like, {bytes}, ScalarType::Byte);
-  check(sparse24_linear<X, V>(problem, plan, bytes > 0 ? workspace->mutable_data_ptr() : nullptr, current_stream(like)),
+  check(sparse24_linear<X, V>(problem, plan, bytes > 0 ? workspace->mutable_data_ptr() : nullptr, current_stream(like),
+                              x_follows),
         "sparse24_linear");
 }
 
@@ -202,7 +203,7 @@ Tensor linear_int8_operator(const Tensor& x, const Tensor& values, const Tensor&
   problem.x = quantized.const_data_ptr();
   problem.x_stride = stride;
   problem.epilogue.x_scales = data<float>(x_scales);
-  multiply<int8_t, int8_t>(problem, x, problem.rows < kFewRowsBelow);
+  multiply<int8_t, int8_t>(problem, x, problem.rows < kFewRowsBelow, true);
   return std::move(call.out);
 }
 

@@ -6,8 +6,8 @@
 //
 // many   a block owns 128 features x 64 or 128 rows; stages of x, values and metadata come by cp.async and leave by
 //        ldmatrix. Takes every shape and alignment: what lies past a row's end is zeros, with valid metadata.
-// few    up to 32 rows, bound by reading the weight: values go from memory to registers, 16 bytes at a time, and are
-//        fragments as they are, because the order of k within a sum is free. The map is described at FewTile.
+// few    up to 32 rows, bound by reading the weight: every multiprocessor reads an equal share, warp by warp, and a
+//        fragment is what ldmatrix makes of it, because the order of k within a sum is free. See FewTile.
 //
 // Where there are too few tiles for the device, blocks share a tile along k: each leaves its sum in a workspace, and a
 // second launch adds these in order and finishes. Sums are float, or int for int8.
@@ -73,18 +73,20 @@ __device__ __forceinline__ float as_float(int x) { return static_cast<float>(x);
 template <class T>
 __global__ void __launch_bounds__(256)
     combine_kernel(const T* parts_of, int parts, int64_t rows, int64_t features, Sparse24Epilogue end) {
-  const int64_t count = rows * features;
-  const int64_t step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; at < count; at += step) {
+  const int64_t feature = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, count = rows * features;
+  await_previous_launch();
+  if (feature >= features) return;
+  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
+    const T* from = parts_of + row * features + feature;
     float z;
     if constexpr (sizeof(T) == 4) {
-      T sum = parts_of[at];
-      for (int part = 1; part < parts; ++part) sum += parts_of[part * count + at];
+      T sum = *from;
+      for (int part = 1; part < parts; ++part) sum += from[part * count];
       z = as_float(sum);
     } else {
-      z = as_float(parts_of[at]);
+      z = as_float(*from);
     }
-    finish(end, features, at / features, at % features, z);
+    finish(end, features, row, feature, z);
   }
 }
 
@@ -92,21 +94,20 @@ template <class T>
 cudaError_t combine(const T* parts_of, int parts, int64_t rows, int64_t features, const Sparse24Epilogue& end,
                     cudaStream_t stream) {
   if (rows * features == 0) return cudaSuccess;
-  const int64_t blocks = ceil_div<int64_t>(rows * features, 256);
-  return launch(combine_kernel<T>, dim3(static_cast<unsigned>(blocks < 16384 ? blocks : 16384)), dim3(256), 0, stream,
-                parts_of, parts, rows, features, end);
+  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(features, 256)), static_cast<unsigned>(at_most(rows, 4096)));
+  return launch_early(combine_kernel<T>, grid, dim3(256), 0, stream, parts_of, parts, rows, features, end);
 }
 
 // Shared by both kernels
 // --------------------------------------------------------------------------------------------------
 
-// What a kernel is called with.
+// What the kernel for many rows is called with.
 struct Sparse24Launch {
   Sparse24Problem problem;
   void* workspace = nullptr;  // [splits, rows, features] sums, if splits > 1
   int splits = 1;
-  int64_t split_depth = 0;  // k of one split; a multiple of what a kernel takes at once
-  bool x_aligned = false;   // copies of 16 bytes (many) or 8 (few) fit x
+  int64_t split_depth = 0;  // k of one split; a multiple of a stage's
+  bool x_aligned = false;   // copies of 16 bytes fit x
   bool values_aligned = false;
   int metadata_alignment = 1;  // bytes that divide the address of every row
 };
@@ -130,11 +131,18 @@ __device__ __forceinline__ void mma_sparse(Sum (&d)[4], const uint32_t (&a)[4], 
   }
 }
 
-// Two int8 values (the low 16 bits) as 16-bit numbers, exactly: by the mantissa of 2^23, without conversions.
-template <class X>
-__device__ __forceinline__ uint32_t widened(uint32_t pair) {
-  const auto one = [](uint32_t byte) { return __uint_as_float(0x4b000000u | (byte ^ 0x80u)) - 8388736.0f; };
-  return rounded<X>(one(pair & 0xffu)).bits | uint32_t{rounded<X>(one(pair >> 8 & 0xffu)).bits} << 16;
+// Two int8 values, of half kHalf of a word, as 16-bit numbers, exactly. bfloat16: 128 and the low seven bits are one
+// number by the bits, 128 or (of a negative one) 256 another; their difference is the value. float16: 1024 and the
+// value plus 128, less 1152.
+template <class X, int kHalf = 0>
+__device__ __forceinline__ uint32_t widened(uint32_t word) {
+  constexpr uint32_t kSpread = kHalf == 0 ? 0x4140 : 0x4342;
+  if constexpr (std::is_same_v<X, bfloat16>) {
+    const uint32_t pair = __byte_perm(word, 0x43434343u, kSpread);
+    return difference_of_pairs<X>(pair & 0xff7fff7fu, pair & 0xff80ff80u);
+  } else {
+    return difference_of_pairs<X>(__byte_perm(word ^ 0x80808080u, 0x64646464u, kSpread), 0x64806480u);
+  }
 }
 
 // Many rows
@@ -180,13 +188,15 @@ __device__ uint4 gather_piece(const T* row, int64_t at, int64_t size) {
   for (int i = 0; i < 16 / static_cast<int>(sizeof(T)); ++i) {
     uint32_t bits = 0;
     if (at + i < size) {
-      if constexpr (sizeof(T) == 1) {
+      if constexpr (sizeof(T) == 4) {
+        bits = std::bit_cast<uint32_t>(row[at + i]);
+      } else if constexpr (sizeof(T) == 1) {
         bits = static_cast<uint8_t>(row[at + i]);
       } else {
         bits = row[at + i].bits;
       }
     }
-    words[i / kOfWord] |= bits << (i % kOfWord * 8 * static_cast<int>(sizeof(T)));
+    words[i / kOfWord] |= bits << (i % kOfWord * (sizeof(T) == 4 ? 0 : 8 * static_cast<int>(sizeof(T))));
   }
   return {words[0], words[1], words[2], words[3]};
 }
@@ -373,259 +383,384 @@ __global__ void __launch_bounds__(128, 2) sparse24_many_kernel(const __grid_cons
 
 // Few rows
 // ----------------------------------------------------------------------------------------------------------------
-
-// The order of k. A chunk is 64 bytes of values of each row: lane t = 0..3 of four holds 16 of them, G = 4 groups of
-// four k (16 bits) or 8 (int8), real groups G t..G t + G - 1, as they lie in memory; it holds row g and row g + 8.
 //
-// The chunk feeds kProducts mma.sp. Of 16 bits, product j takes from lane t its groups G t + 2 j (as the fragment's
-// group t) and G t + 2 j + 1 (as group t + 4): registers a0 and a2 are the lane's words 2 j and 2 j + 1 (int8 values:
-// the halves of word j, widened). Of int8 x, product j takes groups 8 t + 4 j..8 t + 4 j + 3, words 2 j and 2 j + 1
-// again, as groups 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t.
+// Bound by reading the weight, so what counts is how many bytes are on their way at any time, and that every
+// multiprocessor reads as many. A block owns some features, evenly cut and no multiple of anything, and a split of k.
+// Its warps share nothing until the end: each takes every so-manieth slice of 128 k, with all of the block's features,
+// in units of 16 of these. A unit comes by cp.async to the warp's own ring of kStages, so no barrier of the block is in
+// the way; x of a slice comes with the slice's first unit and stays in registers for the others. Sums lie in shared
+// memory: so one piece of code is enough for any number of units to a slice, and a cold call fetches little of it.
+// Warps wait for their own instructions as well: with 8 of them, an H200 took longer for int8 values (21.5 us) than for
+// the bytes of bfloat16 ones, nearly twice as many (19.7 us). So there are up to 16, with shallow rings.
 //
-// Metadata by the same permutation. 16 bits: of product j lane t = 2 selector + c brings groups G s + 2 j + c, s =
-// 0..3, for the fragment's 4 c + s; with j = 2 p + selector this is nibble 4 p + t of each fourth of the row's chunk,
-// and one register serves two products. int8: lanes bring of row g + 8 (t % 2) byte 2 j + t / 2 of each fourth.
+// The order of k within a sum is free, and chosen so that what ldmatrix brings of 16 bytes of metadata (lane t of four:
+// word t of row g, and of row g + 8) is what mma.sp wants. A piece is 16 bytes of a row's values.
 //
-// x lies in shared memory so that ldmatrix finds its rows of 16 bytes in the same order: the 16 bytes of a row with
-// index p of a chunk belong to product p % kProducts; with s = p / kProducts their first half goes to register s / 2 of
-// the fragment b, half s % 2, and their second half to register 2 + s / 2. Both halves travel by copies of 8 bytes.
+// 16 bits: piece p is groups 4 p..4 p + 3, their metadata half p % 2 of word p / 2. Product j takes pieces
+// 4 (j / 2) + j % 2 and the next but one, and half j % 2 of the words: selector j / 2 finds the two in lanes 2 (j / 2)
+// and 2 (j / 2) + 1.
+//
+// int8, widened: piece p is groups 8 p..8 p + 7, their metadata word p. A lane widens four values of a piece, two
+// groups: of pieces 2 (j / 2) and 2 (j / 2) + 1, product j takes the groups with a number whose parity is j's.
+// Metadata: these nibbles of a word, side by side.
+//
+// int8 twice: pieces are the same. Lanes want the word of row g + 8 (t % 2), which they read themselves: word
+// 2 (t / 2) + j for product j, of pieces j and j + 2.
 template <class X, class V, int kRowTiles_>
 struct FewTile {
   static constexpr int kRowTiles = kRowTiles_;  // of 8 rows of x
   static constexpr int kRows = 8 * kRowTiles;
-  static constexpr int kWarps = 8;
-  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kMostWarps = kRowTiles > 2 ? 8 : 16;  // twice as many would leave fragments of x no registers
   static constexpr bool kWiden = sizeof(V) < sizeof(X);
-  static constexpr int kProducts = kWiden ? 4 : 2;
-  static constexpr int kDepth = 2 * 64 / static_cast<int>(sizeof(V));  // k of a chunk
-  static constexpr int kXBytes = kDepth * static_cast<int>(sizeof(X));
-  static constexpr int kMetadataWords = kDepth / 32;
-  // A warp: chunks x tiles of 16 features in flight. A block: warps along features x warps along k.
-  static constexpr int kFeatureTiles = kRowTiles > 2 ? 2 : 1;
-  static constexpr int kChunks = 4 / kFeatureTiles;
-  static constexpr int kFeatureWarps = kRowTiles > 1 ? 4 : 2;
-  static constexpr int kDepthWarps = kWarps / kFeatureWarps;
-  static constexpr int kFeatures = 16 * kFeatureTiles * kFeatureWarps;
-  static constexpr int kPanelChunks = kChunks * kDepthWarps;
-  static constexpr int kPanelDepth = kPanelChunks * kDepth;
-  static constexpr int kPanelRow = kPanelChunks * kXBytes;  // bytes
-  static constexpr int kPanelBytes = kRows * kPanelRow;
-  static constexpr int kSumStride = kFeatures + 4;
-  static constexpr int kSumBytes = kDepthWarps * kRows * kSumStride * 4;
-  static constexpr int kSharedBytes = 2 * kPanelBytes > kSumBytes ? 2 * kPanelBytes : kSumBytes;
-  static_assert(kSharedBytes <= 99 * 1024);
+  static constexpr int kDepth = 128;  // k of a slice
+  static constexpr int kProducts = sizeof(X) == 1 ? 2 : 4;
+  static constexpr int kStages = sizeof(V) == 2 && kRowTiles > 1 ? 3 : 4;
+  static constexpr int kValueBytes = kDepth / 2 * static_cast<int>(sizeof(V));  // of a feature in a unit
+  static constexpr int kPieces = kValueBytes / 16;
+  static constexpr int kPieceDepth = kDepth / kPieces;
+  static constexpr int kMetadataAt = 16 * kValueBytes;
+  static constexpr int kMetadataBytes = kDepth / 8;
+  static constexpr int kUnitBytes = kMetadataAt + 16 * kMetadataBytes;
+  static constexpr int kXBytes = kDepth * static_cast<int>(sizeof(X));  // of a row in a slice
+  static constexpr int kSliceBytes = kRows * kXBytes;
+  static constexpr int kSumBytes = 16 * kRows * 4;  // of a unit
 
-  // Where 16 bytes of a row's panel lie.
-  __device__ static int x_at(int row, int piece) { return row * kPanelRow + (piece ^ (row & 7)) * 16; }
+  // Where 16 bytes of a row lie, so that ldmatrix meets no bank twice.
+  __device__ static int values_at(int row, int piece) {
+    const int mix = kPieces == 8 ? row & 7 : row >> 1 & 3;
+    return row * kValueBytes + (piece ^ mix) * 16;
+  }
+  __device__ static int x_at(int row, int piece) { return row * kXBytes + (piece ^ (row & 7)) * 16; }
+
+  // Slices of x that a warp holds: units are fetched kStages - 1 ahead.
+  static constexpr int slots(int tiles) { return (kStages - 2 + tiles) / tiles + 1; }
+  static constexpr int warp_bytes(int tiles) {
+    return kStages * kUnitBytes + slots(tiles) * kSliceBytes + tiles * kSumBytes;
+  }
 };
 
-// What a lane holds of its warp's part of a panel.
-template <class Tile>
-struct FewWeights {
-  uint4 values[Tile::kFeatureTiles][Tile::kChunks][2];  // rows g and g + 8
-  uint32_t metadata[2][Tile::kMetadataWords];           // of chunk t % kChunks, features' tile t / kChunks
+// What the kernel is called with.
+struct Sparse24FewLaunch {
+  Sparse24Problem problem;
+  void* workspace = nullptr;  // [splits, rows, features] sums, if splits > 1
+  int splits = 1;
+  int slices = 0;          // of a split
+  int features = 0;        // of a block
+  int tiles = 0;           // of 16 of them
+  bool x_follows = false;  // the launch before makes x
 };
 
-template <class V, class Tile>
-__device__ __forceinline__ void load_weights(const Sparse24Problem& problem, FewWeights<Tile>& weights,
-                                             int64_t first_feature, int64_t chunk, int64_t chunks) {
-  const int lane = lane_of_warp(), group = lane / 4, thread = lane % 4;
-  const auto row_of = [&](int tile, int half) {
-    const int64_t row = first_feature + tile * 16 + half * 8 + group, last = problem.features - 1;
-    return row < last ? row : last;
-  };
-  const int64_t row_bytes = problem.depth / 2 * static_cast<int>(sizeof(V));
-  PYVTK_UNROLL
-  for (int tile = 0; tile < Tile::kFeatureTiles; ++tile) {
+// Two of the words of metadata of a lane, of rows g and g + 8, as registers of products with j % 2 = 0 and 1.
+template <bool kWiden>
+__device__ __forceinline__ void metadata_of_products(const uint32_t (&words)[2], uint32_t (&codes)[2]) {
+  if constexpr (kWiden) {
+    uint32_t even[2], odd[2];  // of each four nibbles with one number: two in byte 0, two in byte 2
     PYVTK_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const unsigned char* row = static_cast<const unsigned char*>(problem.values) + row_of(tile, half) * row_bytes;
-      PYVTK_UNROLL
-      for (int i = 0; i < Tile::kChunks; ++i) {
-        weights.values[tile][i][half] = {0, 0, 0, 0};
-        if (chunk + i < chunks) {
-          weights.values[tile][i][half] = __ldg(reinterpret_cast<const uint4*>(row + (chunk + i) * 64 + thread * 16));
-        }
-      }
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t low = words[i] & 0x0f0f0f0fu, high = words[i] & 0xf0f0f0f0u;
+      even[i] = low | low >> 4;
+      odd[i] = high >> 4 | high >> 8;
     }
-  }
-  const int64_t stride = problem.depth / 8, mine = chunk + thread % Tile::kChunks;
-  PYVTK_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const uint8_t* from =
-        problem.metadata + row_of(thread / Tile::kChunks, half) * stride + mine * (Tile::kMetadataWords * 4);
-    if constexpr (Tile::kMetadataWords == 2) {
-      uint2 words = {0x44444444u, 0x44444444u};
-      if (mine < chunks) words = __ldg(reinterpret_cast<const uint2*>(from));
-      weights.metadata[half][0] = words.x;
-      weights.metadata[half][1] = words.y;
-    } else {
-      uint4 words = {0x44444444u, 0x44444444u, 0x44444444u, 0x44444444u};
-      if (mine < chunks) words = __ldg(reinterpret_cast<const uint4*>(from));
-      weights.metadata[half][0] = words.x;
-      weights.metadata[half][1] = words.y;
-      weights.metadata[half][2] = words.z;
-      weights.metadata[half][3] = words.w;
-    }
-  }
-}
-
-// The `which`-th nibble of each fourth of a row's chunk.
-template <int kWords>
-__device__ __forceinline__ uint32_t nibbles(const uint32_t (&words)[kWords], int which) {
-  if constexpr (kWords == 2) {
-    const uint32_t low = words[0] >> (4 * which) & 0x000f000fu, high = words[1] >> (4 * which) & 0x000f000fu;
-    return ((low | low >> 12) & 0xffu) | ((high | high >> 12) & 0xffu) << 8;
+    codes[0] = __byte_perm(even[0], even[1], 0x6420);
+    codes[1] = __byte_perm(odd[0], odd[1], 0x6420);
   } else {
-    uint32_t found = 0;
-    PYVTK_UNROLL
-    for (int i = 0; i < kWords; ++i) found |= (words[i] >> (4 * which) & 15u) << (4 * i);
-    return found;
+    codes[0] = __byte_perm(words[0], words[1], 0x5410);
+    codes[1] = __byte_perm(words[0], words[1], 0x7632);
   }
 }
 
-template <class X, class V, class Tile, class Sum>
-__device__ __forceinline__ void multiply_panel(const FewWeights<Tile>& weights, const unsigned char* panel,
-                                               int first_chunk, Sum (&sums)[Tile::kFeatureTiles][Tile::kRowTiles][4]) {
-  const int lane = lane_of_warp(), thread = lane % 4;
+// What a lane needs to fetch and to multiply: places in memory, and in shared memory from its start. All of it is made
+// once, and kept: ptxas would make it anew for every unit, in twice the instructions of the product itself.
+template <class X, class V, class Tile>
+struct FewLane {
+  static constexpr int kAtOnce = 32 / Tile::kPieces;  // rows of values
+  static constexpr int kXSize = Tile::kWiden ? 8 : 16;
+  static constexpr int kXPieces = Tile::kXBytes / kXSize, kXAtOnce = 32 / kXPieces;  // of x
+
+  const unsigned char* values;    // of the next unit, this lane's piece of its first row
+  const unsigned char* metadata;  // 8 bytes
+  const unsigned char* x;         // of the next slice
+  int64_t values_step, values_turn, metadata_step, metadata_turn, rows_step, x_step, x_rows_step;
+  unsigned stage;                               // where the next unit goes
+  unsigned slot;                                // where the next slice goes
+  unsigned to_values, to_metadata, to_x;        // in a unit, in a slice
+  unsigned from_values, from_metadata, from_x;  // the same for products: other pieces by xor, see values_at and x_at
+  int values_depth, metadata_depth, x_depth;    // what is left of k, at this lane's pieces of the next unit and slice
+  int values_row, metadata_row, x_row;
+
+  __device__ FewLane(const Sparse24Problem& problem, int64_t first_feature, int slice, int warps, int tiles) {
+    const int lane = lane_of_warp();
+    const int64_t row_bytes = problem.depth / 2 * static_cast<int>(sizeof(V)), codes_bytes = problem.depth / 8;
+    const int64_t x_bytes = problem.x_stride * static_cast<int64_t>(sizeof(X));
+    const int depth = static_cast<int>(problem.depth) - slice * Tile::kDepth;
+    const int piece = lane % Tile::kPieces, x_piece = lane % kXPieces;
+    values_row = lane / Tile::kPieces;
+    metadata_row = lane / 2;
+    x_row = lane / kXPieces;
+    values = static_cast<const unsigned char*>(problem.values) + (first_feature + values_row) * row_bytes +
+             int64_t{slice} * Tile::kValueBytes + piece * 16;
+    metadata = problem.metadata + (first_feature + metadata_row) * codes_bytes + int64_t{slice} * Tile::kMetadataBytes +
+               lane % 2 * 8;
+    x = static_cast<const unsigned char*>(problem.x) + x_row * x_bytes + int64_t{slice} * Tile::kXBytes +
+        x_piece * kXSize;
+    values_step = 16 * row_bytes;
+    values_turn = int64_t{warps} * Tile::kValueBytes - tiles * values_step;
+    metadata_step = 16 * codes_bytes;
+    metadata_turn = int64_t{warps} * Tile::kMetadataBytes - tiles * metadata_step;
+    rows_step = kAtOnce * row_bytes;
+    x_step = int64_t{warps} * Tile::kXBytes;
+    x_rows_step = kXAtOnce * x_bytes;
+    to_values = static_cast<unsigned>(Tile::values_at(values_row, piece));
+    to_metadata = static_cast<unsigned>(Tile::kMetadataAt + lane * 8);
+    values_depth = depth - piece * Tile::kPieceDepth;
+    metadata_depth = depth - lane % 2 * 64;
+    x_depth = depth - x_piece * kXSize / static_cast<int>(sizeof(X));
+    if constexpr (Tile::kWiden) {  // groups of k with one parity side by side, see x_piece_of
+      const int group = x_piece % 8;
+      to_x = static_cast<unsigned>(Tile::x_at(x_row, x_piece / 8 * 4 + group % 2 * 2 + group / 4) + group / 2 % 2 * 8);
+    } else {
+      to_x = static_cast<unsigned>(Tile::x_at(x_row, x_piece));
+    }
+    const int half = lane / 16;
+    from_metadata = static_cast<unsigned>(
+        Tile::kMetadataAt + (sizeof(X) == 1 ? (lane / 4 + lane % 2 * 8) * Tile::kMetadataBytes + lane % 4 / 2 * 8
+                                            : lane % 16 * Tile::kMetadataBytes));
+    from_values = static_cast<unsigned>(Tile::values_at(lane % 16, Tile::kWiden ? half : 2 * half));
+    from_x = static_cast<unsigned>(Tile::x_at(lane % 8, half * 4 + lane / 8 % 2));
+    stay(values), stay(metadata), stay(x);
+    stay(values_step), stay(values_turn), stay(metadata_step), stay(metadata_turn), stay(rows_step), stay(x_step);
+    stay(x_rows_step);
+    stay(to_values), stay(to_metadata), stay(to_x), stay(from_values), stay(from_metadata), stay(from_x);
+    stay(values_depth), stay(metadata_depth), stay(x_depth), stay(values_row), stay(metadata_row), stay(x_row);
+  }
+};
+
+// Starts to fetch x of the next slice; zeros past the end of a row, and for rows that are none.
+template <class X, class V, class Tile>
+__device__ __forceinline__ void fetch_slice(FewLane<X, V, Tile>& lane, unsigned char* shared, int rows, int warps) {
+  using Lane = FewLane<X, V, Tile>;
+  const unsigned char* from = lane.x;
   PYVTK_UNROLL
-  for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-    uint32_t metadata[Tile::kFeatureTiles][2];  // register i: of products 2 i and 2 i + 1 (int8: product i)
+  for (int i = 0; i < Tile::kRows / Lane::kXAtOnce; ++i) {
+    const int row = i * Lane::kXAtOnce;  // and x_row, which is less than kXAtOnce
+    const unsigned to = (lane.slot + lane.to_x) ^ static_cast<unsigned>(row % 8 * 16);
+    copy_async<Lane::kXSize>(shared + to + row * Tile::kXBytes, from, lane.x_depth > 0 && row + lane.x_row < rows);
+    from += lane.x_rows_step;
+  }
+  lane.x += lane.x_step;
+  lane.x_depth -= warps * Tile::kDepth;
+}
+
+// Starts to fetch the next unit: 16 features, those of them that the block has.
+template <class X, class V, class Tile>
+__device__ __forceinline__ void fetch_unit(FewLane<X, V, Tile>& lane, unsigned char* shared, unsigned char* copied,
+                                           int features) {
+  using Lane = FewLane<X, V, Tile>;
+  const unsigned char* from = lane.values;
+  PYVTK_UNROLL
+  for (int i = 0; i < 16 / Lane::kAtOnce; ++i) {
+    const int row = i * Lane::kAtOnce;
+    const unsigned to = (lane.stage + lane.to_values) ^ static_cast<unsigned>(Tile::kPieces == 8 ? row % 8 * 16 : 0);
+    copy_async<16>(copied + to + row * Tile::kValueBytes, from,
+                   lane.values_depth > 0 && row + lane.values_row < features);
+    from += lane.rows_step;
+  }
+  const unsigned codes = lane.stage + lane.to_metadata;
+  if (lane.metadata_depth > 0 && lane.metadata_row < features) {
+    copy_async<8>(copied + codes, lane.metadata);
+  } else {  // the first two of each group, of values that are zeros
+    *reinterpret_cast<uint2*>(shared + codes) = {0x44444444u, 0x44444444u};
+  }
+  lane.values += lane.values_step;
+  lane.metadata += lane.metadata_step;
+}
+
+// The index of 16 bytes of x for the first two matrices of product j's b, less lane / 8 % 2. For the other two it is
+// further by 4. Widened int8 values need groups of k with one parity side by side: there x is stored in that order.
+template <class Tile>
+__device__ constexpr int x_piece_of(int j) {
+  if (Tile::kWiden) return 8 * (j / 2) + 2 * (j % 2);
+  return Tile::kProducts == 2 ? 2 * j : 8 * (j / 2) + 2 * (j % 2);
+}
+
+// sums += a unit times x's fragments b.
+//   values, codes: where this lane's are in the unit
+template <class X, class Tile, class Sum>
+__device__ __forceinline__ void multiply_unit(unsigned char* shared, unsigned char* copied, unsigned unit,
+                                              unsigned values, unsigned codes,
+                                              const uint32_t (&b)[Tile::kProducts][Tile::kRowTiles][4],
+                                              Sum (&sums)[Tile::kRowTiles][4]) {
+  const auto load = [&](auto& a, int piece) {
+    ldmatrix(a, copied + ((unit + values) ^ static_cast<unsigned>(piece * 16)));
+  };
+  if constexpr (sizeof(X) == 1) {
+    const uint2 words = *reinterpret_cast<const uint2*>(shared + unit + codes);
     PYVTK_UNROLL
-    for (int tile = 0; tile < Tile::kFeatureTiles; ++tile) {
-      uint32_t codes[2][Tile::kMetadataWords];
+    for (int j = 0; j < 2; ++j) {
+      uint32_t a[4];
+      load(a, j);
       PYVTK_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        PYVTK_UNROLL
-        for (int i = 0; i < Tile::kMetadataWords; ++i) {
-          codes[half][i] =
-              __shfl_sync(kAllLanes, weights.metadata[half][i], (lane & ~3) + tile * Tile::kChunks + chunk);
-        }
-      }
-      PYVTK_UNROLL
-      for (int i = 0; i < (sizeof(X) == 1 ? 2 : Tile::kProducts / 2); ++i) {
-        if constexpr (sizeof(X) == 1) {
-          uint32_t bytes = 0;
-          PYVTK_UNROLL
-          for (int word = 0; word < 4; ++word) {
-            const uint32_t from = thread & 1 ? codes[1][word] : codes[0][word];
-            bytes |= (from >> (8 * (2 * i + thread / 2)) & 0xffu) << (8 * word);
-          }
-          metadata[tile][i] = bytes;
-        } else {
-          metadata[tile][i] = nibbles(codes[0], 4 * i + thread) | nibbles(codes[1], 4 * i + thread) << 16;
-        }
-      }
+      for (int r = 0; r < Tile::kRowTiles; ++r) mma_sparse<X, 0>(sums[r], a, b[j][r], j == 0 ? words.x : words.y);
     }
+  } else {
+    uint32_t words[2], metadata[2];
+    ldmatrix(words, copied + unit + codes);
+    metadata_of_products<Tile::kWiden>(words, metadata);
     PYVTK_UNROLL
-    for (int product = 0; product < Tile::kProducts; ++product) {
-      uint32_t a[Tile::kFeatureTiles][4];
-      PYVTK_UNROLL
-      for (int tile = 0; tile < Tile::kFeatureTiles; ++tile) {
+    for (int selector = 0; selector < 2; ++selector) {
+      uint32_t a[2][4];
+      if constexpr (Tile::kWiden) {
+        uint32_t packed[4];
+        load(packed, 2 * selector);
         PYVTK_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const uint4& four = weights.values[tile][chunk][half];
-          if constexpr (Tile::kWiden) {
-            const uint32_t word = product == 0 ? four.x : product == 1 ? four.y : product == 2 ? four.z : four.w;
-            a[tile][half] = widened<X>(word & 0xffffu);
-            a[tile][2 + half] = widened<X>(word >> 16);
-          } else {
-            a[tile][half] = product == 0 ? four.x : four.z;
-            a[tile][2 + half] = product == 0 ? four.y : four.w;
-          }
+        for (int i = 0; i < 4; ++i) {
+          a[0][i] = widened<X, 0>(packed[i]);
+          a[1][i] = widened<X, 1>(packed[i]);
         }
+      } else {
+        load(a[0], 4 * selector);
+        load(a[1], 4 * selector + 1);
       }
-      const int piece = ((first_chunk + chunk) * Tile::kProducts + product) * 4 + lane / 8;
       PYVTK_UNROLL
-      for (int rows = 0; rows < Tile::kRowTiles; ++rows) {
-        uint32_t b[4];
-        ldmatrix(b, panel + Tile::x_at(rows * 8 + lane % 8, piece));
+      for (int j = 0; j < 2; ++j) {
         PYVTK_UNROLL
-        for (int tile = 0; tile < Tile::kFeatureTiles; ++tile) {
-          const uint32_t codes = metadata[tile][sizeof(X) == 1 ? product : product / 2];
-          if (product % 2 == 0) {
-            mma_sparse<X, 0>(sums[tile][rows], a[tile], b, codes);
-          } else {
-            mma_sparse<X, 1>(sums[tile][rows], a[tile], b, codes);
-          }
+        for (int r = 0; r < Tile::kRowTiles; ++r) {
+          if (selector == 0) mma_sparse<X, 0>(sums[r], a[j], b[j][r], metadata[j]);
+          if (selector == 1) mma_sparse<X, 1>(sums[r], a[j], b[2 + j][r], metadata[j]);
         }
       }
     }
   }
 }
 
-// Without a number of blocks in the bounds: ptxas stays below 128 registers by itself up to 16 rows (two blocks of a
-// multiprocessor), but takes all if told 1, and spills if told 2 where int8 is widened on the newest architectures.
+// Blocks: [features' blocks, splits]. Shared memory: of each warp its ring of units and its slices of x, then sums of
+// all warps [warps][tiles][kRowTiles][lanes][4].
 template <class X, class V, int kRowTiles>
-__global__ void __launch_bounds__(256) sparse24_few_kernel(const __grid_constant__ Sparse24Launch call) {
+__global__ void __launch_bounds__(32 * FewTile<X, V, kRowTiles>::kMostWarps)
+    sparse24_few_kernel(const __grid_constant__ Sparse24FewLaunch call) {
   using Tile = FewTile<X, V, kRowTiles>;
   using Sum = typename SumOf<X>::Type;
+  let_next_launch_start();
   const Sparse24Problem& problem = call.problem;
+  const int warp = warp_of_block(), warps = warps_of_block(), tiles = call.tiles;
+  const int rows = static_cast<int>(problem.rows);
   unsigned char* shared = dynamic_shared<unsigned char>();
-  const int me = static_cast<int>(threadIdx.x), warp = warp_of_block(), lane = lane_of_warp();
-  const int feature_warp = warp % Tile::kFeatureWarps, depth_warp = warp / Tile::kFeatureWarps;
-  const int64_t first_feature = int64_t{blockIdx.x} * Tile::kFeatures, first_row = int64_t{blockIdx.y} * Tile::kRows;
-  const int rows =
-      static_cast<int>(problem.rows - first_row < Tile::kRows ? problem.rows - first_row : int64_t{Tile::kRows});
-  const int64_t begin = int64_t{blockIdx.z} * call.split_depth / Tile::kDepth;  // in chunks
-  const int64_t all = problem.depth / Tile::kDepth, part = call.split_depth / Tile::kDepth;
-  const int64_t end = begin + part < all ? begin + part : all;
-  const int panels = end > begin ? static_cast<int>(ceil_div<int64_t>(end - begin, Tile::kPanelChunks)) : 0;
+  unsigned char* copied = shared;  // for cp.async and ldmatrix
+  stay(copied);
+  const int64_t first_feature = int64_t{blockIdx.x} * call.features;
+  const int features = static_cast<int>(at_most(call.features, problem.features - first_feature));
+  const int all = static_cast<int>(ceil_div<int64_t>(problem.depth, Tile::kDepth));
+  const int begin = static_cast<int>(blockIdx.y) * call.slices + warp;
+  const int end = static_cast<int>(at_most(all, (int64_t{blockIdx.y} + 1) * call.slices));
+  const int my_slices = end > begin ? ceil_div(end - begin, warps) : 0;
 
-  const auto fetch_x = [&](int i) {
-    const int64_t chunk = begin + int64_t{i} * Tile::kPanelChunks;
-    unsigned char* panel = shared + i % 2 * Tile::kPanelBytes;
-    constexpr int kHalves = Tile::kPanelRow / 8;
-    for (int at = me; at < rows * kHalves; at += Tile::kThreads) {
-      const int row = at / kHalves, half = at % kHalves;  // the row's 8 bytes with this index in the panel
-      const int of = half * 8 / Tile::kXBytes, p = half % (Tile::kXBytes / 8) / 2, s = p / Tile::kProducts;
-      const int piece = (of * Tile::kProducts + p % Tile::kProducts) * 4 + s / 2 + half % 2 * 2;
-      const bool valid = chunk + of < end;
-      const unsigned char* from = reinterpret_cast<const unsigned char*>(static_cast<const X*>(problem.x) +
-                                                                         (first_row + row) * problem.x_stride);
-      copy_async<8>(panel + Tile::x_at(row, piece) + s % 2 * 8, from + (valid ? chunk * Tile::kXBytes + half * 8 : 0),
-                    valid);
-    }
-  };
-  const auto load = [&](FewWeights<Tile>& weights, int i) {
-    load_weights<V>(problem, weights, first_feature + feature_warp * 16 * Tile::kFeatureTiles,
-                    begin + int64_t{i} * Tile::kPanelChunks + depth_warp * Tile::kChunks, end);
-  };
-  Sum sums[Tile::kFeatureTiles][kRowTiles][4] = {};
-  FewWeights<Tile> weights, next;
-  if (panels > 0) {
-    load(weights, 0);
-    fetch_x(0);
-    copy_async_commit();
-  }
-  PYVTK_NOT_UNROLLED
-  for (int i = 0; i < panels; ++i) {
-    copy_async_wait<0>();
-    __syncthreads();  // the panel is there for all, and all are done with the other one
-    if (i + 1 < panels) {
-      load(next, i + 1);
-      fetch_x(i + 1);
-      copy_async_commit();
-    }
-    multiply_panel<X, V, Tile>(weights, shared + i % 2 * Tile::kPanelBytes, depth_warp * Tile::kChunks, sums);
-    weights = next;
-  }
-  __syncthreads();
-  Sum* staged = reinterpret_cast<Sum*>(shared) + depth_warp * Tile::kRows * Tile::kSumStride;
-  PYVTK_UNROLL
-  for (int tile = 0; tile < Tile::kFeatureTiles; ++tile) {
-    PYVTK_UNROLL
-    for (int rows_tile = 0; rows_tile < kRowTiles; ++rows_tile) {
-      PYVTK_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int feature = (feature_warp * Tile::kFeatureTiles + tile) * 16 + j / 2 * 8 + lane / 4;
-        staged[(rows_tile * 8 + lane % 4 * 2 + j % 2) * Tile::kSumStride + feature] = sums[tile][rows_tile][j];
+  const int slots = Tile::slots(tiles), in_flight = Tile::kStages * Tile::kUnitBytes + slots * Tile::kSliceBytes;
+  const auto ring = static_cast<unsigned>(warp * in_flight);
+  const unsigned ring_end = ring + Tile::kStages * Tile::kUnitBytes;
+  const unsigned slots_end = ring_end + static_cast<unsigned>(slots) * Tile::kSliceBytes;
+  unsigned char* sums_of = shared + warps * in_flight;
+  auto kept = static_cast<unsigned>(warp * tiles * Tile::kSumBytes + lane_of_warp() * 16);
+  stay(kept);
+
+  FewLane<X, V, Tile> lane(problem, first_feature, begin, warps, tiles);
+  lane.stage = ring;
+  lane.slot = ring_end;
+  int left = my_slices * tiles, fetch_tile = 0, early = 0;  // units; slices without their x
+  const auto fetch = [&](bool with_x) {
+    if (left > 0) {
+      --left;
+      fetch_unit<X, V, Tile>(lane, shared, copied, features - fetch_tile * 16);
+      lane.stage = lane.stage + Tile::kUnitBytes == ring_end ? ring : lane.stage + Tile::kUnitBytes;
+      if (fetch_tile == 0) {
+        if (with_x) {
+          fetch_slice<X, V, Tile>(lane, copied, rows, warps);
+          lane.slot = lane.slot + Tile::kSliceBytes == slots_end ? ring_end : lane.slot + Tile::kSliceBytes;
+        } else {
+          ++early;
+        }
+      }
+      if (++fetch_tile == tiles) {
+        fetch_tile = 0;
+        lane.values += lane.values_turn;
+        lane.metadata += lane.metadata_turn;
+        lane.values_depth -= warps * Tile::kDepth;
+        lane.metadata_depth -= warps * Tile::kDepth;
       }
     }
+    copy_async_commit();
+  };
+  PYVTK_NOT_UNROLLED
+  for (int i = 0; i < Tile::kStages - 1; ++i) fetch(!call.x_follows);
+  for (int i = 0; i < tiles * kRowTiles; ++i) *reinterpret_cast<uint4*>(sums_of + kept + i * 512) = {0, 0, 0, 0};
+  if (call.x_follows) {  // the weight is on its way, and was there before the launch that makes x
+    await_previous_launch();
+    PYVTK_NOT_UNROLLED
+    for (int i = 0; i < early; ++i) {
+      fetch_slice<X, V, Tile>(lane, copied, rows, warps);
+      lane.slot = lane.slot + Tile::kSliceBytes == slots_end ? ring_end : lane.slot + Tile::kSliceBytes;
+    }
+    copy_async_commit();
+    copy_async_wait<0>();
   }
+
+  unsigned stage = ring, slot = ring_end;
+  PYVTK_NOT_UNROLLED
+  for (int i = 0; i < my_slices; ++i) {
+    uint32_t b[Tile::kProducts][kRowTiles][4];
+    PYVTK_NOT_UNROLLED
+    for (int tile = 0; tile < tiles; ++tile) {
+      copy_async_wait<Tile::kStages - 2>();
+      __syncwarp();  // this unit is there for all lanes, and all are done with the one whose stage is the next to fill
+      fetch(true);
+      if (tile == 0) {
+        PYVTK_UNROLL
+        for (int j = 0; j < Tile::kProducts; ++j) {
+          PYVTK_UNROLL
+          for (int r = 0; r < kRowTiles; ++r) {
+            const unsigned at = (slot + lane.from_x) ^ static_cast<unsigned>(x_piece_of<Tile>(j) % 8 * 16);
+            ldmatrix(b[j][r], copied + at + (x_piece_of<Tile>(j) / 8 * 8 * 16 + r * 8 * Tile::kXBytes));
+          }
+        }
+        slot = slot + Tile::kSliceBytes == slots_end ? ring_end : slot + Tile::kSliceBytes;
+      }
+      Sum sums[kRowTiles][4];
+      uint4* fours = reinterpret_cast<uint4*>(sums_of + kept + tile * Tile::kSumBytes);
+      PYVTK_UNROLL
+      for (int r = 0; r < kRowTiles; ++r) {
+        const uint4 four = fours[r * 32];
+        sums[r][0] = std::bit_cast<Sum>(four.x);
+        sums[r][1] = std::bit_cast<Sum>(four.y);
+        sums[r][2] = std::bit_cast<Sum>(four.z);
+        sums[r][3] = std::bit_cast<Sum>(four.w);
+      }
+      multiply_unit<X, Tile>(shared, copied, stage, lane.from_values, lane.from_metadata, b, sums);
+      PYVTK_UNROLL
+      for (int r = 0; r < kRowTiles; ++r) {
+        fours[r * 32] = {std::bit_cast<uint32_t>(sums[r][0]), std::bit_cast<uint32_t>(sums[r][1]),
+                         std::bit_cast<uint32_t>(sums[r][2]), std::bit_cast<uint32_t>(sums[r][3])};
+      }
+      stage = stage + Tile::kUnitBytes == ring_end ? ring : stage + Tile::kUnitBytes;
+    }
+  }
+  copy_async_wait<0>();
   __syncthreads();
-  write_sums<Tile::kFeatures, Tile::kSumStride>(call, reinterpret_cast<const Sum*>(shared), Tile::kRows, first_row,
-                                                first_feature, Tile::kDepthWarps, Tile::kRows * Tile::kSumStride);
+  Sum* workspace = static_cast<Sum*>(call.workspace) + int64_t{blockIdx.y} * rows * problem.features;
+  PYVTK_NOT_UNROLLED
+  for (int i = static_cast<int>(threadIdx.x); i < rows * features; i += 32 * warps) {
+    const int row = i / features, feature = i % features;
+    const int of_lane = feature % 8 * 4 + row % 8 / 2, of_four = feature % 16 / 8 * 2 + row % 2;
+    const unsigned char* from = sums_of + (((feature / 16 * kRowTiles + row / 8) * 32 + of_lane) * 4 + of_four) * 4;
+    Sum sum = 0;
+    PYVTK_UNROLL
+    for (int w = 0; w < Tile::kMostWarps; ++w) {
+      if (w < warps) sum += *reinterpret_cast<const Sum*>(from + w * tiles * Tile::kSumBytes);
+    }
+    if (call.splits > 1) {
+      workspace[row * problem.features + first_feature + feature] = sum;
+    } else {
+      finish(problem.epilogue, problem.features, row, first_feature + feature, as_float(sum));
+    }
+  }
 }
 
 // Launches
@@ -635,7 +770,9 @@ struct Sparse24Plan {
   int row_tile = 64;  // many: rows of a block, 64 or 128; few: tiles of 8 rows, 1, 2 or 4
   bool few = false;
   int splits = 1;
-  int64_t split_depth = 0;
+  int64_t split_depth = 0;  // many
+  // few: of a block; the last for each split
+  int warps = 0, features = 0, slices = 0;
   // bytes; sums have 4
   int64_t workspace_bytes(const Sparse24Problem& problem) const {
     return splits > 1 ? 4 * splits * problem.rows * problem.features : 0;
@@ -649,77 +786,137 @@ inline bool aligned_to(const void* address, int64_t stride_bytes, int64_t alignm
 // More than the kernel for few rows holds: from here on a product is the other kernel's.
 inline constexpr int64_t kFewRowsBelow = FewTile<bfloat16, bfloat16, 4>::kRows + 1;
 
+// Calls run(FewTile<X, V, n>{}, its kernel) for n tiles of 8 rows.
+template <class X, class V, class Run>
+void with_few_tile(int row_tiles, const Run& run) {
+  if (row_tiles == 1) return run(FewTile<X, V, 1>{}, sparse24_few_kernel<X, V, 1>);
+  if (row_tiles == 2) return run(FewTile<X, V, 2>{}, sparse24_few_kernel<X, V, 2>);
+  run(FewTile<X, V, 4>{}, sparse24_few_kernel<X, V, 4>);
+}
+
+// How the kernel for few rows cuts the weight: equal shares for all multiprocessors, in one wave if sums have room.
+// More splits bring less of x to each, by blocks of more features, and cost the launch that combines.
+template <class X, class V, class Tile>
+void plan_few(const Sparse24Problem& problem, int64_t most_shared, int multiprocessors, Sparse24Plan& plan) {
+  const int64_t all = ceil_div<int64_t>(problem.depth, Tile::kDepth);
+  double least = 0;
+  for (int64_t wish = 1; wish <= at_most(all, 16); ++wish) {
+    const int64_t slices = ceil_div(all, wish), splits = ceil_div(all, slices);
+    if (splits != wish) continue;
+    int64_t features = 0, most_warps = 0, waves = 0;
+    do {  // no more than 8 tiles: sums of more would take room from what is in flight
+      features = at_least(ceil_div<int64_t>(problem.features * splits, ++waves * multiprocessors), 8);
+      const auto tiles = static_cast<int>(ceil_div<int64_t>(features, 16));
+      most_warps = at_most(at_most(Tile::kMostWarps, slices), most_shared / Tile::warp_bytes(tiles));
+    } while (features > 128 || (features > 16 && most_warps < 2));
+    // A turn brings a slice to each warp, in no less time than one warp's instructions for it take: as long as memory
+    // takes for about 12 of them.
+    int64_t warps = 0, time = 0;
+    for (int64_t some = most_warps; some > 0; --some) {
+      const int64_t with_some = ceil_div(slices, some) * at_least(some, 12);
+      if (warps == 0 || with_some < time) warps = some, time = with_some;
+    }
+    if (warps == 0) continue;
+    // In bytes that memory brings to a multiprocessor in the time. Of x, which comes from the second-level cache, it is
+    // more at once; a split costs 1.7 us (45 kB), and about 30 bytes for each of its sums (on an H200).
+    const auto depth = static_cast<double>(waves * time * Tile::kDepth);
+    const double weight = depth * static_cast<double>(features) * (0.5 * sizeof(V) + 0.125);
+    const double both = weight + depth * static_cast<double>(problem.rows) * sizeof(X);
+    const double sums = static_cast<double>(splits * problem.rows * problem.features) / multiprocessors;
+    const double cost = (weight > 0.63 * both ? weight : 0.63 * both) + (splits == 1 ? 0.0 : 45e3 + 30.0 * sums);
+    if (plan.few && cost >= least) continue;
+    least = cost;
+    plan.few = true;
+    plan.splits = static_cast<int>(splits);
+    plan.slices = static_cast<int>(slices);
+    plan.features = static_cast<int>(features);
+    plan.warps = static_cast<int>(warps);
+  }
+}
+
 // Which kernel, tile and split along k. `wants_few` is a wish: it holds below kFewRowsBelow, for a weight and an x that
 // fit the kernel's loads; else the other kernel reads the weight once as well, up to 64 rows.
 template <class X, class V>
 Sparse24Plan plan_sparse24(const Sparse24Problem& problem, bool wants_few, int multiprocessors) {
-  using Few = FewTile<X, V, 1>;
+  constexpr bool kWiden = sizeof(V) < sizeof(X);
   Sparse24Plan plan;
-  plan.few = wants_few && problem.rows < kFewRowsBelow && problem.depth > 0 && problem.depth % Few::kDepth == 0 &&
-             aligned_to(problem.values, 0, 16) && aligned_to(problem.metadata, 0, 4 * Few::kMetadataWords) &&
-             aligned_to(problem.x, problem.x_stride * static_cast<int64_t>(sizeof(X)), 8);
-  const auto split = [&](int64_t tiles, int64_t unit, int64_t units_at_least, int64_t blocks) {
-    const int64_t units = ceil_div<int64_t>(problem.depth, unit);
-    int64_t splits = 1;
-    if (4 * tiles < 3 * multiprocessors) splits = at_most(blocks / at_least(tiles, 1), units / units_at_least);
-    const int64_t of_split = at_least(ceil_div<int64_t>(units, at_most(at_least(splits, 1), 16)), 1);
-    plan.split_depth = of_split * unit;
-    plan.splits = static_cast<int>(at_least(ceil_div<int64_t>(units, of_split), 1));
-  };
-  if (plan.few) {
+  if (wants_few && problem.rows < kFewRowsBelow && problem.depth > 0 &&
+      problem.depth % (128 / static_cast<int>(sizeof(V))) == 0 && aligned_to(problem.values, 0, 16) &&
+      aligned_to(problem.metadata, 0, 8) &&
+      aligned_to(problem.x, problem.x_stride * static_cast<int64_t>(sizeof(X)), kWiden ? 8 : 16)) {
     plan.row_tile = problem.rows <= 8 ? 1 : problem.rows <= 16 ? 2 : 4;
-    const auto with = [&](auto tile) {
-      using Tile = decltype(tile);
-      split(ceil_div<int64_t>(problem.features, Tile::kFeatures), Tile::kPanelDepth, 2, multiprocessors);
-    };
-    if (plan.row_tile == 1) with(FewTile<X, V, 1>{});
-    if (plan.row_tile == 2) with(FewTile<X, V, 2>{});
-    if (plan.row_tile == 4) with(FewTile<X, V, 4>{});
-  } else {
+    with_few_tile<X, V>(plan.row_tile, [&](auto tile, auto* kernel) {
+      int64_t most = 0;
+      if (most_dynamic_shared(kernel, most) != cudaSuccess) return;
+      plan_few<X, V, decltype(tile)>(problem, most, multiprocessors, plan);
+    });
+  }
+  if (!plan.few) {
     const int64_t tiles = ceil_div<int64_t>(problem.features, 128);
     plan.row_tile = problem.rows > 64 && tiles * ceil_div<int64_t>(problem.rows, 128) >= multiprocessors ? 128 : 64;
-    split(tiles * ceil_div<int64_t>(problem.rows, plan.row_tile), ManyTile<X, V, 64>::kDepth, 8,
-          2 * int64_t{multiprocessors});
+    const int64_t blocks = tiles * ceil_div<int64_t>(problem.rows, plan.row_tile);
+    constexpr int64_t kUnit = ManyTile<X, V, 64>::kDepth;
+    const int64_t units = ceil_div<int64_t>(problem.depth, kUnit);
+    int64_t splits = 1;
+    if (4 * blocks < 3 * multiprocessors)
+      splits = at_most(2 * int64_t{multiprocessors} / at_least(blocks, 1), units / 8);
+    const int64_t of_split = at_least(ceil_div<int64_t>(units, at_most(at_least(splits, 1), 16)), 1);
+    plan.split_depth = of_split * kUnit;
+    plan.splits = static_cast<int>(at_least(ceil_div<int64_t>(units, of_split), 1));
   }
   return plan;
 }
 
 // workspace: plan.workspace_bytes(problem)
+// x_follows: the launch before this one in the stream makes x, and all else was there before that one
 template <class X, class V>
 cudaError_t sparse24_linear(const Sparse24Problem& problem, const Sparse24Plan& plan, void* workspace,
-                            cudaStream_t stream) {
+                            cudaStream_t stream, bool x_follows = false) {
   if (problem.rows == 0 || problem.features == 0) return cudaSuccess;
-  constexpr int64_t kX = sizeof(X), kV = sizeof(V);
-  Sparse24Launch call;
-  call.problem = problem;
-  call.workspace = workspace;
-  call.splits = plan.splits;
-  call.split_depth = plan.split_depth;
-  call.x_aligned = aligned_to(problem.x, problem.x_stride * kX, 16) && problem.depth * kX % 16 == 0;
-  call.values_aligned = aligned_to(problem.values, problem.depth / 2 * kV, 16);
-  for (const int alignment : {4, 8, 16}) {
-    if (aligned_to(problem.metadata, ceil_div<int64_t>(problem.depth, 8), alignment))
-      call.metadata_alignment = alignment;
-  }
-  const auto grid = [&](int64_t features, int64_t rows) {
-    return dim3(static_cast<unsigned>(ceil_div<int64_t>(problem.features, features)),
-                static_cast<unsigned>(ceil_div<int64_t>(problem.rows, rows)), static_cast<unsigned>(plan.splits));
-  };
   cudaError_t status = cudaErrorInvalidValue;
-  const auto start = [&](auto tile, auto* kernel) {
-    using Tile = decltype(tile);
-    status = launch(kernel, grid(Tile::kFeatures, Tile::kRows), dim3(Tile::kThreads), Tile::kSharedBytes, stream, call);
-  };
-  if (plan.few && plan.row_tile == 1) {
-    start(FewTile<X, V, 1>{}, sparse24_few_kernel<X, V, 1>);
-  } else if (plan.few && plan.row_tile == 2) {
-    start(FewTile<X, V, 2>{}, sparse24_few_kernel<X, V, 2>);
-  } else if (plan.few) {
-    start(FewTile<X, V, 4>{}, sparse24_few_kernel<X, V, 4>);
-  } else if (plan.row_tile == 64) {
-    start(ManyTile<X, V, 64>{}, sparse24_many_kernel<X, V, 64>);
+  if (plan.few) {
+    Sparse24FewLaunch call;
+    call.problem = problem;
+    call.workspace = workspace;
+    call.splits = plan.splits;
+    call.slices = plan.slices;
+    call.features = plan.features;
+    call.tiles = ceil_div(plan.features, 16);
+    call.x_follows = x_follows;
+    with_few_tile<X, V>(plan.row_tile, [&](auto tile, auto* kernel) {
+      using Tile = decltype(tile);
+      const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(problem.features, plan.features)),
+                      static_cast<unsigned>(plan.splits));
+      const dim3 block(static_cast<unsigned>(32 * plan.warps));
+      const size_t bytes = static_cast<size_t>(plan.warps) * Tile::warp_bytes(call.tiles);
+      status = x_follows ? launch_early(kernel, grid, block, bytes, stream, call)
+                         : launch(kernel, grid, block, bytes, stream, call);
+    });
   } else {
-    start(ManyTile<X, V, 128>{}, sparse24_many_kernel<X, V, 128>);
+    constexpr int64_t kX = sizeof(X), kV = sizeof(V);
+    Sparse24Launch call;
+    call.problem = problem;
+    call.workspace = workspace;
+    call.splits = plan.splits;
+    call.split_depth = plan.split_depth;
+    call.x_aligned = aligned_to(problem.x, problem.x_stride * kX, 16) && problem.depth * kX % 16 == 0;
+    call.values_aligned = aligned_to(problem.values, problem.depth / 2 * kV, 16);
+    for (const int alignment : {4, 8, 16}) {
+      if (aligned_to(problem.metadata, ceil_div<int64_t>(problem.depth, 8), alignment))
+        call.metadata_alignment = alignment;
+    }
+    const auto start = [&](auto tile, auto* kernel) {
+      using Tile = decltype(tile);
+      const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(problem.features, Tile::kFeatures)),
+                      static_cast<unsigned>(ceil_div<int64_t>(problem.rows, Tile::kRows)),
+                      static_cast<unsigned>(plan.splits));
+      status = launch(kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, call);
+    };
+    if (plan.row_tile == 64) {
+      start(ManyTile<X, V, 64>{}, sparse24_many_kernel<X, V, 64>);
+    } else {
+      start(ManyTile<X, V, 128>{}, sparse24_many_kernel<X, V, 128>);
+    }
   }
   if (status != cudaSuccess || plan.splits == 1) return status;
   using Sum = typename SumOf<X>::Type;
@@ -731,17 +928,41 @@ cudaError_t sparse24_linear(const Sparse24Problem& problem, const Sparse24Plan& 
 // -----------------------------------------------------------------------------------------------------------------
 
 // A block per row: q = clamp(round(x / s), -127, 127), half to even, with zeros behind up to q_stride; scales[row] = s,
-// and NaN for rows that hold a NaN, or an infinity of which no scale is known.
+// and NaN for rows that hold a NaN, or an infinity of which no scale is known. A row is read at once and held, up to
+// kHeld pieces of 16 bytes a thread.
 template <class T>
-__global__ void __launch_bounds__(256) quantize_kernel(const T* x, int64_t x_stride, int64_t depth,
+__global__ void __launch_bounds__(512) quantize_kernel(const T* x, int64_t x_stride, int64_t depth,
+                                                       bool aligned,          // 16 bytes, rows as well
                                                        const float* x_scale,  // [1], or null: max |x| / 127 of the row
                                                        int8_t* q, int64_t q_stride, float* scales) {
   PYVTK_SHARED(largest_of, uint32_t[kMostWarps]);
+  constexpr int kHeld = sizeof(T) == 4 ? 8 : 4, kOfPiece = 16 / static_cast<int>(sizeof(T));
+  let_next_launch_start();
   const T* row = x + int64_t{blockIdx.x} * x_stride;
+  const auto piece_at = [&](int64_t k) -> uint4 {
+    if (aligned && k + kOfPiece <= depth) return __ldg(reinterpret_cast<const uint4*>(row + k));
+    return k < depth ? gather_piece(row, k, depth) : uint4{0, 0, 0, 0};
+  };
+  const auto number = [](const uint4& piece, int i) {
+    const uint32_t word = i * static_cast<int>(sizeof(T)) / 4 == 0   ? piece.x
+                          : i * static_cast<int>(sizeof(T)) / 4 == 1 ? piece.y
+                          : i * static_cast<int>(sizeof(T)) / 4 == 2 ? piece.z
+                                                                     : piece.w;
+    if constexpr (sizeof(T) == 4) return std::bit_cast<float>(word);
+    if constexpr (sizeof(T) == 2) return to_float(T{static_cast<uint16_t>(i % 2 == 0 ? word : word >> 16)});
+  };
+  const int64_t step = int64_t{blockDim.x} * kOfPiece, first = int64_t{threadIdx.x} * kOfPiece;
   uint32_t largest = 0;  // bits of non-negative numbers have the order of the numbers, and NaN comes last
-  for (int64_t k = threadIdx.x; k < depth; k += blockDim.x) {
-    largest = max(largest, __float_as_uint(to_float(row[k])) & 0x7fffffffu);
-  }
+  const auto look_at = [&](const uint4& piece) {
+    PYVTK_UNROLL
+    for (int i = 0; i < kOfPiece; ++i) largest = max(largest, __float_as_uint(number(piece, i)) & 0x7fffffffu);
+  };
+  uint4 held[kHeld];
+  PYVTK_UNROLL
+  for (int i = 0; i < kHeld; ++i) held[i] = piece_at(first + i * step);
+  PYVTK_UNROLL
+  for (int i = 0; i < kHeld; ++i) look_at(held[i]);
+  for (int64_t k = first + kHeld * step; k < depth; k += step) look_at(piece_at(k));
   largest = __reduce_max_sync(kAllLanes, largest);
   if (lane_of_warp() == 0) largest_of[warp_of_block()] = largest;
   __syncthreads();
@@ -755,17 +976,24 @@ __global__ void __launch_bounds__(256) quantize_kernel(const T* x, int64_t x_str
     const bool lost = largest > kInfinity || (x_scale == nullptr && largest == kInfinity);
     scales[blockIdx.x] = lost ? __uint_as_float(0x7fc00000u) : scale;
   }
-  uint32_t* to = reinterpret_cast<uint32_t*>(q + int64_t{blockIdx.x} * q_stride);
-  for (int64_t word = threadIdx.x; word < q_stride / 4; word += blockDim.x) {
-    uint32_t bytes = 0;
-    for (int i = 0; i < 4; ++i) {
-      if (4 * word + i >= depth) continue;
-      const float quotient = rintf(to_float(row[4 * word + i]) / scale);
-      const float bounded = fminf(fmaxf(quotient, -127.0f), 127.0f);  // a NaN becomes a number here; its row is lost
-      bytes |= static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int>(bounded))) << (8 * i);
+  int8_t* to = q + int64_t{blockIdx.x} * q_stride;
+  const auto write = [&](const uint4& piece, int64_t k) {
+    if (k >= q_stride) return;
+    PYVTK_UNROLL
+    for (int word = 0; word < kOfPiece / 4; ++word) {
+      uint32_t bytes = 0;
+      PYVTK_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const float quotient = rintf(number(piece, 4 * word + i) / scale);
+        const float bounded = fminf(fmaxf(quotient, -127.0f), 127.0f);  // a NaN becomes a number here; its row is lost
+        bytes |= static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int>(bounded))) << (8 * i);
+      }
+      reinterpret_cast<uint32_t*>(to + k)[word] = k + 4 * word < depth ? bytes : 0;
     }
-    to[word] = bytes;
-  }
+  };
+  PYVTK_UNROLL
+  for (int i = 0; i < kHeld; ++i) write(held[i], first + i * step);
+  for (int64_t k = first + kHeld * step; k < q_stride; k += step) write(piece_at(k), k);
 }
 
 // q: [rows, q_stride] with q_stride a multiple of 16
@@ -773,8 +1001,8 @@ template <class T>
 cudaError_t quantize(const T* x, int64_t rows, int64_t x_stride, int64_t depth, const float* x_scale, int8_t* q,
                      int64_t q_stride, float* scales, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
-  return launch(quantize_kernel<T>, dim3(static_cast<unsigned>(rows)), dim3(256), 0, stream, x, x_stride, depth,
-                x_scale, q, q_stride, scales);
+  return launch(quantize_kernel<T>, dim3(static_cast<unsigned>(rows)), dim3(512), 0, stream, x, x_stride, depth,
+                aligned_to(x, x_stride * static_cast<int64_t>(sizeof(T)), 16), x_scale, q, q_stride, scales);
 }
 
 // The format

@@ -35,7 +35,13 @@ inline void named_barrier(int id, int threads, CUDA_EMULATION_HERE) {
   cuda_emulation::barrier(id, threads, 0, "named_barrier", where);
 }
 
+// A launch has ended when it returns.
+inline void await_previous_launch() {}
+inline void let_next_launch_start() {}
+
 inline void stay_in_loop(unsigned&) {}
+template <class T>
+void stay(T&) {}
 inline float2 widen_half2(unsigned halves) {
   return {to_float(float16{static_cast<uint16_t>(halves)}), to_float(float16{static_cast<uint16_t>(halves >> 16)})};
 }
@@ -64,6 +70,15 @@ inline void mma_sp_m16n8k64(int (&d)[4], const uint32_t (&a)[4], const uint32_t 
 template <class T>
 T rounded(float x) {
   return from_float<T>(x);
+}
+
+template <class T>
+uint32_t difference_of_pairs(uint32_t a, uint32_t b) {
+  const auto of = [&](int shift) {
+    const auto number = [&](uint32_t pair) { return to_float(T{static_cast<uint16_t>(pair >> shift)}); };
+    return uint32_t{from_float<T>(number(a) - number(b)).bits} << shift;
+  };
+  return of(0) | of(16);
 }
 
 }  // namespace pyvtk::cuda

@@ -80,9 +80,9 @@ def test_linear(problem, seed, blocks_alive):
 @pytest.mark.parametrize(
     "rows, features, depth, multiprocessors, plan",
     [
-        (7, 20, 8448, 2, (True, 1, 2)),
-        (15, 20, 4352, 2, (True, 2, 2)),
-        (30, 20, 2176, 3, (True, 4, 2)),
+        (8, 20, 12416, 2, (True, 1, 2)),
+        (15, 20, 8448, 2, (True, 2, 2)),
+        (30, 20, 4224, 3, (True, 4, 2)),
         (30, 129, 128, 1, (True, 4, 1)),
         (40, 20, 1100, 2, (False, 64, 2)),
         (130, 140, 68, 4, (False, 128, 1)),
@@ -156,7 +156,7 @@ def test_int8_rows_that_are_not_numbers(x_scale):
 def test_large_sums_are_exact(dtype, few):
     """Whole numbers whose sums need every bit of the accumulator, with splits: each product is at its place."""
     generator = torch.Generator().manual_seed(7)
-    depth, largest = (4096, 128) if dtype == torch.int8 else (2048, 9)
+    depth, largest = (12288, 128) if dtype == torch.int8 else (8192, 9)
     weight = torch.randint(-largest, largest, (40, depth), generator=generator).to(dtype)
     values, metadata = reference.compress(weight, reference.prune_n_of_m(weight.float().abs(), 2, 4))
     x = torch.randint(-largest + 1, largest, (9, depth), generator=generator).float()

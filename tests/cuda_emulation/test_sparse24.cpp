@@ -112,7 +112,7 @@ int main() {
     cuda_emulation::options().seed = seed;
     cuda_emulation::options().blocks_alive = seed == 0 ? 1 : 2;
     linear<bfloat16, bfloat16>(3, 40, 192, true, 1, true, false, random);
-    linear<bfloat16, bfloat16>(3, 20, 4096, true, 3, true, true, random);
+    linear<bfloat16, bfloat16>(16, 20, 8192, true, 3, true, true, random);
     linear<float16, int8_t>(9, 20, 2304, true, 1, true, false, random);
     linear<int8_t, int8_t>(17, 70, 1024, true, 1, true, false, random);
     linear<bfloat16, bfloat16>(5, 130, 320, false, 1, false, false, random);

@@ -19,13 +19,14 @@ auto scratch(int64_t bytes) {
 }
 
 template <class X, class V>
-cudaError_t linear(const cuda::Sparse24Problem& problem, bool few, int multiprocessors, int* taken) {
+cudaError_t linear(const cuda::Sparse24Problem& problem, bool few, int multiprocessors, int* taken,
+                   bool x_follows = false) {
   const cuda::Sparse24Plan plan = cuda::plan_sparse24<X, V>(problem, few, multiprocessors);
   taken[0] = plan.few;
   taken[1] = plan.row_tile;
   taken[2] = plan.splits;
   const auto workspace = scratch<void>(plan.workspace_bytes(problem));
-  return cuda::sparse24_linear<X, V>(problem, plan, workspace.get(), nullptr);
+  return cuda::sparse24_linear<X, V>(problem, plan, workspace.get(), nullptr, x_follows);
 }
 
 }  // namespace
@@ -67,7 +68,7 @@ EXPORT int emulated_sparse24_linear(int type, int int8_values, int int8_x, int64
     problem.x = q.get();
     problem.x_stride = stride;
     problem.epilogue.x_scales = x_scales.get();
-    if (status == cudaSuccess) status = linear<int8_t, int8_t>(problem, wants_few, multiprocessors, taken);
+    if (status == cudaSuccess) status = linear<int8_t, int8_t>(problem, wants_few, multiprocessors, taken, true);
     return report(status);
   }
   if (int8_values) {
