@@ -4,6 +4,7 @@
 
 #include "common/sparse24_binding.h"
 #include "cuda/sparse24.cuh"
+#include "cuda/sparse24_wgmma.cuh"
 #include "cuda/stream_binding.h"
 
 namespace pyvtk::cuda {
@@ -74,12 +75,25 @@ template <class X, class V>
 void multiply(const Sparse24Problem& problem, const Tensor& like, bool few) {
   int at_a_time = 0;
   check(multiprocessors(at_a_time), "sparse24_linear");
-  const Sparse24Plan plan = plan_sparse24<X, V>(problem, few, at_a_time);
-  const int64_t bytes = plan.workspace_bytes(problem);
   OptionalTensor workspace;
-  if (bytes > 0) workspace = new_empty(like, {bytes}, ScalarType::Byte);
-  check(sparse24_linear<X, V>(problem, plan, bytes > 0 ? workspace->mutable_data_ptr() : nullptr, current_stream(like)),
-        "sparse24_linear");
+  const auto workspace_of = [&](const auto& plan) {
+    const int64_t bytes = plan.workspace_bytes(problem);
+    if (bytes > 0) workspace = new_empty(like, {bytes}, ScalarType::Byte);
+    return bytes > 0 ? workspace->mutable_data_ptr() : nullptr;
+  };
+  if constexpr (std::is_same_v<X, V>) {
+    bool by_wgmma = false;
+    if (!few) check(wgmma_runs<X>(by_wgmma), "sparse24_linear");
+    if (by_wgmma) {
+      const Sparse24WgmmaPlan plan = plan_sparse24_wgmma<X>(problem, at_a_time);
+      if (plan.fits) {
+        check(sparse24_linear_wgmma<X>(problem, plan, workspace_of(plan), current_stream(like)), "sparse24_linear");
+        return;
+      }
+    }
+  }
+  const Sparse24Plan plan = plan_sparse24<X, V>(problem, few, at_a_time);
+  check(sparse24_linear<X, V>(problem, plan, workspace_of(plan), current_stream(like)), "sparse24_linear");
 }
 
 // values as a dense matrix [N, K]: in their own dtype, or float32 times scales.

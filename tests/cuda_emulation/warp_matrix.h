@@ -1,4 +1,4 @@
-// ldmatrix, mma and mma.sp: matrices that lie in the registers of a warp. The lane maps are written down from the PTX
+// ldmatrix, mma, mma.sp and wgmma: matrices that lie in the registers of a warp. The lane maps are written down from the PTX
 // manual ("Warp-level matrix instructions": the fragments' figures and formulas); test_matrices.cpp checks them against
 // tables of its own. Elements are bits here: the caller says what they mean.
 #pragma once
@@ -100,6 +100,72 @@ void mma_sp(Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_
         }
       }
     }
+  }
+}
+
+// 16 bytes of a matrix that a wgmma finds by its descriptor: of this row, from this byte on.
+inline const void* piece_of_matrix(uint64_t matrix, unsigned row, unsigned byte, Location where) {
+  const uint64_t mode = matrix >> 62;
+  if (mode != 1 && mode != 2) fail("wgmma of a matrix whose rows have neither 128 nor 64 bytes", where);
+  const unsigned between_eights = static_cast<unsigned>(matrix >> 32 & 0x3fff) * 16;
+  uint32_t address = static_cast<uint32_t>(matrix & 0x3fff) * 16;
+  address += row / 8 * between_eights + row % 8 * (mode == 1 ? 128 : 64) + byte;
+  address ^= (address >> 7 & (mode == 1 ? 7u : 3u)) << 4;
+  const char* piece = static_cast<const char*>(dynamic_shared()) + (int64_t{address} - kSharedBegin);
+  check_shared(piece, 16, "wgmma", where);
+  return piece;
+}
+
+// A warp's part of d += a b^T with a sparse a [64, ..] and b [kColumns, ..], of 64 bytes of b's rows.
+template <int kColumns, class Sum, class Number, class Bits>
+void wgmma_sp(Sum (&d)[kColumns / 2], uint64_t a, uint64_t b, uint32_t metadata, unsigned selector,
+              Number (*decode)(Bits), Location where) {
+  struct Brought {
+    uint64_t a, b;
+    uint32_t metadata;
+  };
+  if (!products().may_begin) fail("wgmma without wgmma_begin", where);
+  if (!products().writes_are_fenced) fail("wgmma of what was copied without wgmma_fence_writes behind it", where);
+  const Brought mine{a, b, metadata};
+  const auto* all = exchange("wgmma_sp", 0xffffffffu, &mine, sizeof(mine), false, where);
+  std::vector<uint32_t> codes;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    const Brought other = brought<Brought>(all, lane);
+    if (other.a != a || other.b != b) fail("wgmma with matrices that differ between lanes", where);
+    codes.push_back(other.metadata);
+  }
+  products().begun.push_back([=, &d] {
+    constexpr unsigned kOfPiece = 16 / sizeof(Bits), kKept = 32 / sizeof(Bits);
+    const unsigned first = current->thread_index.x / 32 % 4 * 16;
+    for (unsigned half = 0; half < 2; ++half) {
+      const unsigned row = lane() / 4 + half * 8;
+      for (unsigned k = 0; k < kKept; ++k) {
+        const void* kept = piece_of_matrix(a, first + row, k / kOfPiece * 16, where);
+        const auto left = decode(static_cast<const Bits*>(kept)[k % kOfPiece]);
+        const Place nibble = place_of_metadata<Bits>(row, k / 2, selector);
+        const uint32_t positions = codes[nibble.lane] >> nibble.shift & 15u;
+        if ((positions & 3u) >= positions >> 2) fail("wgmma_sp with metadata whose two positions do not ascend", where);
+        const unsigned at = k / 2 * 4 + (k % 2 ? positions >> 2 : positions & 3u);
+        for (unsigned i = 0; i < kColumns / 4; ++i) {
+          const unsigned column = i / 2 * 8 + lane() % 4 * 2 + i % 2;
+          const void* piece = piece_of_matrix(b, column, at / kOfPiece * 16, where);
+          d[i / 2 * 4 + half * 2 + i % 2] += left * decode(static_cast<const Bits*>(piece)[at % kOfPiece]);
+        }
+      }
+    }
+  });
+}
+
+inline void wgmma_commit() {
+  products().groups.push_back(std::move(products().begun));
+  products().begun.clear();
+  products().may_begin = false;
+}
+inline void wgmma_wait(size_t groups_left) {
+  auto& groups = products().groups;
+  while (groups.size() > groups_left) {
+    for (const auto& product : groups.front()) product();
+    groups.pop_front();
   }
 }
 
