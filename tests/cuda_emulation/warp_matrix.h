@@ -112,7 +112,7 @@ inline const void* piece_of_matrix(uint64_t matrix, unsigned row, unsigned byte,
   address += row / 8 * between_eights + row % 8 * (mode == 1 ? 128 : 64) + byte;
   address ^= (address >> 7 & (mode == 1 ? 7u : 3u)) << 4;
   const char* piece = static_cast<const char*>(dynamic_shared()) + (int64_t{address} - kSharedBegin);
-  check_shared(piece, 16, "wgmma", where);
+  check_shared(piece, 16, "wgmma of", where);
   return piece;
 }
 
