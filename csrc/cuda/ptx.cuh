@@ -195,8 +195,10 @@ __device__ __forceinline__ void mma_sp_m16n8k64(int (&d)[4], const uint32_t (&a)
 //
 // Four warps at work together, the first of them with a number that 4 divides: on Hopper alone, and in code for sm_90a.
 // wgmma reads shared memory past the order of other accesses (the asynchronous proxy): whoever wrote it, by cp.async
-// too, calls wgmma_fence_writes() behind his writes and before the barrier. Registers of d belong to the products from
-// wgmma_begin() on, until wgmma_wait() says that they are done.
+// too, calls wgmma_fence_writes() behind his writes and before the barrier. Registers of d and of metadata belong to the
+// products from wgmma_begin() on, until wgmma_wait() says that they are done. nvcc knows that of d alone: it would take
+// the register of metadata for something else as soon as the product has begun. What replaces the metadata, behind that
+// wait, has to be replace_word(), for which the old word is needed till then.
 //
 // d [64, N]   a warp has 16 of the rows, in the order of warps; register i: as register i % 4 of an mma's d [16, 8], of
 //             columns 8 (i / 4)..8 (i / 4) + 7
@@ -205,7 +207,13 @@ __device__ __forceinline__ void mma_sp_m16n8k64(int (&d)[4], const uint32_t (&a)
 //             p ^ r / 2 % 4 (64). A matrix of fewer bytes along k begins so many bytes into the first row.
 // metadata    of a warp's 16 rows as mma.sp has it
 
-__device__ __forceinline__ void wgmma_fence_writes() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Not for all of memory: that would wait, each time, for copies that are still on their way.
+__device__ __forceinline__ void wgmma_fence_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// word = by, if `when`, which nvcc must not know: so the old word is kept until here.
+__device__ __forceinline__ void replace_word(uint32_t& word, uint32_t by, int when) {
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p mov.b32 %0, %1; }" : "+r"(word) : "r"(by), "r"(when));
+}
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define PYVTK_WGMMA
@@ -222,7 +230,7 @@ __device__ __forceinline__ void wgmma_wait() {
 // Starts d += a b^T of a sparse a [64, 64 bytes along k], half of it kept, and b [kColumns, 64 bytes along k]. T:
 // bfloat16, float16 or int8_t, whose selector is 0.
 template <class T, int kSelector, int kColumns, class Sum>
-__device__ __forceinline__ void wgmma_sp(Sum (&d)[kColumns / 2], uint64_t a, uint64_t b, uint32_t metadata) {
+__device__ __forceinline__ void wgmma_sp(Sum (&d)[kColumns / 2], uint64_t a, uint64_t b, const uint32_t& metadata) {
 #define PYVTK_4(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
 #define PYVTK_16(c, i) PYVTK_4(c, i), PYVTK_4(c, i + 4), PYVTK_4(c, i + 8), PYVTK_4(c, i + 12)
 #define PYVTK_NUMBERS_64                                                           \

@@ -93,42 +93,53 @@ __device__ __forceinline__ void fetch_wgmma_stage(const Sparse24Problem& problem
 }
 
 #ifdef PYVTK_WGMMA
-// Starts the products of a stage.
-template <class X, class Tile, class Sum>
-__device__ __forceinline__ void begin_wgmma_stage(const unsigned char* stage,
-                                                  Sum (&sums)[Tile::kBlocks][Tile::kRows / 2]) {
-  const int group = warp_of_block() / 4, lane = lane_of_warp();
-  const unsigned char* codes = stage + Tile::kMetadataAt;
-  uint32_t metadata[Tile::kBlocks][Tile::kSteps];
+// A lane's metadata of a stage. Of 16 bits, lanes 0 and 1 of four bring the first step's, the others the second's.
+template <class X, class Tile>
+struct WgmmaMetadata {
+  uint32_t words[Tile::kBlocks][sizeof(X) == 1 ? Tile::kSteps : 1] = {};
+};
+
+// always: not 0, which only the caller knows (see replace_word)
+template <class X, class Tile>
+__device__ __forceinline__ void load_metadata(const unsigned char* stage, WgmmaMetadata<X, Tile>& metadata, int always) {
+  const int lane = lane_of_warp();
   PYVTK_UNROLL
   for (int block = 0; block < Tile::kBlocks; ++block) {
-    const int first = (group * Tile::kBlocks + block) * 64 + warp_of_block() % 4 * 16 + lane / 4;
+    const int first = (warp_of_block() / 4 * Tile::kBlocks + block) * 64 + warp_of_block() % 4 * 16 + lane / 4;
+    const unsigned char* codes = stage + Tile::kMetadataAt + first * Tile::kMetadataBytes;
     if constexpr (sizeof(X) == 1) {
-      const unsigned char* mine = codes + (first + lane % 2 * 8) * Tile::kMetadataBytes + lane % 4 / 2 * 4;
-      metadata[block][0] = *reinterpret_cast<const uint32_t*>(mine);
-      metadata[block][1] = *reinterpret_cast<const uint32_t*>(mine + 8);
-    } else {  // lanes 0 and 1 of four bring the first step's, the others the second's
-      const unsigned char* mine = codes + first * Tile::kMetadataBytes + lane % 4 * 2;
-      metadata[block][0] = metadata[block][1] =
-          *reinterpret_cast<const uint16_t*>(mine) |
-          uint32_t{*reinterpret_cast<const uint16_t*>(mine + 8 * Tile::kMetadataBytes)} << 16;
+      codes += lane % 2 * 8 * Tile::kMetadataBytes + lane % 4 / 2 * 4;
+      PYVTK_UNROLL
+      for (int step = 0; step < Tile::kSteps; ++step) {
+        const uint32_t word = *reinterpret_cast<const uint32_t*>(codes + 8 * step);
+        replace_word(metadata.words[block][step], word, always);
+      }
+    } else {
+      codes += lane % 4 * 2;
+      const uint32_t low = *reinterpret_cast<const uint16_t*>(codes);
+      const uint32_t high = *reinterpret_cast<const uint16_t*>(codes + 8 * Tile::kMetadataBytes);
+      replace_word(metadata.words[block][0], low | high << 16, always);
     }
   }
+}
+
+// Starts the products of a stage.
+template <class X, class Tile, class Sum>
+__device__ __forceinline__ void begin_products(const unsigned char* stage, const WgmmaMetadata<X, Tile>& metadata,
+                                               Sum (&sums)[Tile::kBlocks][Tile::kRows / 2]) {
+  const int first = warp_of_block() / 4 * Tile::kBlocks * 64;
   const uint64_t x = wgmma_matrix<Tile::kXBytes>(stage);
-  const uint64_t values =
-      wgmma_matrix<Tile::kValueBytes>(stage + Tile::kValuesAt + group * Tile::kBlocks * 64 * Tile::kValueBytes);
+  const uint64_t values = wgmma_matrix<Tile::kValueBytes>(stage + Tile::kValuesAt + first * Tile::kValueBytes);
   wgmma_begin();
   PYVTK_UNROLL
-  for (int step = 0; step < Tile::kSteps; ++step) {
-    PYVTK_UNROLL
-    for (int block = 0; block < Tile::kBlocks; ++block) {
-      // in descriptors, addresses are in units of 16 bytes
-      const uint64_t a = values + static_cast<uint64_t>(block * 64 * Tile::kValueBytes / 16 + step * 2), b = x + step * 4u;
-      if (sizeof(X) == 2 && step == 1) {
-        wgmma_sp<X, sizeof(X) == 2, Tile::kRows>(sums[block], a, b, metadata[block][step]);
-      } else {
-        wgmma_sp<X, 0, Tile::kRows>(sums[block], a, b, metadata[block][step]);
-      }
+  for (int block = 0; block < Tile::kBlocks; ++block) {  // of both steps, addresses in units of 16 bytes
+    const uint64_t a = values + static_cast<uint64_t>(block * 64 * Tile::kValueBytes / 16);
+    if constexpr (sizeof(X) == 1) {
+      wgmma_sp<X, 0, Tile::kRows>(sums[block], a, x, metadata.words[block][0]);
+      wgmma_sp<X, 0, Tile::kRows>(sums[block], a + 2, x + 4, metadata.words[block][1]);
+    } else {
+      wgmma_sp<X, 0, Tile::kRows>(sums[block], a, x, metadata.words[block][0]);
+      wgmma_sp<X, 1, Tile::kRows>(sums[block], a + 2, x + 4, metadata.words[block][0]);
     }
   }
   wgmma_commit();
@@ -245,22 +256,30 @@ __global__ void __launch_bounds__(128 * kGroups, 1)
     copy_async_commit();
   };
   Sum sums[kBlocks][kRows / 2] = {};
-  const auto multiply = [&] {
+  // Of the stage whose products run, and of the one whose products begin.
+  WgmmaMetadata<X, Tile> even, odd;
+  const auto multiply = [&](WgmmaMetadata<X, Tile>& metadata) {
+    const unsigned char* stage = shared + out * Tile::kStageBytes;
     wgmma_fence_writes();
     __syncthreads();  // this stage is there for all, and the products of the last but one are done for all
-    begin_wgmma_stage<X, Tile>(shared + out * Tile::kStageBytes, sums);
+    load_metadata<X, Tile>(stage, metadata, call.splits);
+    begin_products<X, Tile>(stage, metadata, sums);
     out = out + 1 < kStages ? out + 1 : 0;
   };
   PYVTK_NOT_UNROLLED
   for (int i = 0; i <= kAhead; ++i) fetch(i);
   copy_async_wait<kAhead>();
-  multiply();  // apart from the others: in the loop, nothing but products may write the sums
-  PYVTK_NOT_UNROLLED
-  for (int i = 1; i < stages; ++i) {
+  multiply(even);  // apart from the others: in the loop, nothing but products may write the sums
+  const auto go_on = [&](int i, WgmmaMetadata<X, Tile>& metadata) {
     copy_async_wait<kAhead - 1>();
-    multiply();
+    multiply(metadata);
     fetch(i + kAhead);
     wgmma_wait<1>();
+  };
+  PYVTK_NOT_UNROLLED
+  for (int i = 1; i < stages; i += 2) {
+    go_on(i, odd);
+    if (i + 1 < stages) go_on(i + 1, even);
   }
   wgmma_wait<0>();
   copy_async_wait<0>();

@@ -223,7 +223,7 @@ __global__ void zero_metadata_kernel(int* out) {  // [kThreads]
 }
 
 // A wgmma: kMistake 0 leaves out the fence behind the copies, 1 the one before the registers, 2 has a matrix that ends
-// outside of shared memory, 3 writes over a matrix while it is read.
+// outside of shared memory, 3 writes over a matrix while it is read, 4 over the metadata.
 constexpr int kWgmmaBytes = 1024 + 64 * 128 + 64 * 64;
 template <int kMistake>
 __global__ void wgmma_kernel(int* out,            // [4 * kThreads]
@@ -240,8 +240,10 @@ __global__ void wgmma_kernel(int* out,            // [4 * kThreads]
   int sums[32] = {};
   const uint64_t a = wgmma_matrix<64>(shared + 64 * 128), b = wgmma_matrix<128>(shared + (kMistake == 2 ? 8192 : 0));
   if (kMistake != 1) wgmma_begin();
-  wgmma_sp<int8_t, 0, 64>(sums, a, b, 0x44444444u);
+  uint32_t metadata = 0x44444444u;
+  wgmma_sp<int8_t, 0, 64>(sums, a, b, metadata);
   wgmma_commit();
+  if (kMistake == 4) replace_word(metadata, 0xeeeeeeeeu, 1);
   if (kMistake == 3) copy_async<16>(shared + threadIdx.x * 16, input + threadIdx.x * 4);
   wgmma_wait<0>();
   for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = sums[i];
@@ -349,6 +351,7 @@ int run(const std::string& name) {
     if (!kCorrect && name == "wgmma_not_begun") product(wgmma_kernel<1>);
     if (!kCorrect && name == "wgmma_outside") product(wgmma_kernel<2>);
     if (!kCorrect && name == "wgmma_overwritten") product(wgmma_kernel<3>);
+    if (!kCorrect && name == "wgmma_metadata_early") product(wgmma_kernel<4>);
     // bytes of ones are 1, 0, 0, 0: a keeps of each four of x's the first two
     for (int i = 0; i < 4 * kThreads; ++i) {
       if (const int result = out.get()[i]; status == cudaSuccess && result != 8) {

@@ -64,6 +64,7 @@ inline void mma_sp_m16n8k64(int (&d)[4], const uint32_t (&a)[4], const uint32_t 
 #define PYVTK_WGMMA
 inline uint32_t shared_address(const void* shared) { return cuda_emulation::shared_address(shared); }
 inline void wgmma_fence_writes() { cuda_emulation::products().writes_are_fenced = true; }
+inline void replace_word(uint32_t& word, uint32_t by, int when) { word = when ? by : word; }
 inline void wgmma_begin() { cuda_emulation::products().may_begin = true; }
 inline void wgmma_commit() { cuda_emulation::wgmma_commit(); }
 template <int kGroupsLeft>
@@ -71,7 +72,7 @@ void wgmma_wait() {
   cuda_emulation::wgmma_wait(kGroupsLeft);
 }
 template <class T, int kSelector, int kColumns, class Sum>
-void wgmma_sp(Sum (&d)[kColumns / 2], uint64_t a, uint64_t b, uint32_t metadata, CUDA_EMULATION_HERE) {
+void wgmma_sp(Sum (&d)[kColumns / 2], uint64_t a, uint64_t b, const uint32_t& metadata, CUDA_EMULATION_HERE) {
   if constexpr (std::is_same_v<T, int8_t>) {
     cuda_emulation::wgmma_sp<kColumns>(d, a, b, metadata, kSelector,
                                        +[](uint8_t bits) { return static_cast<int8_t>(bits); }, where);

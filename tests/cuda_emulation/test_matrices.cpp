@@ -158,8 +158,9 @@ __global__ void wgmma_kernel(const unsigned char* a, const unsigned char* b,  //
   for (unsigned i = 0; i < kColumns / 2; ++i) d[i] = mine[i / 4].d[i % 4];
   const uint64_t left = wgmma_matrix<64>(shared + kBytesOfB), right = wgmma_matrix<128>(shared);
   wgmma_begin();
-  wgmma_sp<T, 0, kColumns>(d, left, right, metadata[threadIdx.x]);
-  wgmma_sp<T, sizeof(T) == 2, kColumns>(d, left + 2, right + 4, metadata[128 + threadIdx.x]);
+  const uint32_t codes[2] = {metadata[threadIdx.x], metadata[128 + threadIdx.x]};
+  wgmma_sp<T, 0, kColumns>(d, left, right, codes[0]);
+  wgmma_sp<T, sizeof(T) == 2, kColumns>(d, left + 2, right + 4, codes[1]);
   wgmma_commit();
   wgmma_wait<0>();
   for (unsigned i = 0; i < kColumns / 2; ++i) mine[i / 4].d[i % 4] = d[i];

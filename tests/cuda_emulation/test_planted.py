@@ -26,6 +26,7 @@ FOUND_BY_ALL = {
     "zero_metadata": "mma_sp with metadata whose two positions do not ascend",
     "wgmma_unfenced": "wgmma of what was copied without wgmma_fence_writes behind it",
     "wgmma_not_begun": "wgmma without wgmma_begin",
+    "wgmma_metadata_early": "wrong result",
     "wgmma_outside": "wgmma of an address outside of the block.s shared memory",
     "stale_error": "^invalid argument\n$",
     "lowered_limit": "^invalid argument\n$",

@@ -116,25 +116,24 @@ inline const void* piece_of_matrix(uint64_t matrix, unsigned row, unsigned byte,
   return piece;
 }
 
-// A warp's part of d += a b^T with a sparse a [64, ..] and b [kColumns, ..], of 64 bytes of b's rows.
+// A warp's part of d += a b^T with a sparse a [64, ..] and b [kColumns, ..], of 64 bytes of b's rows. The metadata is read
+// where it lies when the product happens.
 template <int kColumns, class Sum, class Number, class Bits>
-void wgmma_sp(Sum (&d)[kColumns / 2], uint64_t a, uint64_t b, uint32_t metadata, unsigned selector,
+void wgmma_sp(Sum (&d)[kColumns / 2], uint64_t a, uint64_t b, const uint32_t& metadata, unsigned selector,
               Number (*decode)(Bits), Location where) {
-  struct Brought {
+  struct Matrices {
     uint64_t a, b;
-    uint32_t metadata;
   };
   if (!products().may_begin) fail("wgmma without wgmma_begin", where);
   if (!products().writes_are_fenced) fail("wgmma of what was copied without wgmma_fence_writes behind it", where);
-  const Brought mine{a, b, metadata};
+  const Matrices mine{a, b};
   const auto* all = exchange("wgmma_sp", 0xffffffffu, &mine, sizeof(mine), false, where);
-  std::vector<uint32_t> codes;
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    const Brought other = brought<Brought>(all, lane);
-    if (other.a != a || other.b != b) fail("wgmma with matrices that differ between lanes", where);
-    codes.push_back(other.metadata);
+  for (unsigned other = 0; other < 32; ++other) {
+    const Matrices theirs = brought<Matrices>(all, other);
+    if (theirs.a != a || theirs.b != b) fail("wgmma with matrices that differ between lanes", where);
   }
-  products().begun.push_back([=, &d] {
+  products().begun.push_back([=, &d, &metadata] {
+    const auto* codes = exchange("wgmma_wait", 0xffffffffu, &metadata, sizeof(metadata), false, where);
     constexpr unsigned kOfPiece = 16 / sizeof(Bits), kKept = 32 / sizeof(Bits);
     const unsigned first = current->thread_index.x / 32 % 4 * 16;
     for (unsigned half = 0; half < 2; ++half) {
@@ -143,7 +142,7 @@ void wgmma_sp(Sum (&d)[kColumns / 2], uint64_t a, uint64_t b, uint32_t metadata,
         const void* kept = piece_of_matrix(a, first + row, k / kOfPiece * 16, where);
         const auto left = decode(static_cast<const Bits*>(kept)[k % kOfPiece]);
         const Place nibble = place_of_metadata<Bits>(row, k / 2, selector);
-        const uint32_t positions = codes[nibble.lane] >> nibble.shift & 15u;
+        const uint32_t positions = brought<uint32_t>(codes, nibble.lane) >> nibble.shift & 15u;
         if ((positions & 3u) >= positions >> 2) fail("wgmma_sp with metadata whose two positions do not ascend", where);
         const unsigned at = k / 2 * 4 + (k % 2 ? positions >> 2 : positions & 3u);
         for (unsigned i = 0; i < kColumns / 4; ++i) {
