@@ -195,10 +195,10 @@ __device__ __forceinline__ void mma_sp_m16n8k64(int (&d)[4], const uint32_t (&a)
 //
 // Four warps at work together, the first of them with a number that 4 divides: on Hopper alone, and in code for sm_90a.
 // wgmma reads shared memory past the order of other accesses (the asynchronous proxy): whoever wrote it, by cp.async
-// too, calls wgmma_fence_writes() behind his writes and before the barrier. Registers of d and of metadata belong to the
-// products from wgmma_begin() on, until wgmma_wait() says that they are done. nvcc knows that of d alone: it would take
-// the register of metadata for something else as soon as the product has begun. What replaces the metadata, behind that
-// wait, has to be replace_word(), for which the old word is needed till then.
+// too, calls wgmma_fence_writes() behind his writes and before the barrier. Registers of d and of metadata belong to
+// the products from wgmma_begin() on, until wgmma_wait() says that they are done. nvcc knows that of d alone: it would
+// take the register of metadata for something else as soon as the product has begun. What replaces the metadata, behind
+// that wait, has to be replace_word(), for which the old word is needed till then.
 //
 // d [64, N]   a warp has 16 of the rows, in the order of warps; register i: as register i % 4 of an mma's d [16, 8], of
 //             columns 8 (i / 4)..8 (i / 4) + 7
@@ -233,43 +233,48 @@ template <class T, int kSelector, int kColumns, class Sum>
 __device__ __forceinline__ void wgmma_sp(Sum (&d)[kColumns / 2], uint64_t a, uint64_t b, const uint32_t& metadata) {
 #define PYVTK_4(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
 #define PYVTK_16(c, i) PYVTK_4(c, i), PYVTK_4(c, i + 4), PYVTK_4(c, i + 8), PYVTK_4(c, i + 12)
-#define PYVTK_NUMBERS_64                                                           \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "         \
+#define PYVTK_NUMBERS_64                                                   \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define PYVTK_REGISTERS_64(c) PYVTK_16(c, 0), PYVTK_16(c, 16)
-#define PYVTK_NUMBERS_128                                                            \
-  PYVTK_NUMBERS_64 ", "                                                              \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PYVTK_NUMBERS_128                                                                \
+  PYVTK_NUMBERS_64                                                                       \
+      ", "                                                                               \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define PYVTK_REGISTERS_128(c) PYVTK_REGISTERS_64(c), PYVTK_16(c, 32), PYVTK_16(c, 48)
-#define PYVTK_NUMBERS_160                                                          \
-  PYVTK_NUMBERS_128 ", "                                                           \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define PYVTK_NUMBERS_160 \
+  PYVTK_NUMBERS_128       \
+      ", "                \
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define PYVTK_REGISTERS_160(c) PYVTK_REGISTERS_128(c), PYVTK_16(c, 64)
-#define PYVTK_NUMBERS_192                                                          \
-  PYVTK_NUMBERS_160 ", "                                                           \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define PYVTK_NUMBERS_192 \
+  PYVTK_NUMBERS_160       \
+      ", "                \
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define PYVTK_REGISTERS_192(c) PYVTK_REGISTERS_160(c), PYVTK_16(c, 80)
-#define PYVTK_NUMBERS_256                                                                          \
-  PYVTK_NUMBERS_192 ", "                                                                           \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "   \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define PYVTK_NUMBERS_256                                                                            \
+  PYVTK_NUMBERS_192                                                                                  \
+      ", "                                                                                           \
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define PYVTK_REGISTERS_256(c) PYVTK_REGISTERS_192(c), PYVTK_16(c, 96), PYVTK_16(c, 112)
-#define PYVTK_PRODUCT(shape, types, numbers, registers, from, c, end)                                     \
-  asm volatile("wgmma.mma_async.sp.sync.aligned." shape types " {" numbers "}, " from end : registers(c) \
+#define PYVTK_PRODUCT(shape, types, numbers, registers, from, c, end)                     \
+  asm volatile("wgmma.mma_async.sp.sync.aligned." shape types " {" numbers "}, " from end \
+               : registers(c)                                                             \
                : "l"(a), "l"(b), "r"(metadata), "n"(kSelector))
-#define PYVTK_PRODUCTS(k, types, c, end)                                                                              \
-  if constexpr (kColumns == 64) {                                                                                     \
-    PYVTK_PRODUCT("m64n64" k, types, PYVTK_NUMBERS_64, PYVTK_REGISTERS_64, "%32, %33, %34, %35", c, end);             \
-  } else if constexpr (kColumns == 128) {                                                                             \
-    PYVTK_PRODUCT("m64n128" k, types, PYVTK_NUMBERS_128, PYVTK_REGISTERS_128, "%64, %65, %66, %67", c, end);          \
-  } else if constexpr (kColumns == 160) {                                                                             \
-    PYVTK_PRODUCT("m64n160" k, types, PYVTK_NUMBERS_160, PYVTK_REGISTERS_160, "%80, %81, %82, %83", c, end);          \
-  } else if constexpr (kColumns == 192) {                                                                             \
-    PYVTK_PRODUCT("m64n192" k, types, PYVTK_NUMBERS_192, PYVTK_REGISTERS_192, "%96, %97, %98, %99", c, end);          \
-  } else {                                                                                                            \
-    static_assert(kColumns == 256);                                                                                   \
-    PYVTK_PRODUCT("m64n256" k, types, PYVTK_NUMBERS_256, PYVTK_REGISTERS_256, "%128, %129, %130, %131", c, end);      \
+#define PYVTK_PRODUCTS(k, types, c, end)                                                                         \
+  if constexpr (kColumns == 64) {                                                                                \
+    PYVTK_PRODUCT("m64n64" k, types, PYVTK_NUMBERS_64, PYVTK_REGISTERS_64, "%32, %33, %34, %35", c, end);        \
+  } else if constexpr (kColumns == 128) {                                                                        \
+    PYVTK_PRODUCT("m64n128" k, types, PYVTK_NUMBERS_128, PYVTK_REGISTERS_128, "%64, %65, %66, %67", c, end);     \
+  } else if constexpr (kColumns == 160) {                                                                        \
+    PYVTK_PRODUCT("m64n160" k, types, PYVTK_NUMBERS_160, PYVTK_REGISTERS_160, "%80, %81, %82, %83", c, end);     \
+  } else if constexpr (kColumns == 192) {                                                                        \
+    PYVTK_PRODUCT("m64n192" k, types, PYVTK_NUMBERS_192, PYVTK_REGISTERS_192, "%96, %97, %98, %99", c, end);     \
+  } else {                                                                                                       \
+    static_assert(kColumns == 256);                                                                              \
+    PYVTK_PRODUCT("m64n256" k, types, PYVTK_NUMBERS_256, PYVTK_REGISTERS_256, "%128, %129, %130, %131", c, end); \
   }
   if constexpr (std::is_same_v<T, bfloat16>) {
     PYVTK_PRODUCTS("k32", ".f32.bf16.bf16", "+f", ", 1, 1, 1, 0, 0;")
@@ -382,8 +387,8 @@ inline cudaError_t shared_limit_of(const void* kernel, SharedLimit*& limit) {
   status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
   const int declared = static_cast<int>(attributes.sharedSizeBytes);
-  limit = new SharedLimit{kernel, device,           kSharedWithoutAsking - declared, most - declared,
-                          attributes.numRegs, first.load()};
+  limit = new SharedLimit{kernel,      device, kSharedWithoutAsking - declared, most - declared, attributes.numRegs,
+                          first.load()};
   first.store(limit, std::memory_order_release);
   return cudaSuccess;
 }
@@ -417,9 +422,9 @@ cudaError_t most_dynamic_shared(void (*kernel)(Parameters...), int64_t& bytes) {
   return status;
 }
 
-// Registers of a thread, in the code of this kernel that the current device runs. The body of a kernel that asks for what
-// not every architecture has is empty in code for the others, and that shows here: there is no other question that tells
-// code for sm_90a from code for sm_90.
+// Registers of a thread, in the code of this kernel that the current device runs. The body of a kernel that asks for
+// what not every architecture has is empty in code for the others, and that shows here: there is no other question that
+// tells code for sm_90a from code for sm_90.
 template <class... Parameters>
 cudaError_t registers_of(void (*kernel)(Parameters...), int& registers) {
   detail::SharedLimit* limit = nullptr;

@@ -26,8 +26,7 @@ struct WgmmaTile {
   static constexpr int kValuesAt = kRows * kXBytes;
   static constexpr int kMetadataAt = kValuesAt + kFeatures * kValueBytes;
   static constexpr int kAlignment = 1024;  // of a stage: eight rows of x
-  static constexpr int kStageBytes =
-      ceil_div(kMetadataAt + kFeatures * kMetadataBytes, kAlignment) * kAlignment;
+  static constexpr int kStageBytes = ceil_div(kMetadataAt + kFeatures * kMetadataBytes, kAlignment) * kAlignment;
   // Sums on their way out. Four more to a row: then the 16 bytes of eight lanes that write at once, two features' and
   // four rows', are in different banks.
   static constexpr int kSumStride = kFeatures + 4;
@@ -101,7 +100,8 @@ struct WgmmaMetadata {
 
 // always: not 0, which only the caller knows (see replace_word)
 template <class X, class Tile>
-__device__ __forceinline__ void load_metadata(const unsigned char* stage, WgmmaMetadata<X, Tile>& metadata, int always) {
+__device__ __forceinline__ void load_metadata(const unsigned char* stage, WgmmaMetadata<X, Tile>& metadata,
+                                              int always) {
   const int lane = lane_of_warp();
   PYVTK_UNROLL
   for (int block = 0; block < Tile::kBlocks; ++block) {
@@ -233,8 +233,7 @@ __device__ __forceinline__ void write_wgmma_sums(const Sparse24Launch& call, con
 }
 
 template <class X, int kGroups, int kBlocks, int kRows, int kStages>
-__global__ void __launch_bounds__(128 * kGroups, 1)
-    sparse24_wgmma_kernel(const __grid_constant__ Sparse24Launch call) {
+__global__ void __launch_bounds__(128 * kGroups, 1) sparse24_wgmma_kernel(const __grid_constant__ Sparse24Launch call) {
 #ifdef PYVTK_WGMMA
   using Tile = WgmmaTile<X, kGroups, kBlocks, kRows, kStages>;
   using Sum = typename SumOf<X>::Type;
@@ -312,13 +311,14 @@ struct Sparse24WgmmaPlan {
   }
 };
 
-inline constexpr int kWgmmaTiles = 3;
-
+// Stages are as many as fit in shared memory, 7 at most.
+inline constexpr int kWgmmaTiles = 4;
 template <class X, class F>
 void with_wgmma_tile(int tile, F f) {
   if (tile == 0) f(WgmmaTile<X, 2, 1, 64, 7>{});
-  if (tile == 1) f(WgmmaTile<X, 2, 1, 160, 7>{});
-  if (tile == 2) f(WgmmaTile<X, 2, 2, 192, 5>{});
+  if (tile == 1) f(WgmmaTile<X, 2, 1, 128, 7>{});
+  if (tile == 2) f(WgmmaTile<X, 2, 1, 160, 7>{});
+  if (tile == 3) f(WgmmaTile<X, 2, 2, 192, 5>{});
 }
 
 template <class X, class Tile>
@@ -335,10 +335,14 @@ cudaError_t wgmma_runs(bool& runs) {
   return status;
 }
 
+// Tile and split along k. Bytes decide: what the busiest multiprocessor fetches, which the second-level cache gives it
+// at some rate, whatever the tile. A block is taken to cost as much as kBegin stages before and behind its own, and
+// sums in parts, with a launch that adds them, kParts times a product without.
 template <class X>
 Sparse24WgmmaPlan plan_sparse24_wgmma(const Sparse24Problem& problem, int multiprocessors) {
   using Any = WgmmaTile<X, 2, 1, 64, 7>;
-  constexpr int64_t kSize = sizeof(X);
+  constexpr int64_t kSize = sizeof(X), kBegin = 6, kLeastStages = 8;
+  constexpr double kParts = 1.3;
   Sparse24WgmmaPlan plan;
   plan.fits = problem.depth > 0 && problem.depth % Any::kDepth == 0 &&
               aligned_to(problem.x, problem.x_stride * kSize, 16) && aligned_to(problem.values, 0, 16) &&
@@ -346,17 +350,20 @@ Sparse24WgmmaPlan plan_sparse24_wgmma(const Sparse24Problem& problem, int multip
   if (!plan.fits) return plan;
   double least = 0;
   for (int tile = 0; tile < kWgmmaTiles; ++tile) {
-    with_wgmma_tile<X>(tile, [&](auto of) {
-      using Tile = decltype(of);
+    with_wgmma_tile<X>(tile, [&](auto of_type) {
+      using Tile = decltype(of_type);
       const int64_t tiles =
           ceil_div<int64_t>(problem.features, Tile::kFeatures) * ceil_div<int64_t>(problem.rows, Tile::kRows);
       const int64_t stages = problem.depth / Tile::kDepth;
       int64_t splits = 1;
-      if (4 * tiles < 3 * multiprocessors) splits = at_most(multiprocessors / at_least(tiles, 1), stages / 8);
-      const int64_t of_split = ceil_div<int64_t>(stages, at_most(at_least(splits, 1), 16));
+      if (4 * tiles < 3 * multiprocessors) {
+        splits = at_most(at_most(multiprocessors / at_least(tiles, 1), stages / kLeastStages), 16);
+      }
+      const int64_t of_split = ceil_div<int64_t>(stages, at_least(splits, 1));
       splits = ceil_div<int64_t>(stages, of_split);
-      const int64_t waves = ceil_div<int64_t>(tiles * splits, multiprocessors);
-      const double cost = static_cast<double>(waves * (of_split + 6) * Tile::kStageBytes) * (splits > 1 ? 1.3 : 1.0);
+      const int64_t blocks_in_turn = ceil_div<int64_t>(tiles * splits, multiprocessors);
+      const double bytes = static_cast<double>(blocks_in_turn * (of_split + kBegin) * Tile::kStageBytes);
+      const double cost = bytes * (splits > 1 ? kParts : 1.0);
       if (tile > 0 && cost >= least) return;
       least = cost;
       plan.tile = tile;

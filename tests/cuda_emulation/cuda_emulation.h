@@ -117,7 +117,7 @@ struct Options {
   int64_t shared_bytes = 227 * 1024;
   // What cudaFuncGetAttributes says that a kernel declares: what it really does shows only when it runs.
   int64_t declared_bytes = 32 * 1024;
-  int registers = 255;  // of a thread, as cudaFuncGetAttributes says
+  int registers = 255;                             // of a thread, as cudaFuncGetAttributes says
   bool dry = false;                                // launches are checked, and nothing runs
   void (*launched)(const void* kernel) = nullptr;  // is told of every launch
 };

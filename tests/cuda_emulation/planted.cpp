@@ -306,8 +306,8 @@ int* ones(size_t count) {
 
 template <bool kCorrect>
 int run(const std::string& name) {
-  const std::unique_ptr<int, decltype(&std::free)> out(ones(name.starts_with("copy") || name.starts_with("wgmma") ? 4 * kThreads : kThreads),
-                                                       &std::free);
+  const std::unique_ptr<int, decltype(&std::free)> out(
+      ones(name.starts_with("copy") || name.starts_with("wgmma") ? 4 * kThreads : kThreads), &std::free);
   const std::unique_ptr<int, decltype(&std::free)> input(ones(4 * kThreads), &std::free);
   unsigned arrived = 0;
   cudaError_t status = cudaErrorInvalidValue;

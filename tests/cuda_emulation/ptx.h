@@ -74,11 +74,11 @@ void wgmma_wait() {
 template <class T, int kSelector, int kColumns, class Sum>
 void wgmma_sp(Sum (&d)[kColumns / 2], uint64_t a, uint64_t b, const uint32_t& metadata, CUDA_EMULATION_HERE) {
   if constexpr (std::is_same_v<T, int8_t>) {
-    cuda_emulation::wgmma_sp<kColumns>(d, a, b, metadata, kSelector,
-                                       +[](uint8_t bits) { return static_cast<int8_t>(bits); }, where);
+    cuda_emulation::wgmma_sp<kColumns>(
+        d, a, b, metadata, kSelector, +[](uint8_t bits) { return static_cast<int8_t>(bits); }, where);
   } else {
-    cuda_emulation::wgmma_sp<kColumns>(d, a, b, metadata, kSelector,
-                                       +[](uint16_t bits) { return to_float(T{bits}); }, where);
+    cuda_emulation::wgmma_sp<kColumns>(
+        d, a, b, metadata, kSelector, +[](uint16_t bits) { return to_float(T{bits}); }, where);
   }
 }
 template <class T>

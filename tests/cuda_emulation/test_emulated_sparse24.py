@@ -111,9 +111,11 @@ def test_plans(rows, features, depth, multiprocessors, plan, values_dtype, dtype
 @pytest.mark.parametrize(
     "rows, features, depth, multiprocessors, tile, splits",
     [
-        (40, 20, 1024, 4, 0, 1),
-        (150, 140, 1024, 4, 1, 1),
-        (190, 250, 1024, 1, 2, 1),
+        (40, 20, 512, 4, 0, 1),
+        (40, 20, 2048, 2, 0, 2),
+        (120, 140, 128, 2, 1, 1),
+        (150, 140, 128, 2, 2, 1),
+        (190, 250, 128, 1, 3, 1),
     ],
 )
 def test_plans_of_wgmma(rows, features, depth, multiprocessors, tile, splits, dtype):

@@ -1,6 +1,6 @@
-// ldmatrix, mma, mma.sp and wgmma as the PTX manual says. Registers are filled here by the manual's own formulas, from a lane
-// and the index of an element to its row and column (the emulation goes the other way), and metadata by rows of its
-// figures; results are compared with a plain product.
+// ldmatrix, mma, mma.sp and wgmma as the PTX manual says. Registers are filled here by the manual's own formulas, from
+// a lane and the index of an element to its row and column (the emulation goes the other way), and metadata by rows of
+// its figures; results are compared with a plain product.
 #include <array>
 #include <cstdint>
 #include <random>
@@ -206,13 +206,14 @@ void warpgroup(std::mt19937& random) {
   for (size_t i = 0; i < out.size(); ++i) {
     for (Sum& sum : out[i].d) sum = static_cast<Sum>(i);
   }
-  const cudaError_t status = launch(wgmma_kernel<T, Sum>, 1, 128, kBytesOfB + kBytesOfA + 1024, nullptr,
-                                    &bytes_of_a[0], &bytes_of_b[0], metadata.data(), out.data());
+  const cudaError_t status = launch(wgmma_kernel<T, Sum>, 1, 128, kBytesOfB + kBytesOfA + 1024, nullptr, &bytes_of_a[0],
+                                    &bytes_of_b[0], metadata.data(), out.data());
   CHECK(status == cudaSuccess, cudaGetErrorString(status));
   for (unsigned thread = 0; thread < 128; ++thread) {
     for (unsigned i = 0; i < kColumns / 2; ++i) {  // the figure of d: rows of a warp, groups and pairs of columns
       const unsigned lane = thread % 32, at = thread * kColumns / 8 + i / 4;
-      const unsigned row = thread / 32 * 16 + lane / 4 + (i % 4 < 2 ? 0 : 8), column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
+      const unsigned row = thread / 32 * 16 + lane / 4 + (i % 4 < 2 ? 0 : 8),
+                     column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
       int expected = static_cast<int>(at);
       for (unsigned k = 0; k < 2 * kDepth; ++k) expected += a[row * 2 * kDepth + k] * b[column * 2 * kDepth + k];
       CHECK(out[at].d[i % 4] == static_cast<Sum>(expected), thread, i, out[at].d[i % 4], expected);

@@ -157,8 +157,8 @@ int main() {
     by_mma<float16, float16>(33, 12, 1028, false, 9, false, true, random);
     by_mma<bfloat16, bfloat16>(70, 9, 260, false, 1, false, false, random);
     by_wgmma<bfloat16>(70, 9, 640, 0, 1, random);
-    by_wgmma<float16>(3, 130, 256, 1, 2, random);
-    by_wgmma<int8_t>(3, 260, 384, 2, 1, random);
+    by_wgmma<float16>(3, 130, 256, 2, 2, random);
+    by_wgmma<int8_t>(3, 260, 384, 3, 1, random);
     rounded_to_int8();
   }
   return report();
