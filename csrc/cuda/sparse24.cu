@@ -154,9 +154,8 @@ Tensor linear_by_torch(const Tensor& x, const Tensor& weight, bool packed, const
   return std::move(call.out);
 }
 
-// Where many rows go is decided here, by `choice` alone. Hopper's own sparse instruction (wgmma) is cuSPARSELt's: the
-// weight in its form is `vendor`, kernel 3. mma.sp runs there as well. A caller whose device is faster with a dense
-// weight gives one, with kernel 2 from some number of rows on.
+// Where many rows go is decided here, by `choice` alone. A caller whose device is faster with a dense weight gives one,
+// with kernel 2 from some number of rows on; the weight in cuSPARSELt's form is `vendor`, kernel 3.
 Tensor linear_operator(const Tensor& x, const Tensor& values, const Tensor& metadata, const OptionalTensor& scales,
                        const OptionalTensor& dense, const OptionalTensor& bias, const OptionalTensor& mul,
                        const std::string& activation, const std::vector<int64_t>& choice,

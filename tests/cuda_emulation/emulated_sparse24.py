@@ -26,8 +26,8 @@ def linear(
     activation: str, *, few: bool | None, int8: bool = False, x_scale: Tensor | None = None,
     x_stride: int | None = None, offset: int = 0, multiprocessors: int = 4, wgmma: bool = False,
 ) -> tuple[Tensor, tuple[bool, int, int, int]]:  # fmt: skip
-    """sparse24_linear, or sparse24_linear_int8; and what the plan was: few or not, rows of a tile, splits, tile of wgmma (-1:
-    another kernel).
+    """sparse24_linear, or sparse24_linear_int8; and what the plan was: few or not, rows of a tile, splits, tile
+    of wgmma (-1: another kernel).
 
     few: whether the kernel for few rows is asked for; None: as the number of rows says.
     x_stride: elements between rows of x (and of mul, past its own length). offset: elements, of x, values and
