@@ -27,7 +27,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 11)
 # Machine code for what there is, and PTX, which drivers compile, for what comes. That of 10.0 and not of the newest: it
-# runs on 11.0 as well, and no worse on later ones, since no kernel here asks what it is compiled for.
+# runs on 11.0 as well, and no worse on later ones: the one kernel that asks what it is compiled for is Hopper's
+# (csrc/cuda/sparse24_wgmma.cuh), which needs the code for 9.0a.
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0+PTX;12.0"
 CPU, CUDA = "libpyvtk_cpu.so", "libpyvtk_cuda.so"
 

@@ -214,6 +214,117 @@ __device__ __forceinline__ void mma_sp_m16n8k64(int (&d)[4], const uint32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata));
 }
 
+// Matrices of a warpgroup
+// ----------------------------------------------------------------------------------------------
+//
+// Four warps at work together, the first of them with a number that 4 divides: on Hopper alone, and in code for sm_90a.
+// wgmma reads shared memory past the order of other accesses (the asynchronous proxy): whoever wrote it, by cp.async
+// too, calls wgmma_fence_writes() behind his writes and before the barrier. Registers of d and of metadata belong to
+// the products from wgmma_begin() on, until wgmma_wait() says that they are done. nvcc knows that of d alone: it would
+// take the register of metadata for something else as soon as the product has begun. What replaces the metadata, behind
+// that wait, has to be replace_word(), for which the old word is needed till then.
+//
+// d [64, N]   a warp has 16 of the rows, in the order of warps; register i: as register i % 4 of an mma's d [16, 8], of
+//             columns 8 (i / 4)..8 (i / 4) + 7
+// a, b        in shared memory; a row has kRowBytes along k, rows lie behind one another, and eight of them begin at a
+//             multiple of their size. Of row r, 16 bytes with index p lie at p ^ r % 8 (128 bytes a row) or
+//             p ^ r / 2 % 4 (64). A matrix of fewer bytes along k begins so many bytes into the first row.
+// metadata    of a warp's 16 rows as mma.sp has it
+
+// Not for all of memory: that would wait, each time, for copies that are still on their way.
+__device__ __forceinline__ void wgmma_fence_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// word = by, if `when`, which nvcc must not know: so the old word is kept until here.
+__device__ __forceinline__ void replace_word(uint32_t& word, uint32_t by, int when) {
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p mov.b32 %0, %1; }" : "+r"(word) : "r"(by), "r"(when));
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define PYVTK_WGMMA
+
+__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Makes one group of the products begun since the last commit.
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits for this warpgroup's groups but the newest kGroupsLeft.
+template <int kGroupsLeft>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroupsLeft) : "memory");
+}
+
+// Starts d += a b^T of a sparse a [64, 64 bytes along k], half of it kept, and b [kColumns, 64 bytes along k]. T:
+// bfloat16, float16 or int8_t, whose selector is 0.
+template <class T, int kSelector, int kColumns, class Sum>
+__device__ __forceinline__ void wgmma_sp(Sum (&d)[kColumns / 2], uint64_t a, uint64_t b, const uint32_t& metadata) {
+#define PYVTK_4(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define PYVTK_16(c, i) PYVTK_4(c, i), PYVTK_4(c, i + 4), PYVTK_4(c, i + 8), PYVTK_4(c, i + 12)
+#define PYVTK_NUMBERS_64                                                   \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PYVTK_REGISTERS_64(c) PYVTK_16(c, 0), PYVTK_16(c, 16)
+#define PYVTK_NUMBERS_128                                                            \
+  PYVTK_NUMBERS_64                                                                   \
+  ", "                                                                               \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PYVTK_REGISTERS_128(c) PYVTK_REGISTERS_64(c), PYVTK_16(c, 32), PYVTK_16(c, 48)
+#define PYVTK_NUMBERS_160 \
+  PYVTK_NUMBERS_128       \
+  ", "                    \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define PYVTK_REGISTERS_160(c) PYVTK_REGISTERS_128(c), PYVTK_16(c, 64)
+#define PYVTK_NUMBERS_192 \
+  PYVTK_NUMBERS_160       \
+  ", "                    \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define PYVTK_REGISTERS_192(c) PYVTK_REGISTERS_160(c), PYVTK_16(c, 80)
+#define PYVTK_NUMBERS_256                                                                        \
+  PYVTK_NUMBERS_192                                                                              \
+  ", "                                                                                           \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define PYVTK_REGISTERS_256(c) PYVTK_REGISTERS_192(c), PYVTK_16(c, 96), PYVTK_16(c, 112)
+#define PYVTK_PRODUCT(shape, types, numbers, registers, from, c, end)                     \
+  asm volatile("wgmma.mma_async.sp.sync.aligned." shape types " {" numbers "}, " from end \
+               : registers(c)                                                             \
+               : "l"(a), "l"(b), "r"(metadata), "n"(kSelector))
+#define PYVTK_PRODUCTS(k, types, c, end)                                                                         \
+  if constexpr (kColumns == 64) {                                                                                \
+    PYVTK_PRODUCT("m64n64" k, types, PYVTK_NUMBERS_64, PYVTK_REGISTERS_64, "%32, %33, %34, %35", c, end);        \
+  } else if constexpr (kColumns == 128) {                                                                        \
+    PYVTK_PRODUCT("m64n128" k, types, PYVTK_NUMBERS_128, PYVTK_REGISTERS_128, "%64, %65, %66, %67", c, end);     \
+  } else if constexpr (kColumns == 160) {                                                                        \
+    PYVTK_PRODUCT("m64n160" k, types, PYVTK_NUMBERS_160, PYVTK_REGISTERS_160, "%80, %81, %82, %83", c, end);     \
+  } else if constexpr (kColumns == 192) {                                                                        \
+    PYVTK_PRODUCT("m64n192" k, types, PYVTK_NUMBERS_192, PYVTK_REGISTERS_192, "%96, %97, %98, %99", c, end);     \
+  } else {                                                                                                       \
+    static_assert(kColumns == 256);                                                                              \
+    PYVTK_PRODUCT("m64n256" k, types, PYVTK_NUMBERS_256, PYVTK_REGISTERS_256, "%128, %129, %130, %131", c, end); \
+  }
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    PYVTK_PRODUCTS("k32", ".f32.bf16.bf16", "+f", ", 1, 1, 1, 0, 0;")
+  } else if constexpr (std::is_same_v<T, float16>) {
+    PYVTK_PRODUCTS("k32", ".f32.f16.f16", "+f", ", 1, 1, 1, 0, 0;")
+  } else {
+    static_assert(std::is_same_v<T, int8_t> && kSelector == 0);
+    PYVTK_PRODUCTS("k64", ".s32.s8.s8", "+r", ", 1;")
+  }
+#undef PYVTK_4
+#undef PYVTK_16
+#undef PYVTK_PRODUCT
+#undef PYVTK_PRODUCTS
+#undef PYVTK_NUMBERS_64
+#undef PYVTK_REGISTERS_64
+#undef PYVTK_NUMBERS_128
+#undef PYVTK_REGISTERS_128
+#undef PYVTK_NUMBERS_160
+#undef PYVTK_REGISTERS_160
+#undef PYVTK_NUMBERS_192
+#undef PYVTK_REGISTERS_192
+#undef PYVTK_NUMBERS_256
+#undef PYVTK_REGISTERS_256
+}
+#endif
+
 // Round to nearest even.
 template <class T>
 __device__ __forceinline__ T rounded(float x) {
@@ -247,6 +358,19 @@ __device__ __forceinline__ uint32_t difference_of_pairs(uint32_t a, uint32_t b) 
 }  // namespace pyvtk::cuda
 #endif
 
+namespace pyvtk::cuda {
+
+// A matrix in shared memory, for wgmma.
+template <int kRowBytes>
+__device__ __forceinline__ uint64_t wgmma_matrix(const void* shared) {
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  // address, (unused here), bytes from eight rows to the next, all in units of 16; how rows are mixed
+  return uint64_t{shared_address(shared) >> 4 & 0x3fffu} | uint64_t{1} << 16 | uint64_t{kRowBytes / 2} << 32 |
+         uint64_t{kRowBytes == 128 ? 1 : 2} << 62;
+}
+
+}  // namespace pyvtk::cuda
+
 // Launches -----------------------------------------------------------------------------------------------------------
 
 namespace pyvtk::cuda {
@@ -265,6 +389,7 @@ struct SharedLimit {
   int device;
   int without_asking;
   int most;
+  int registers;  // of a thread
   SharedLimit* next;
   std::atomic<bool> has_permission = false;
 };
@@ -299,7 +424,8 @@ inline cudaError_t shared_limit_of(const void* kernel, SharedLimit*& limit) {
   status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
   const int declared = static_cast<int>(attributes.sharedSizeBytes);
-  limit = new SharedLimit{kernel, device, kSharedWithoutAsking - declared, most - declared, first.load()};
+  limit = new SharedLimit{kernel,      device, kSharedWithoutAsking - declared, most - declared, attributes.numRegs,
+                          first.load()};
   first.store(limit, std::memory_order_release);
   return cudaSuccess;
 }
@@ -330,6 +456,17 @@ cudaError_t most_dynamic_shared(void (*kernel)(Parameters...), int64_t& bytes) {
   detail::SharedLimit* limit = nullptr;
   const cudaError_t status = detail::shared_limit_of(reinterpret_cast<const void*>(kernel), limit);
   if (status == cudaSuccess) bytes = limit->most;
+  return status;
+}
+
+// Registers of a thread, in the code of this kernel that the current device runs. The body of a kernel that asks for
+// what not every architecture has is empty in code for the others, and that shows here: there is no other question that
+// tells code for sm_90a from code for sm_90.
+template <class... Parameters>
+cudaError_t registers_of(void (*kernel)(Parameters...), int& registers) {
+  detail::SharedLimit* limit = nullptr;
+  const cudaError_t status = detail::shared_limit_of(reinterpret_cast<const void*>(kernel), limit);
+  if (status == cudaSuccess) registers = limit->registers;
   return status;
 }
 

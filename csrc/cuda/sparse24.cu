@@ -4,6 +4,7 @@
 
 #include "common/sparse24_binding.h"
 #include "cuda/sparse24.cuh"
+#include "cuda/sparse24_wgmma.cuh"
 #include "cuda/stream_binding.h"
 
 namespace pyvtk::cuda {
@@ -74,13 +75,25 @@ template <class X, class V>
 void multiply(const Sparse24Problem& problem, const Tensor& like, bool few, bool x_follows = false) {
   int at_a_time = 0;
   check(multiprocessors(at_a_time), "sparse24_linear");
-  const Sparse24Plan plan = plan_sparse24<X, V>(problem, few, at_a_time);
-  const int64_t bytes = plan.workspace_bytes(problem);
   OptionalTensor workspace;
-  if (bytes > 0) workspace = new_empty(like, {bytes}, ScalarType::Byte);
-  check(sparse24_linear<X, V>(problem, plan, bytes > 0 ? workspace->mutable_data_ptr() : nullptr, current_stream(like),
-                              x_follows),
-        "sparse24_linear");
+  const auto workspace_of = [&](const auto& plan) {
+    const int64_t bytes = plan.workspace_bytes(problem);
+    if (bytes > 0) workspace = new_empty(like, {bytes}, ScalarType::Byte);
+    return bytes > 0 ? workspace->mutable_data_ptr() : nullptr;
+  };
+  const Sparse24Plan plan = plan_sparse24<X, V>(problem, few, at_a_time);
+  if constexpr (std::is_same_v<X, V>) {
+    bool by_wgmma = false;
+    if (!plan.few) check(wgmma_runs<X>(by_wgmma), "sparse24_linear");
+    if (by_wgmma) {
+      const Sparse24WgmmaPlan wide = plan_sparse24_wgmma<X>(problem, at_a_time);
+      if (wide.fits) {
+        check(sparse24_linear_wgmma<X>(problem, wide, workspace_of(wide), current_stream(like)), "sparse24_linear");
+        return;
+      }
+    }
+  }
+  check(sparse24_linear<X, V>(problem, plan, workspace_of(plan), current_stream(like), x_follows), "sparse24_linear");
 }
 
 // values as a dense matrix [N, K]: in their own dtype, or float32 times scales.
@@ -141,9 +154,8 @@ Tensor linear_by_torch(const Tensor& x, const Tensor& weight, bool packed, const
   return std::move(call.out);
 }
 
-// Where many rows go is decided here, by `choice` alone. Hopper's own sparse instruction (wgmma) is cuSPARSELt's: the
-// weight in its form is `vendor`, kernel 3. mma.sp runs there as well. A caller whose device is faster with a dense
-// weight gives one, with kernel 2 from some number of rows on.
+// Where many rows go is decided here, by `choice` alone. A caller whose device is faster with a dense weight gives one,
+// with kernel 2 from some number of rows on; the weight in cuSPARSELt's form is `vendor`, kernel 3.
 Tensor linear_operator(const Tensor& x, const Tensor& values, const Tensor& metadata, const OptionalTensor& scales,
                        const OptionalTensor& dense, const OptionalTensor& bias, const OptionalTensor& mul,
                        const std::string& activation, const std::vector<int64_t>& choice,

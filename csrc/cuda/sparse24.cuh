@@ -2,7 +2,8 @@
 //
 // mma.sp takes the weight as its sparse operand a (rows: 16 features) and x as b (columns: 8 rows of x), straight from
 // the format's own order: nothing is repacked. Types X of x and V of values: bfloat16 or float16 with the same or with
-// int8_t (whose values become 16-bit numbers, exactly, on their way), or int8_t twice. Two kernels:
+// int8_t (whose values become 16-bit numbers, exactly, on their way), or int8_t twice. Two kernels here, and for many
+// rows on Hopper, of x and values of one type, another in sparse24_wgmma.cuh:
 //
 // many   a block owns 128 features x 64 or 128 rows; stages of x, values and metadata come by cp.async and leave by
 //        ldmatrix. Takes every shape and alignment: what lies past a row's end is zeros, with valid metadata.

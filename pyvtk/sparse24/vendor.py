@@ -1,9 +1,9 @@
 """The vendor's kernel: cuSPARSELt, as torch carries it, with the weight in a packed form of its own.
 
-On Hopper it reaches instructions that ours do not use. It takes 16-bit products (not ``linear_int8``, whose result it
-would write as int32 for another launch to scale), and weights with both sizes in multiples of 16. Rows of x may be any:
-the operator copies x where they are no multiple of 8. Bias is added inside where it has x's dtype and nothing follows;
-else bias, activation and mul are a second launch on the product rounded to x's dtype, as after a dense product.
+It takes 16-bit products (not ``linear_int8``, whose result it would write as int32 for another launch to scale), and
+weights with both sizes in multiples of 16. Rows of x may be any: the operator copies x where they are no multiple of 8.
+Bias is added inside where it has x's dtype and nothing follows; else bias, activation and mul are a second launch on
+the product rounded to x's dtype, as after a dense product.
 """
 
 from __future__ import annotations

@@ -109,9 +109,12 @@ def layer24(transposable: bool):
 
 
 def every_tile(kind: str, make, dtype, int8: bool = False) -> dict[str, Call]:
-    """Rows for each tile that a kernel has: 8, 16 and 32 for few, 64 and 128 for many."""
-    shapes = (7, 96, 512), (15, 96, 512), (31, 96, 512), (70, 96, 512), (577, 4224, 64)
-    return {f"{kind}, {shape[0]} rows": make(product(*shape, dtype, int8=int8)) for shape in shapes}
+    """A product for each tile that a kernel has: 8, 16 and 32 rows for few; 64, 128, 160 and 192 for many by wgmma (on
+    132 multiprocessors), and 64 and 128 for many by mma.sp, which takes columns of any number."""
+    few = (7, 96, 512), (15, 96, 512), (31, 96, 512)
+    wgmma = (70, 96, 512), (128, 8576, 128), (577, 4224, 128), (577, 4352, 128)
+    mma = (70, 96, 516), (577, 4224, 68)
+    return {f"{kind}, {'x'.join(map(str, s))}": make(product(*s, dtype, int8=int8)) for s in (*few, *wgmma, *mma)}
 
 
 CALLS = {

@@ -231,6 +231,7 @@ struct Thread : Identity {
 
   std::vector<Copy> copies;  // since the last commit
   std::deque<std::vector<Copy>> copy_groups;
+  Products products;
 
   unsigned atomics = 0;
   bool has_fenced = false;
@@ -575,6 +576,7 @@ cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int device) {
 cudaError_t kernel_attributes(cudaFuncAttributes* attributes) {
   ++calls_of_attributes;
   attributes->sharedSizeBytes = static_cast<size_t>(options().declared_bytes);
+  attributes->numRegs = options().registers;
   return cudaSuccess;
 }
 
@@ -680,6 +682,7 @@ void* shared(const SharedVariable& variable) {
 }
 
 void* dynamic_shared() { return thread_now->block->dynamic.memory; }
+Products& products() { return thread_now->products; }
 
 Votes barrier(int id, int threads, int value, const char* name, Location where) {
   const Unwatched unwatched;

@@ -11,10 +11,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <source_location>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 // Language -----------------------------------------------------------------------------------------------------------
 
@@ -74,6 +77,7 @@ enum cudaError_t {
 };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
+  int numRegs;
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr {
@@ -123,6 +127,7 @@ struct Options {
   int64_t shared_bytes = 227 * 1024;
   // What cudaFuncGetAttributes says that a kernel declares: what it really does shows only when it runs.
   int64_t declared_bytes = 32 * 1024;
+  int registers = 255;                             // of a thread, as cudaFuncGetAttributes says
   bool dry = false;                                // launches are checked, and nothing runs
   void (*launched)(const void* kernel) = nullptr;  // is told of every launch
 };
@@ -171,6 +176,21 @@ void before_atomic(const volatile void* address);
 void copy_async(void* to, const void* from, size_t bytes, size_t bytes_read, Location where);
 void copy_async_commit();
 void copy_async_wait(int groups_left);
+
+// The dynamic shared memory as PTX numbers it. It begins at no round address: a kernel that needs one has to see to it.
+constexpr uint32_t kSharedBegin = 0x480;
+inline uint32_t shared_address(const void* address) {
+  return kSharedBegin + static_cast<uint32_t>(static_cast<const char*>(address) - static_cast<char*>(dynamic_shared()));
+}
+
+// Products of a warpgroup that this thread has begun: they happen when they are waited for.
+struct Products {
+  std::vector<std::function<void()>> begun;  // since the last commit
+  std::deque<std::vector<std::function<void()>>> groups;
+  bool may_begin = false;         // wgmma_begin() was called
+  bool writes_are_fenced = true;  // of this thread's copies to shared memory
+};
+Products& products();
 
 void check_aligned(const volatile void* address, size_t alignment, const char* name, Location where);
 // That the bytes lie in one variable of the block's shared memory.

@@ -24,20 +24,21 @@ def strided(call: Call, tensor: Tensor, stride: int, offset: int) -> ctypes.c_vo
 def linear(
     x: Tensor, values: Tensor, metadata: Tensor, scales: Tensor | None, bias: Tensor | None, mul: Tensor | None,
     activation: str, *, few: bool | None, int8: bool = False, x_scale: Tensor | None = None,
-    x_stride: int | None = None, offset: int = 0, multiprocessors: int = 4,
-) -> tuple[Tensor, tuple[bool, int, int]]:  # fmt: skip
-    """sparse24_linear, or sparse24_linear_int8; and what the plan was: few or not, rows of a tile, splits.
+    x_stride: int | None = None, offset: int = 0, multiprocessors: int = 4, wgmma: bool = False,
+) -> tuple[Tensor, tuple[bool, int, int, int]]:  # fmt: skip
+    """sparse24_linear, or sparse24_linear_int8; and what the plan was: few or not, rows of a tile, splits, tile
+    of wgmma (-1: another kernel).
 
     few: whether the kernel for few rows is asked for; None: as the number of rows says.
     x_stride: elements between rows of x (and of mul, past its own length). offset: elements, of x, values and
-    metadata.
+    metadata. wgmma: where it fits.
     """
     call = Call()
     rows, depth = x.shape
     features = values.shape[0]
     x_stride = depth if x_stride is None else x_stride
     out = Exact(torch.full((rows, features), float("nan"), dtype=x.dtype))
-    taken = (ctypes.c_int * 3)()
+    taken = (ctypes.c_int * 4)()
     mul_stride = features + x_stride - depth
     call(
         "emulated_sparse24_linear", DTYPES.index(x.dtype), int(values.dtype == torch.int8), int(int8), number(rows),
@@ -47,9 +48,9 @@ def linear(
         0 if bias is None else DTYPES.index(bias.dtype),
         call.pointer(None) if mul is None else strided(call, mul, mul_stride, 0), number(mul_stride),
         ACTIVATIONS.index(activation), ctypes.c_void_p(out.address), -1 if few is None else int(few),
-        multiprocessors, taken,
+        int(wgmma), multiprocessors, taken,
     )  # fmt: skip
-    return out.read(), (bool(taken[0]), taken[1], taken[2])
+    return out.read(), (bool(taken[0]), *taken[1:])
 
 
 def compress(weight: Tensor, mask: Tensor, trusted: bool = False) -> tuple[Tensor, Tensor, bool]:

@@ -222,6 +222,33 @@ __global__ void zero_metadata_kernel(int* out) {  // [kThreads]
   out[threadIdx.x] = static_cast<int>(sums[0]);
 }
 
+// A wgmma: kMistake 0 leaves out the fence behind the copies, 1 the one before the registers, 2 has a matrix that ends
+// outside of shared memory, 3 writes over a matrix while it is read, 4 over the metadata.
+constexpr int kWgmmaBytes = 1024 + 64 * 128 + 64 * 64;
+template <int kMistake>
+__global__ void wgmma_kernel(int* out,            // [4 * kThreads]
+                             const int* input) {  // [4 * kThreads]
+  unsigned char* shared = dynamic_shared<unsigned char>();
+  shared += -shared_address(shared) % 1024;
+  for (unsigned i = threadIdx.x * 16; i < 64 * 128 + 64 * 64; i += kThreads * 16) {
+    copy_async<16>(shared + i, input + threadIdx.x * 4);
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  if (kMistake != 0) wgmma_fence_writes();
+  __syncthreads();
+  int sums[32] = {};
+  const uint64_t a = wgmma_matrix<64>(shared + 64 * 128), b = wgmma_matrix<128>(shared + (kMistake == 2 ? 8192 : 0));
+  if (kMistake != 1) wgmma_begin();
+  uint32_t metadata = 0x44444444u;
+  wgmma_sp<int8_t, 0, 64>(sums, a, b, metadata);
+  wgmma_commit();
+  if (kMistake == 4) replace_word(metadata, 0xeeeeeeeeu, 1);
+  if (kMistake == 3) copy_async<16>(shared + threadIdx.x * 16, input + threadIdx.x * 4);
+  wgmma_wait<0>();
+  for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = sums[i];
+}
+
 // Waits for a block that runs after it.
 template <bool kCorrect>
 __global__ void endless_wait_kernel(int* out,  // [blocks]
@@ -279,8 +306,8 @@ int* ones(size_t count) {
 
 template <bool kCorrect>
 int run(const std::string& name) {
-  const std::unique_ptr<int, decltype(&std::free)> out(ones(name.starts_with("copy") ? 4 * kThreads : kThreads),
-                                                       &std::free);
+  const std::unique_ptr<int, decltype(&std::free)> out(
+      ones(name.starts_with("copy") || name.starts_with("wgmma") ? 4 * kThreads : kThreads), &std::free);
   const std::unique_ptr<int, decltype(&std::free)> input(ones(4 * kThreads), &std::free);
   unsigned arrived = 0;
   cudaError_t status = cudaErrorInvalidValue;
@@ -314,6 +341,24 @@ int run(const std::string& name) {
   if (name == "race_of_blocks") {
     const std::unique_ptr<int, decltype(&std::free)> two(ones(2 * kThreads), &std::free);
     status = launch(race_of_blocks_kernel<kCorrect>, 2, kThreads, 0, nullptr, two.get());
+  }
+  if (name.starts_with("wgmma")) {
+    const auto product = [&](auto kernel) {
+      status = launch(kernel, 1, kThreads, kWgmmaBytes, nullptr, out.get(), input.get());
+    };
+    if (kCorrect) product(wgmma_kernel<-1>);
+    if (!kCorrect && name == "wgmma_unfenced") product(wgmma_kernel<0>);
+    if (!kCorrect && name == "wgmma_not_begun") product(wgmma_kernel<1>);
+    if (!kCorrect && name == "wgmma_outside") product(wgmma_kernel<2>);
+    if (!kCorrect && name == "wgmma_overwritten") product(wgmma_kernel<3>);
+    if (!kCorrect && name == "wgmma_metadata_early") product(wgmma_kernel<4>);
+    // bytes of ones are 1, 0, 0, 0: a keeps of each four of x's the first two
+    for (int i = 0; i < 4 * kThreads; ++i) {
+      if (const int result = out.get()[i]; status == cudaSuccess && result != 8) {
+        std::printf("wrong result: %d\n", result);
+        return 1;
+      }
+    }
   }
   if (name.starts_with("copy")) {
     if (name == "copy") reading(copy_kernel<kCorrect>);

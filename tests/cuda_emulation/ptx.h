@@ -29,6 +29,7 @@ inline void copy_async_commit() { cuda_emulation::copy_async_commit(); }
 template <int kGroupsLeft>
 void copy_async_wait() {
   cuda_emulation::copy_async_wait(kGroupsLeft);
+  cuda_emulation::products().writes_are_fenced = false;
 }
 
 inline void named_barrier(int id, int threads, CUDA_EMULATION_HERE) {
@@ -66,6 +67,26 @@ void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 inline void mma_sp_m16n8k64(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata,
                             CUDA_EMULATION_HERE) {
   cuda_emulation::mma_sp(d, a, b, metadata, 0, +[](uint8_t bits) { return static_cast<int8_t>(bits); }, where);
+}
+#define PYVTK_WGMMA
+inline uint32_t shared_address(const void* shared) { return cuda_emulation::shared_address(shared); }
+inline void wgmma_fence_writes() { cuda_emulation::products().writes_are_fenced = true; }
+inline void replace_word(uint32_t& word, uint32_t by, int when) { word = when ? by : word; }
+inline void wgmma_begin() { cuda_emulation::products().may_begin = true; }
+inline void wgmma_commit() { cuda_emulation::wgmma_commit(); }
+template <int kGroupsLeft>
+void wgmma_wait() {
+  cuda_emulation::wgmma_wait(kGroupsLeft);
+}
+template <class T, int kSelector, int kColumns, class Sum>
+void wgmma_sp(Sum (&d)[kColumns / 2], uint64_t a, uint64_t b, const uint32_t& metadata, CUDA_EMULATION_HERE) {
+  if constexpr (std::is_same_v<T, int8_t>) {
+    cuda_emulation::wgmma_sp<kColumns>(
+        d, a, b, metadata, kSelector, +[](uint8_t bits) { return static_cast<int8_t>(bits); }, where);
+  } else {
+    cuda_emulation::wgmma_sp<kColumns>(
+        d, a, b, metadata, kSelector, +[](uint16_t bits) { return to_float(T{bits}); }, where);
+  }
 }
 template <class T>
 T rounded(float x) {

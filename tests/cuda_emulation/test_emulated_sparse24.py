@@ -32,9 +32,12 @@ def weights(features: int, depth: int, dtype: torch.dtype, generator: torch.Gene
 def problems(draw, int8: bool):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     rows = draw(st.sampled_from(ROWS))
-    # a shape that fits the few kernel's loads, with room for several panels and splits, or any
-    fits = rows <= 32 and draw(st.booleans())
-    if fits:
+    # a shape that fits the loads of the few kernel, with room for several panels and splits, or those of wgmma, or any
+    fits = draw(st.booleans())
+    if fits and rows > 32:
+        depth = draw(st.sampled_from([64, 128, 192, 384, 640]))
+        features = draw(st.sampled_from([1, 31, 70, 129, 260]))
+    elif fits:
         depth = draw(st.sampled_from([64, 128, 192, 256, 384, 1024, 1088, 2176, 4224]))
         features = draw(st.sampled_from([1, 16, 17, 31, 33, 70, 129, 160][: 8 if depth < 500 else 4]))
     else:
@@ -54,17 +57,20 @@ def problems(draw, int8: bool):
         "x_stride": depth + draw(st.sampled_from([0, 0, 0, 4, 8, 1])),
         "offset": draw(st.sampled_from([0, 0, 0, 0, 4, 1])),
         "multiprocessors": draw(st.sampled_from([1, 4, 40])),
+        "wgmma": draw(st.booleans()),
     }
     return (x, values, metadata, scales, bias, mul, activation), options
 
 
+# Kernels that declare no shared memory get all that a device has.
+ALL_SHARED = 227 * 1024 + emulated.DECLARED
 EXAMPLES = {"": (330, 130)}.get(emulated.SANITIZER, (80, 40))
 
 
 @settings(max_examples=EXAMPLES[0], deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems(int8=False), st.sampled_from([0, 0, 1, 2]), st.sampled_from([1, 3]))
 def test_linear(problem, seed, blocks_alive):
-    emulated.configure(seed, blocks_alive)
+    emulated.configure(seed, blocks_alive, ALL_SHARED)
     arguments, options = problem
     actual, _ = kernels.linear(*arguments, **options)
     x, values, metadata, scales, bias, mul, activation = arguments
@@ -101,6 +107,34 @@ def test_plans(rows, features, depth, multiprocessors, plan, values_dtype, dtype
     assert_within_budget(actual, reference.linear(x.double(), *wide, None, None, None, "none"), plain)
 
 
+@pytest.mark.parametrize("dtype", [*HALVES, torch.int8])
+@pytest.mark.parametrize(
+    "rows, features, depth, multiprocessors, tile, splits",
+    [
+        (40, 20, 512, 4, 0, 1),
+        (40, 20, 2048, 2, 0, 2),
+        (120, 140, 128, 2, 1, 1),
+        (150, 140, 128, 2, 2, 1),
+        (190, 250, 128, 1, 3, 1),
+    ],
+)
+def test_plans_of_wgmma(rows, features, depth, multiprocessors, tile, splits, dtype):
+    """Every tile, with splits and without, and shapes that none of them divides."""
+    emulated.configure(shared_bytes=ALL_SHARED)
+    generator = torch.Generator().manual_seed(rows)
+    values, metadata, scales = weights(features, depth, dtype, generator)
+    int8 = dtype == torch.int8
+    x = torch.randn(rows, depth, generator=generator).to(torch.bfloat16 if int8 else dtype)
+    arguments = x, values, metadata, scales, None, None, "none"
+    actual, taken = kernels.linear(*arguments, few=False, int8=int8, multiprocessors=multiprocessors, wgmma=True)
+    assert taken[2:] == (splits, tile)
+    if int8:
+        assert torch.equal(actual, reference.linear_int8(*arguments[:4], None, *arguments[4:]))
+        return
+    oracle = reference.linear(x.double(), values.double(), metadata, scales, None, None, None, "none")
+    assert_within_budget(actual, oracle, reference.linear(x, values, metadata, scales, None, None, None, "none"))
+
+
 @pytest.mark.parametrize("rows, plan", [(31, (True, 4)), (32, (True, 4)), (33, (False, 64))])
 @pytest.mark.parametrize("values_dtype, int8", [(None, False), (torch.int8, False), (torch.int8, True)])
 def test_the_kernel_for_few_rows_takes_all_that_it_holds(rows, plan, values_dtype, int8):
@@ -122,7 +156,7 @@ def test_the_kernel_for_few_rows_takes_all_that_it_holds(rows, plan, values_dtyp
 @settings(max_examples=EXAMPLES[1], deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems(int8=True), st.booleans(), st.sampled_from([0, 0, 1, 2]))
 def test_linear_int8(problem, one_scale, seed):
-    emulated.configure(seed, 2)
+    emulated.configure(seed, 2, ALL_SHARED)
     arguments, options = problem
     x, values, metadata, scales, bias, mul, activation = arguments
     if len(x) > 1 and x.shape[1]:

@@ -1,6 +1,6 @@
-// ldmatrix, mma and mma.sp as the PTX manual says. Registers are filled here by the manual's own formulas, from a lane
-// and the index of an element to its row and column (the emulation goes the other way), and metadata by rows of its
-// figures; results are compared with a plain product.
+// ldmatrix, mma, mma.sp and wgmma as the PTX manual says. Registers are filled here by the manual's own formulas, from
+// a lane and the index of an element to its row and column (the emulation goes the other way), and metadata by rows of
+// its figures; results are compared with a plain product.
 #include <array>
 #include <cstdint>
 #include <random>
@@ -130,6 +130,97 @@ void product(void (*kernel)(const Registers*, Sums<Sum>*), bool sparse, unsigned
   }
 }
 
+// Operands of a wgmma in shared memory, row by row: 1024 bytes of b hold eight rows of 128, 512 of a eight of 64.
+constexpr unsigned kColumns = 64, kBytesOfB = kColumns * 128, kBytesOfA = 64 * 64;
+// Where the manual's figures of the swizzled layouts have the pieces of 16 bytes of eight rows, a line for each row.
+constexpr unsigned kPieces128[8][8] = {{0, 1, 2, 3, 4, 5, 6, 7}, {1, 0, 3, 2, 5, 4, 7, 6}, {2, 3, 0, 1, 6, 7, 4, 5},
+                                       {3, 2, 1, 0, 7, 6, 5, 4}, {4, 5, 6, 7, 0, 1, 2, 3}, {5, 4, 7, 6, 1, 0, 3, 2},
+                                       {6, 7, 4, 5, 2, 3, 0, 1}, {7, 6, 5, 4, 3, 2, 1, 0}};
+constexpr unsigned kPieces64[8][4] = {{0, 1, 2, 3}, {0, 1, 2, 3}, {1, 0, 3, 2}, {1, 0, 3, 2},
+                                      {2, 3, 0, 1}, {2, 3, 0, 1}, {3, 2, 1, 0}, {3, 2, 1, 0}};
+
+// Two products, of the first and of the second 64 bytes along k; as in a kernel, all that is copied comes in pieces.
+template <class T, class Sum>
+__global__ void wgmma_kernel(const unsigned char* a, const unsigned char* b,  // as they lie in shared memory
+                             const uint32_t* metadata,                        // [2, 128]
+                             Sums<Sum>* out) {                                // [128, kColumns / 8]
+  unsigned char* shared = dynamic_shared<unsigned char>();
+  shared += -shared_address(shared) % 1024;
+  for (unsigned i = threadIdx.x * 16; i < kBytesOfB + kBytesOfA; i += blockDim.x * 16) {
+    copy_async<16>(shared + i, i < kBytesOfB ? b + i : a + i - kBytesOfB);
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+  wgmma_fence_writes();
+  __syncthreads();
+  Sum d[kColumns / 2];
+  Sums<Sum>* mine = out + threadIdx.x * kColumns / 8;
+  for (unsigned i = 0; i < kColumns / 2; ++i) d[i] = mine[i / 4].d[i % 4];
+  const uint64_t left = wgmma_matrix<64>(shared + kBytesOfB), right = wgmma_matrix<128>(shared);
+  wgmma_begin();
+  const uint32_t codes[2] = {metadata[threadIdx.x], metadata[128 + threadIdx.x]};
+  wgmma_sp<T, 0, kColumns>(d, left, right, codes[0]);
+  wgmma_sp<T, sizeof(T) == 2, kColumns>(d, left + 2, right + 4, codes[1]);
+  wgmma_commit();
+  wgmma_wait<0>();
+  for (unsigned i = 0; i < kColumns / 2; ++i) mine[i / 4].d[i % 4] = d[i];
+}
+
+template <class T, class Sum>
+void warpgroup(std::mt19937& random) {
+  constexpr unsigned kDepth = 64 / sizeof(T), kSize = sizeof(T);  // k of one product
+  const auto number = [&] { return static_cast<int>(random() % 255) - 127; };
+  std::vector<int> a(2 * kDepth * 64, 0), b(2 * kDepth * kColumns);
+  alignas(16) static unsigned char bytes_of_a[kBytesOfA], bytes_of_b[kBytesOfB];
+  std::vector<uint32_t> metadata(2 * 128);
+  for (uint32_t& word : metadata) word = kSize == 1 ? 0 : static_cast<uint32_t>(random());
+  const auto write = [](unsigned char* to, int value) {
+    const uint32_t bits = encode<T>(value);
+    for (unsigned i = 0; i < kSize; ++i) to[i] = static_cast<unsigned char>(bits >> 8 * i);
+  };
+  for (unsigned row = 0; row < kColumns; ++row) {
+    for (unsigned k = 0; k < 2 * kDepth; ++k) {
+      const int value = b[row * 2 * kDepth + k] = number();
+      const unsigned byte = k * kSize;
+      write(bytes_of_b + row / 8 * 1024 + row % 8 * 128 + kPieces128[row % 8][byte / 16] * 16 + byte % 16, value);
+    }
+  }
+  for (unsigned row = 0; row < 64; ++row) {
+    for (unsigned group = 0; group < kDepth / 2; ++group) {
+      const unsigned first = random() % 3, second = first + 1 + random() % (3 - first);
+      for (unsigned i = 0; i < 2; ++i) {
+        const int value = a[row * 2 * kDepth + 4 * group + (i ? second : first)] = number();
+        const unsigned byte = (2 * group + i) * kSize;
+        write(bytes_of_a + row / 8 * 512 + row % 8 * 64 + kPieces64[row % 8][byte / 16] * 16 + byte % 16, value);
+      }
+      const unsigned step = group / (kDepth / 4), of_step = group % (kDepth / 4), of_half = kDepth / 8;
+      const Holder* holders = kSize == 1 ? kMetadata8[row % 16] : kMetadata16[row % 16];
+      const auto [lane, bit] = holders[of_step / of_half];
+      // 16 bits: the second product's come from the lanes that its selector names
+      uint32_t& word = metadata[step * 128 + row / 16 * 32 + lane + (kSize == 1 ? 0 : 2 * step)];
+      const unsigned shift = bit + 4 * (of_step % of_half);
+      word = (word & ~(15u << shift)) | (first | second << 2) << shift;
+    }
+  }
+  std::vector<Sums<Sum>> out(128 * kColumns / 8);
+  for (size_t i = 0; i < out.size(); ++i) {
+    for (Sum& sum : out[i].d) sum = static_cast<Sum>(i);
+  }
+  const cudaError_t status = launch(wgmma_kernel<T, Sum>, 1, 128, kBytesOfB + kBytesOfA + 1024, nullptr, &bytes_of_a[0],
+                                    &bytes_of_b[0], metadata.data(), out.data());
+  CHECK(status == cudaSuccess, cudaGetErrorString(status));
+  for (unsigned thread = 0; thread < 128; ++thread) {
+    for (unsigned i = 0; i < kColumns / 2; ++i) {  // the figure of d: rows of a warp, groups and pairs of columns
+      const unsigned lane = thread % 32, at = thread * kColumns / 8 + i / 4;
+      const unsigned row = thread / 32 * 16 + lane / 4 + (i % 4 < 2 ? 0 : 8),
+                     column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
+      int expected = static_cast<int>(at);
+      for (unsigned k = 0; k < 2 * kDepth; ++k) expected += a[row * 2 * kDepth + k] * b[column * 2 * kDepth + k];
+      CHECK(out[at].d[i % 4] == static_cast<Sum>(expected), thread, i, out[at].d[i % 4], expected);
+    }
+  }
+}
+
 template <int kMatrices, bool kTransposed>
 __global__ void ldmatrix_kernel(const uint16_t* in, uint32_t* out) {  // [kMatrices, 8, 8], [32, kMatrices]
   PYVTK_SHARED(rows, uint4[32]);
@@ -182,6 +273,9 @@ int main() {
     product<float16>(sparse_kernel<float16, 0>, true, 0, random);
     product<float16>(sparse_kernel<float16, 1>, true, 1, random);
     product<int8_t>(sparse_int8_kernel, true, 0, random);
+    warpgroup<bfloat16, float>(random);
+    warpgroup<float16, float>(random);
+    warpgroup<int8_t, int>(random);
     loads<1, false>();
     loads<2, false>();
     loads<4, false>();

@@ -24,14 +24,19 @@ FOUND_BY_ALL = {
     "absent_from_mma": r"deadlock.*\n  threads 0-15, 32-47: wait at mma_sp \(planted.cpp:\d+\) with mask 0xf{8}\n"
     r"  threads 16-31, 48-63: returned",
     "zero_metadata": "mma_sp with metadata whose two positions do not ascend",
+    "wgmma_unfenced": "wgmma of what was copied without wgmma_fence_writes behind it",
+    "wgmma_not_begun": "wgmma without wgmma_begin",
+    "wgmma_metadata_early": "wrong result",
+    "wgmma_outside": "wgmma of an address outside of the block.s shared memory",
     "stale_error": "^invalid argument\n$",
     "lowered_limit": "^invalid argument\n$",
     "endless_wait": r"block \(0, 0, 0\): no progress",
 }
 FOUND = {
-    "": {**FOUND_BY_ALL, "copy": POISON, "copy_of_another": POISON},
+    "": {**FOUND_BY_ALL, "copy": POISON, "copy_of_another": POISON, "wgmma_overwritten": "wrong result"},
     "address,undefined": {
         **FOUND_BY_ALL,
+        "wgmma_overwritten": "use-after-poison",
         "copy": "use-after-poison",
         "copy_of_another": POISON,
         "global_write": "heap-buffer-overflow(.*\n)*WRITE of size 4.*\n.*global_write_kernel",
@@ -41,6 +46,7 @@ FOUND = {
     "thread": {
         **FOUND_BY_ALL,
         "copy": POISON,
+        "wgmma_overwritten": "wrong result",
         **{
             name: f"data race(.*\n)*.*{name}_kernel"
             for name in (

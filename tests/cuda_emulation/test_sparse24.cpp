@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "check.h"
-#include "cuda/sparse24.cuh"
+#include "cuda/sparse24_wgmma.cuh"
 
 using namespace pyvtk;
 using namespace pyvtk::cuda;
@@ -28,10 +28,38 @@ T number(int value) {
   if constexpr (!std::is_same_v<T, int8_t>) return from_float<T>(static_cast<float>(value));
 }
 
-// Whole numbers small enough for every sum to be exact: what comes out has to be equal.
+// Who multiplies: plans are asked what the product fits, and multiply.
 template <class X, class V>
-void linear(int64_t rows, int64_t features, int64_t depth, bool few, int multiprocessors, bool expect_few,
-            bool expect_splits, std::mt19937& random) {
+struct ByMma {
+  bool wants_few;
+  int multiprocessors;
+  bool expect_few;
+  bool expect_splits;
+  cudaError_t operator()(const Sparse24Problem& problem) const {
+    const Sparse24Plan plan = plan_sparse24<X, V>(problem, wants_few, multiprocessors);
+    CHECK(plan.few == expect_few && (plan.splits > 1) == expect_splits, problem.rows, plan.few, plan.splits);
+    const auto workspace = memory<char>(plan.workspace_bytes(problem));
+    return sparse24_linear<X, V>(problem, plan, workspace.get(), nullptr);
+  }
+};
+template <class X>
+struct ByWgmma {
+  int tile;
+  int splits;
+  cudaError_t operator()(const Sparse24Problem& problem) const {
+    Sparse24WgmmaPlan plan = plan_sparse24_wgmma<X>(problem, 1);
+    CHECK(plan.fits && plan.splits == 1, problem.rows, plan.splits);
+    plan.tile = tile;
+    plan.splits = splits;
+    plan.split_depth = plan.split_depth / splits;
+    const auto workspace = memory<char>(plan.workspace_bytes(problem));
+    return sparse24_linear_wgmma<X>(problem, plan, workspace.get(), nullptr);
+  }
+};
+
+// Whole numbers small enough for every sum to be exact: what comes out has to be equal.
+template <class X, class V, class F>
+void linear(int64_t rows, int64_t features, int64_t depth, std::mt19937& random, F multiply) {
   const auto x = memory<X>(rows * depth);
   const auto values = memory<V>(features * depth / 2);
   const auto metadata = memory<uint8_t>(features * ceil_div<int64_t>(depth, 8));
@@ -68,10 +96,7 @@ void linear(int64_t rows, int64_t features, int64_t depth, bool few, int multipr
   problem.epilogue.bias = bias.get();
   problem.epilogue.activation = Sparse24Activation::relu;
   problem.epilogue.out = out.get();
-  const Sparse24Plan plan = plan_sparse24<X, V>(problem, few, multiprocessors);
-  CHECK(plan.few == expect_few && (plan.splits > 1) == expect_splits, rows, features, depth, plan.few, plan.splits);
-  const auto workspace = memory<char>(plan.workspace_bytes(problem));
-  const cudaError_t status = sparse24_linear<X, V>(problem, plan, workspace.get(), nullptr);
+  const cudaError_t status = multiply(problem);
   CHECK(status == cudaSuccess, cudaGetErrorString(status));
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t feature = 0; feature < features; ++feature) {
@@ -83,6 +108,16 @@ void linear(int64_t rows, int64_t features, int64_t depth, bool few, int multipr
       CHECK(actual == std::fmax(expected, 0.0), row, feature, actual, expected);
     }
   }
+}
+
+template <class X, class V>
+void by_mma(int64_t rows, int64_t features, int64_t depth, bool few, int multiprocessors, bool expect_few,
+            bool expect_splits, std::mt19937& random) {
+  linear<X, V>(rows, features, depth, random, ByMma<X, V>{few, multiprocessors, expect_few, expect_splits});
+}
+template <class X>
+void by_wgmma(int64_t rows, int64_t features, int64_t depth, int tile, int splits, std::mt19937& random) {
+  linear<X, X>(rows, features, depth, random, ByWgmma<X>{tile, splits});
 }
 
 void rounded_to_int8() {
@@ -108,18 +143,22 @@ void rounded_to_int8() {
 
 int main() {
   std::mt19937 random(0);
+  cuda_emulation::options().declared_bytes = 0;  // kernels by wgmma take all that there is
   for (uint64_t seed = 0; seed < 2; ++seed) {
     cuda_emulation::options().seed = seed;
     cuda_emulation::options().blocks_alive = seed == 0 ? 1 : 2;
-    linear<bfloat16, bfloat16>(3, 40, 192, true, 1, true, false, random);
-    linear<bfloat16, bfloat16>(16, 20, 8192, true, 3, true, true, random);
-    linear<float16, int8_t>(9, 20, 2304, true, 1, true, false, random);
-    linear<int8_t, int8_t>(17, 70, 1024, true, 1, true, false, random);
-    linear<bfloat16, bfloat16>(5, 130, 320, false, 1, false, false, random);
-    linear<float16, int8_t>(5, 12, 204, false, 1, false, false, random);
-    linear<int8_t, int8_t>(5, 12, 500, false, 1, false, false, random);
-    linear<float16, float16>(33, 12, 1028, false, 9, false, true, random);
-    linear<bfloat16, bfloat16>(70, 9, 260, false, 1, false, false, random);
+    by_mma<bfloat16, bfloat16>(3, 40, 192, true, 1, true, false, random);
+    by_mma<bfloat16, bfloat16>(16, 20, 8192, true, 3, true, true, random);
+    by_mma<float16, int8_t>(9, 20, 2304, true, 1, true, false, random);
+    by_mma<int8_t, int8_t>(17, 70, 1024, true, 1, true, false, random);
+    by_mma<bfloat16, bfloat16>(5, 130, 320, false, 1, false, false, random);
+    by_mma<float16, int8_t>(5, 12, 204, false, 1, false, false, random);
+    by_mma<int8_t, int8_t>(5, 12, 500, false, 1, false, false, random);
+    by_mma<float16, float16>(33, 12, 1028, false, 9, false, true, random);
+    by_mma<bfloat16, bfloat16>(70, 9, 260, false, 1, false, false, random);
+    by_wgmma<bfloat16>(70, 9, 640, 0, 1, random);
+    by_wgmma<float16>(3, 130, 256, 2, 2, random);
+    by_wgmma<int8_t>(3, 260, 384, 3, 1, random);
     rounded_to_int8();
   }
   return report();

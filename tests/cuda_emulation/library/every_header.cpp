@@ -6,3 +6,4 @@
 #include "cuda/score_and_select.cuh"
 #include "cuda/select_long.cuh"
 #include "cuda/sparse24.cuh"
+#include "cuda/sparse24_wgmma.cuh"

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 
+#include "cuda/sparse24_wgmma.cuh"
 #include "library.h"
 
 using namespace pyvtk;
@@ -19,8 +20,22 @@ auto scratch(int64_t bytes) {
 }
 
 template <class X, class V>
-cudaError_t linear(const cuda::Sparse24Problem& problem, bool few, int multiprocessors, int* taken,
+cudaError_t linear(const cuda::Sparse24Problem& problem, bool few, bool wgmma, int multiprocessors, int* taken,
                    bool x_follows = false) {
+  taken[3] = -1;
+  if constexpr (std::is_same_v<X, V>) {
+    if (wgmma) {
+      const cuda::Sparse24WgmmaPlan plan = cuda::plan_sparse24_wgmma<X>(problem, multiprocessors);
+      if (plan.fits) {
+        taken[0] = false;
+        taken[1] = 0;
+        taken[2] = plan.splits;
+        taken[3] = plan.tile;
+        const auto workspace = scratch<void>(plan.workspace_bytes(problem));
+        return cuda::sparse24_linear_wgmma<X>(problem, plan, workspace.get(), nullptr);
+      }
+    }
+  }
   const cuda::Sparse24Plan plan = cuda::plan_sparse24<X, V>(problem, few, multiprocessors);
   taken[0] = plan.few;
   taken[1] = plan.row_tile;
@@ -33,12 +48,12 @@ cudaError_t linear(const cuda::Sparse24Problem& problem, bool few, int multiproc
 
 // Types: 0 float32, 1 bfloat16, 2 float16. int8_values: instead of x's type. int8_x: x is rounded to int8 first (then
 // it may be float32). x_scale: [1]. few: whether the kernel for few rows is asked for; -1: as the number of rows says.
-// taken: [few, row_tile, splits] of the plan.
+// wgmma: where it fits. taken: [few, row_tile, splits] of the plan, and the tile of wgmma or -1.
 EXPORT int emulated_sparse24_linear(int type, int int8_values, int int8_x, int64_t rows, int64_t features,
                                     int64_t depth, const void* x, int64_t x_stride, const void* values,
                                     const uint8_t* metadata, const float* scales, const float* x_scale,
                                     const void* bias, int bias_type, const void* mul, int64_t mul_stride,
-                                    int activation, void* out, int few, int multiprocessors, int* taken) {
+                                    int activation, void* out, int few, int wgmma, int multiprocessors, int* taken) {
   const bool wants_few = few < 0 ? rows < cuda::kFewRowsBelow : few != 0;
   cuda::Sparse24Problem problem;
   problem.rows = rows;
@@ -68,15 +83,16 @@ EXPORT int emulated_sparse24_linear(int type, int int8_values, int int8_x, int64
     problem.x = q.get();
     problem.x_stride = stride;
     problem.epilogue.x_scales = x_scales.get();
-    if (status == cudaSuccess) status = linear<int8_t, int8_t>(problem, wants_few, multiprocessors, taken, true);
+    if (status == cudaSuccess)
+      status = linear<int8_t, int8_t>(problem, wants_few, wgmma != 0, multiprocessors, taken, true);
     return report(status);
   }
   if (int8_values) {
-    return report(type == 1 ? linear<bfloat16, int8_t>(problem, wants_few, multiprocessors, taken)
-                            : linear<float16, int8_t>(problem, wants_few, multiprocessors, taken));
+    return report(type == 1 ? linear<bfloat16, int8_t>(problem, wants_few, wgmma != 0, multiprocessors, taken)
+                            : linear<float16, int8_t>(problem, wants_few, wgmma != 0, multiprocessors, taken));
   }
-  return report(type == 1 ? linear<bfloat16, bfloat16>(problem, wants_few, multiprocessors, taken)
-                          : linear<float16, float16>(problem, wants_few, multiprocessors, taken));
+  return report(type == 1 ? linear<bfloat16, bfloat16>(problem, wants_few, wgmma != 0, multiprocessors, taken)
+                          : linear<float16, float16>(problem, wants_few, wgmma != 0, multiprocessors, taken));
 }
 
 // size: bytes of an element, 1, 2 or 4
