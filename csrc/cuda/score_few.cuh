@@ -199,10 +199,6 @@ struct Statistics {
     sum = sum * expf(largest - shift) + other.sum * expf(other.largest - shift);
     largest = both;
   }
-  // of 2 * step lanes, the same in all of them but for rounding: let one lane decide
-  __device__ __forceinline__ void add_lane(int step) {
-    add(Statistics{__shfl_xor_sync(kAllLanes, largest, step), __shfl_xor_sync(kAllLanes, sum, step)});
-  }
   // of so many neighbouring lanes, a power of two: the maximum first, so that each sum is rescaled once
   __device__ __forceinline__ void add_lanes(int lanes) {
     const float mine = largest;
