@@ -52,7 +52,10 @@ CALLS = {
                                  reduce_order="heads_first"),
     "maximum over pairs, mean": chosen(heads(2, 8, 2, 3, 600, 128, BRAIN), 50, head_reduce="max",
                                        reduce_order="heads_first"),
-    "range": chosen(heads(3, 8, 8, 1, 900, 32), 64, key_range=(35, 611)),
+    **{f"range, {short(dtype)}": chosen(heads(3, 8, 8, 1, 900, 32, dtype), 64, key_range=(35, 611))
+       for dtype in (SINGLE, HALF, BRAIN)},
+    "last token, masks": chosen(also(heads(2, 8, 4, 1, 650, 128, BRAIN), likely(0.8, 2, 650), likely(0.1, 2, 650)), 99,
+                                ("candidates", "drop"), others="keep", causal=True, head_reduce="max"),
     "denominator of the range": chosen(heads(3, 8, 4, 4, 900, 64, BRAIN), 64, key_range=(35, 611),
                                        denominator="range"),
     "logits": chosen(heads(2, 8, 2, 3, 500, 64, BRAIN), 64, quantity="logit", query_reduce="max"),
