@@ -6,7 +6,8 @@
 //   score_lse_kernel     denominators, where there are too many rows for what follows to make them on the side
 //   score_columns_kernel reads k again for samples that keep no logits
 //   score_finish_kernel  a block per (run of keys, unit): softmax, reductions, scores
-//   select               chooses the tokens that stay                     (select_short.cuh, select.cuh, select_long.cuh)
+//   select               chooses the tokens that stay                     (select_short.cuh, select.cuh,
+//   select_long.cuh)
 //
 // Launches follow each other early (launch_early): a call of some microseconds is mostly their beginnings.
 #pragma once
@@ -186,7 +187,8 @@ static __global__ void __launch_bounds__(kFewThreads, 2)
                                        : lse_in_memory[s.lse + (first_head + head) * s.lse_head_stride + query];
         PYVTK_UNROLL
         for (int i = 0; i < kKeysOfThread; ++i) {
-          if (mine.sees(reach, i)) of_inner[i] = reduced(inner_max, of_inner[i], value_of(p.logit, now[i], lse, weight));
+          if (mine.sees(reach, i))
+            of_inner[i] = reduced(inner_max, of_inner[i], value_of(p.logit, now[i], lse, weight));
         }
       } else {
         PYVTK_UNROLL
@@ -397,8 +399,8 @@ cudaError_t score_and_select(ScoreAndSelectPlan plan, cudaStream_t stream) {
                        : plan.rows_of_block == 4 ? detail::launch_rows<T, 4>(plan, blocks(row_blocks), stream)
                                                  : detail::launch_rows<T, 8>(plan, blocks(row_blocks), stream);
   if (status == cudaSuccess && plan.separate_lse && lse_blocks > 0) {
-    status =
-        launch_early(&score_lse_kernel, dim3(blocks(lse_blocks * p.batch)), dim3(kFewThreads), 0, stream, few, lse_blocks);
+    status = launch_early(&score_lse_kernel, dim3(blocks(lse_blocks * p.batch)), dim3(kFewThreads), 0, stream, few,
+                          lse_blocks);
   }
   if (status == cudaSuccess && plan.columns) {
     status = detail::launch_columns<T>(plan, blocks(column_blocks), stream);

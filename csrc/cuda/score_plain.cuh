@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kPlainThreads, 2) score_plain_kernel(const Pla
   int base = warp_of_block() * apart * kKeysOfLane;
   if constexpr (kAhead) read(base + lane_key);
 
-  float* const q = dynamic_shared<float>();    // [group, kPitch]
-  float* const z = q + p.group * kPitch;       // [group, keys_of_block]
+  float* const q = dynamic_shared<float>();  // [group, kPitch]
+  float* const z = q + p.group * kPitch;     // [group, keys_of_block]
   const T* from = static_cast<const T*>(p.q) + blockIdx.z * p.q_batch_stride + head * p.q_head_stride;
   PYVTK_NOT_UNROLLED
   for (int row = 0; row < p.group; ++row) {
@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(kPlainThreads, 2) score_plain_kernel(const Pla
 struct PlainFinish {
   const float* logits;
   const float2* statistics;
-  const float* any;    // [4] that nobody writes meanwhile
-  float* scores;       // [batch, keys]
+  const float* any;  // [4] that nobody writes meanwhile
+  float* scores;     // [batch, keys]
   int keys, pitch, pieces, heads;
   int quads;   // of keys, of a block
   int splits;  // threads of a quad
@@ -166,7 +166,7 @@ template <bool kSelects>
 __global__ void __launch_bounds__(kShortThreads, 1)
     score_plain_finish_kernel(const PlainFinish p, const SelectProblem select) {
   PYVTK_SHARED(shared, ShortShared);
-  float* const lses = dynamic_shared<float>();  // [heads, rounded up to 4]
+  float* const lses = dynamic_shared<float>();        // [heads, rounded up to 4]
   float* const parts = lses + (p.heads + 3) / 4 * 4;  // [splits, 4 * quads]
   let_next_launch_start();
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_warp();
@@ -222,8 +222,7 @@ __global__ void __launch_bounds__(kShortThreads, 1)
           }
         }
       }
-      *reinterpret_cast<float4*>(parts + 4 * thread) =
-          make_float4(of_heads[0], of_heads[1], of_heads[2], of_heads[3]);
+      *reinterpret_cast<float4*>(parts + 4 * thread) = make_float4(of_heads[0], of_heads[1], of_heads[2], of_heads[3]);
     }
     __syncthreads();
     uint32_t ranks[4] = {};
@@ -300,8 +299,7 @@ cudaError_t score_plain(const PlainProblem& plain, PlainFinish finish, const Sco
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(p.keys, plain.keys_of_block)),
                   static_cast<unsigned>(p.kv_heads), static_cast<unsigned>(p.batch));
   const size_t bytes = sizeof(float) * static_cast<size_t>(plain.group) * (kPitch + plain.keys_of_block);
-  const cudaError_t status =
-      launch(&score_plain_kernel<T>, grid, dim3(kPlainThreads), bytes, stream, plain);
+  const cudaError_t status = launch(&score_plain_kernel<T>, grid, dim3(kPlainThreads), bytes, stream, plain);
   if (status != cudaSuccess) return status;
   finish.logits = plain.logits;
   finish.statistics = plain.statistics;

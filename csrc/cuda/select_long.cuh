@@ -164,7 +164,7 @@ struct LongCut {
 
 template <class Scores>
 __device__ __forceinline__ LongCut long_cut(const SelectProblem& problem, const LongRows& rows,
-                                                    const LongRow<Scores>& row) {
+                                            const LongRow<Scores>& row) {
   PYVTK_SHARED(histogram, unsigned[kLongBins]);
   constexpr int kAhead = 8;  // chunks whose counts are under way at the same time
   const uint16_t* const counts = rows.counts + row.number * rows.chunks * kLongBins;  // [chunks, kLongBins]

@@ -1,5 +1,5 @@
-// select for rows of up to 16384 tokens by one block, with all ranks in registers: what score_finish and select do where
-// nothing but num_keep, threshold, keep, drop and candidates decides. Meaning and terms: select.cuh.
+// select for rows of up to 16384 tokens by one block, with all ranks in registers: what score_finish and select do
+// where nothing but num_keep, threshold, keep, drop and candidates decides. Meaning and terms: select.cuh.
 //
 // A thread has kTokens consecutive tokens, so that order within a row is that of threads. The cut is found by
 // histograms of 256 bins over the range of the ranks that are left, until a bin has no more tokens than a warp has
@@ -56,7 +56,7 @@ __device__ __forceinline__ Prefix<int> prefix_of_threads(int mine, unsigned* sum
 // The best `want` of the set, a bit for each token of the thread.
 template <int kTokens>
 __device__ __forceinline__ ShortCut cut_of_short(const uint32_t (&ranks)[kTokens], uint32_t set, int first_token,
-                                            int want, ShortShared& shared) {
+                                                 int want, ShortShared& shared) {
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_warp();
   uint32_t low = std::numeric_limits<uint32_t>::max(), high = 0;
   PYVTK_UNROLL

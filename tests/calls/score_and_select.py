@@ -54,6 +54,8 @@ CALLS = {
                                        reduce_order="heads_first"),
     **{f"range, {short(dtype)}": chosen(heads(3, 8, 8, 1, 900, 32, dtype), 64, key_range=(35, 611))
        for dtype in (SINGLE, HALF, BRAIN)},
+    **{f"two queries, groups of 2, {short(dtype)}": chosen(heads(2, 8, 4, 2, 500, 96, dtype), 80, causal=True)
+       for dtype in (SINGLE, BRAIN)},
     "last token, masks": chosen(also(heads(2, 8, 4, 1, 650, 128, BRAIN), likely(0.8, 2, 650), likely(0.1, 2, 650)), 99,
                                 ("candidates", "drop"), others="keep", causal=True, head_reduce="max"),
     "denominator of the range": chosen(heads(3, 8, 4, 4, 900, 64, BRAIN), 64, key_range=(35, 611),

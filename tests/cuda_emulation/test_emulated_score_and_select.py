@@ -245,7 +245,11 @@ def inputs(batch=1, q_heads=4, kv_heads=2, queries=1, keys=300, dim=64, dtype=to
 # name -> shape, options, and what the launcher has to answer
 WAYS = {
     "one row": ({"q_heads": 2}, {}, {"plain": True, "selected_at_once": True}),
-    "a group": ({"q_heads": 8}, {"logit": True}, {"plain": False, "rows_of_block": 4, "kept": 1, "separate_lse": False}),
+    "a group": (
+        {"q_heads": 8},
+        {"logit": True},
+        {"plain": False, "rows_of_block": 4, "kept": 1, "separate_lse": False},
+    ),
     "a large group": ({"q_heads": 14, "queries": 2}, {}, {"plain": False, "rows_of_block": 8}),
     "one row, not all keys": (
         {"q_heads": 2},

@@ -104,9 +104,8 @@ EXPORT int emulated_score_and_select(int dtype, float scale, const int64_t* all,
       std::aligned_alloc(16, static_cast<size_t>(plan.workspace_bytes)), &std::free);
   std::memset(workspace.get(), 0xff, static_cast<size_t>(plan.workspace_bytes));
   cuda::set_workspace(plan, workspace.get());
-  const int64_t facts[] = {plan.rows_of_block, plan.few.kept,      plan.columns,
-                           plan.separate_lse,  !plan.select_later, plan.few.lanes_of_key,
-                           plan.is_plain};
+  const int64_t facts[] = {plan.rows_of_block, plan.few.kept,         plan.columns, plan.separate_lse,
+                           !plan.select_later, plan.few.lanes_of_key, plan.is_plain};
   std::copy(std::begin(facts), std::end(facts), done);
   return report(dtype == 0   ? cuda::score_and_select<float>(plan, nullptr)
                 : dtype == 1 ? cuda::score_and_select<bfloat16>(plan, nullptr)
