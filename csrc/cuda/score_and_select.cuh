@@ -267,7 +267,7 @@ inline void set_workspace(ScoreAndSelectPlan& plan, void* memory) {
   if (plan.is_plain) {
     PlainProblem& plain = plan.plain;
     plain.statistics = space.take<float2>(true, p.batch * p.q_heads * plain.pieces);
-    plain.logits = space.take<float>(true, p.batch * p.q_heads * plain.pitch);
+    plain.weights = space.take<float>(true, p.batch * p.q_heads * plain.pitch);
   } else {
     few.statistics = space.take<float2>(plan.needs_lse, few.runs.total * p.q_heads * few.queries);
     few.lse = space.take<float>(plan.separate_lse, samples * p.q_heads * p.queries);

@@ -18,11 +18,28 @@ inline constexpr int kPlainThreads = 256;
 inline constexpr int kPlainWarps = kPlainThreads / 32;
 inline constexpr int kPiece = 128;  // keys whose logits one warp puts together
 
+// e^z = fraction * 2^exponent, exponent whole. Multiplied by powers of two that are whole a number keeps its digits, so
+// that equal logits give equal probabilities whichever piece they are of.
+struct Exponential {
+  float fraction;
+  float exponent;
+
+  __device__ __forceinline__ explicit Exponential(float z) {
+    constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147182f, kLn2Rest = -1.90465421e-9f, kMost = 3e38f;
+    exponent = rintf(fminf(fmaxf(z * kLog2E, -kMost), kMost));
+    const float rest = fmaf(exponent, -kLn2Rest, fmaf(exponent, -kLn2, z));
+    // Beyond that, neighbouring numbers are so far apart that only the largest has a probability.
+    fraction = fabsf(exponent) < 1e9f ? exp2f(rest * kLog2E) : 1.0f;
+    if (z == -kInfinity) fraction = 0.0f;
+    if (!(z < kInfinity)) fraction = std::numeric_limits<float>::quiet_NaN();  // as infinity - infinity, and exp(NaN)
+  }
+};
+
 struct PlainProblem {
   const void* q;
   const void* k;
-  float* logits;       // [batch, q_heads, pitch]
-  float2* statistics;  // [batch, q_heads, pieces]: maximum of a piece's logits, sum of exp(logit - maximum)
+  float* weights;      // [batch, q_heads, pitch]: exp(logit) / 2^exponent of the piece
+  float2* statistics;  // [batch, q_heads, pieces]: exponent of the largest in a piece, sum of its weights
   int64_t q_batch_stride, q_head_stride, k_batch_stride, k_head_stride, k_row_stride;
   int keys, pitch, pieces;
   int keys_of_block;  // a multiple of kPiece
@@ -32,7 +49,8 @@ struct PlainProblem {
 };
 
 // Block: (keys, key head, sample).
-template <class T, bool kAhead = true>
+//   kAhead: more than one round, whose keys are read while those of the round before are multiplied
+template <class T, bool kAhead>
 __global__ void __launch_bounds__(kPlainThreads, 2) score_plain_kernel(const PlainProblem p) {
   constexpr int kPer = kPerSegment<T>;
   let_next_launch_start();
@@ -57,7 +75,7 @@ __global__ void __launch_bounds__(kPlainThreads, 2) score_plain_kernel(const Pla
   };
   const int step_of_block = kPlainWarps * apart * kKeysOfLane, lane_key = lane >> p.lanes_log2;
   int base = warp_of_block() * apart * kKeysOfLane;
-  if constexpr (kAhead) read(base + lane_key);
+  read(base + lane_key);
 
   float* const q = dynamic_shared<float>();  // [group, kPitch]
   float* const z = q + p.group * kPitch;     // [group, keys_of_block]
@@ -66,15 +84,10 @@ __global__ void __launch_bounds__(kPlainThreads, 2) score_plain_kernel(const Pla
   for (int row = 0; row < p.group; ++row) {
     q[row * kPitch + thread] = thread < p.dim ? to_float(from[row * p.q_head_stride + thread]) : 0.0f;
   }
-  if constexpr (kAhead) __syncthreads();
+  __syncthreads();
 
   PYVTK_NOT_UNROLLED
-  for (bool is_first = true; base < size || (!kAhead && is_first); base += step_of_block) {
-    if constexpr (!kAhead) {
-      read(base + lane_key);
-      if (is_first) __syncthreads();
-    }
-    is_first = false;
+  for (; base < size; base += step_of_block) {
     float wide[kKeysOfLane][kSegments][kPer];
     PYVTK_UNROLL
     for (int i = 0; i < kKeysOfLane; ++i) {
@@ -133,32 +146,36 @@ __global__ void __launch_bounds__(kPlainThreads, 2) score_plain_kernel(const Pla
     if (at + 1 >= size) four.y = -kInfinity;
     if (at + 2 >= size) four.z = -kInfinity;
     if (at + 3 >= size) four.w = -kInfinity;
-    float largest = fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
+    const Exponential e[4] = {Exponential(four.x), Exponential(four.y), Exponential(four.z), Exponential(four.w)};
+    float largest = fmaxf(fmaxf(e[0].exponent, e[1].exponent), fmaxf(e[2].exponent, e[3].exponent));
     PYVTK_UNROLL
     for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
-    const float shift = largest == -kInfinity ? 0.0f : largest;
-    float sum = expf(four.x - shift) + expf(four.y - shift) + (expf(four.z - shift) + expf(four.w - shift));
+    four.x = e[0].fraction * exp2f(e[0].exponent - largest);
+    four.y = e[1].fraction * exp2f(e[1].exponent - largest);
+    four.z = e[2].fraction * exp2f(e[2].exponent - largest);
+    four.w = e[3].fraction * exp2f(e[3].exponent - largest);
+    float sum = four.x + four.y + (four.z + four.w);
     PYVTK_UNROLL
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
     const int64_t plane = int64_t{blockIdx.z} * p.heads + head + row;
-    if (at < size) *reinterpret_cast<float4*>(p.logits + plane * p.pitch + begin + at) = four;
+    if (at < size) *reinterpret_cast<float4*>(p.weights + plane * p.pitch + begin + at) = four;
     if (lane == 0) p.statistics[plane * p.pieces + begin / kPiece + piece] = make_float2(largest, sum);
   }
 }
 
 struct PlainFinish {
-  const float* logits;
+  const float* weights;
   const float2* statistics;
-  const float* any;  // [4] that nobody writes meanwhile
-  float* scores;     // [batch, keys]
+  float* scores;  // [batch, keys]
   int keys, pitch, pieces, heads;
-  int quads;   // of keys, of a block
-  int splits;  // threads of a quad
+  int quads;            // of keys, of a block: a multiple of a piece's, or all
+  int pieces_of_block;  // that these are of
+  int splits;           // threads of a quad
   bool head_max, head_mean;
   bool selects;
 };
 
-inline constexpr int kHeadsAhead = 4;
+inline constexpr int kHeadsAhead = 6;  // whose weights are read before they are used
 
 // Block: (keys, sample).
 //   kSelects: all keys of a sample are one block's, and it chooses too
@@ -166,90 +183,90 @@ template <bool kSelects>
 __global__ void __launch_bounds__(kShortThreads, 1)
     score_plain_finish_kernel(const PlainFinish p, const SelectProblem select) {
   PYVTK_SHARED(shared, ShortShared);
-  float* const lses = dynamic_shared<float>();        // [heads, rounded up to 4]
-  float* const parts = lses + (p.heads + 3) / 4 * 4;  // [splits, 4 * quads]
+  float* const factors = dynamic_shared<float>();  // [heads, pieces_of_block]: from weight to probability
+  float* const parts = factors + (p.heads * p.pieces_of_block + 3) / 4 * 4;  // [splits, quads, 4]
+  await_previous_launch();
   let_next_launch_start();
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_warp();
-  const int split = thread / p.quads, quad = static_cast<int>(blockIdx.x) * p.quads + thread % p.quads;
-  const bool works = split < p.splits && 4 * quad < p.keys;
+  const int split = thread / p.quads, quad = thread % p.quads, first_quad = static_cast<int>(blockIdx.x) * p.quads;
+  const bool works = split < p.splits && 4 * (first_quad + quad) < p.keys;
   const int64_t sample = blockIdx.y;
-  // The first time with numbers that do not matter, while the launch before this one still works on those that do: it
-  // brings the instructions, which would be waited for.
+
+  const int first_piece = 4 * first_quad / kPiece;
   PYVTK_NOT_UNROLLED
-  for (int time = kSelects ? 0 : 1; time < 2; ++time) {
-    const bool is_real = time == 1;
-    const float2* const statistics =
-        is_real ? p.statistics + sample * p.heads * p.pieces : reinterpret_cast<const float2*>(p.any);
-    const float* const logits = is_real ? p.logits + sample * p.heads * p.pitch + 4 * quad : p.any;
-    const int heads = is_real ? p.heads : min(p.heads, p.splits), pitch = is_real ? p.pitch : 0;
-    const int pieces = is_real ? p.pieces : 1;
-    if (is_real) await_previous_launch();
+  for (int head = warp_of_block(); head < p.heads; head += warps_of_block()) {
+    const float2* const from = p.statistics + (sample * p.heads + head) * p.pieces;
+    float largest = -kInfinity, sum = 0.0f;
     PYVTK_NOT_UNROLLED
-    for (int head = warp_of_block(); head < heads; head += warps_of_block()) {
-      const float2* const from = is_real ? statistics + head * pieces : statistics;
-      Statistics all;
-      PYVTK_NOT_UNROLLED
-      for (int piece = lane; piece < pieces; piece += 32) {
-        const float2 one = from[piece];
-        all.add(Statistics{one.x, one.y});
-      }
-      PYVTK_NOT_UNROLLED
-      for (int step = 16; step > 0; step /= 2) all.add_lane(step);
-      // Where all logits are -inf, exp(logit - lse) is to be 0.
-      if (lane == 0) lses[head] = all.sum == 0.0f ? kInfinity : all.lse();
+    for (int piece = lane; piece < p.pieces; piece += 32) largest = fmaxf(largest, from[piece].x);
+    PYVTK_UNROLL
+    for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
+    PYVTK_NOT_UNROLLED
+    for (int piece = lane; piece < p.pieces; piece += 32) sum += from[piece].y * exp2f(from[piece].x - largest);
+    PYVTK_UNROLL
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    PYVTK_NOT_UNROLLED
+    for (int i = lane; i < p.pieces_of_block && first_piece + i < p.pieces; i += 32) {
+      // The sum is 0 where all logits are -inf: then so are the weights.
+      const float scale = exp2f(from[first_piece + i].x - largest);
+      factors[head * p.pieces_of_block + i] = sum == 0.0f ? 0.0f : scale / sum;
     }
-    __syncthreads();
-    const float start = nothing(p.head_max);
-    float of_heads[4] = {start, start, start, start};
-    if (works) {
-      PYVTK_NOT_UNROLLED
-      for (int first = split; first < heads; first += p.splits * kHeadsAhead) {
-        float4 z[kHeadsAhead];
-        PYVTK_UNROLL
-        for (int i = 0; i < kHeadsAhead; ++i) {
-          const int head = min(first + i * p.splits, heads - 1);
-          z[i] = *reinterpret_cast<const float4*>(logits + head * pitch);
-        }
-        PYVTK_UNROLL
-        for (int i = 0; i < kHeadsAhead; ++i) {
-          const int head = first + i * p.splits;
-          if (head >= heads) break;
-          const float lse = lses[head];
-          const float four[4] = {z[i].x, z[i].y, z[i].z, z[i].w};
-          PYVTK_UNROLL
-          for (int n = 0; n < 4; ++n) {
-            of_heads[n] = reduced(p.head_max, of_heads[n], expf(four[n] - lse));
-          }
-        }
-      }
-      *reinterpret_cast<float4*>(parts + 4 * thread) = make_float4(of_heads[0], of_heads[1], of_heads[2], of_heads[3]);
-    }
-    __syncthreads();
-    uint32_t ranks[4] = {};
-    if (works && split == 0) {
-      PYVTK_NOT_UNROLLED
-      for (int other = 1; other < p.splits; ++other) {
-        const float4 more = *reinterpret_cast<const float4*>(parts + 4 * (thread + other * p.quads));
-        of_heads[0] = reduced(p.head_max, of_heads[0], more.x);
-        of_heads[1] = reduced(p.head_max, of_heads[1], more.y);
-        of_heads[2] = reduced(p.head_max, of_heads[2], more.z);
-        of_heads[3] = reduced(p.head_max, of_heads[3], more.w);
+  }
+  __syncthreads();
+
+  const float start = nothing(p.head_max);
+  float of_heads[4] = {start, start, start, start};
+  if (works) {
+    const float* const weights = p.weights + sample * p.heads * p.pitch + 4 * (first_quad + quad);
+    const float* const factor = factors + 4 * quad / kPiece;
+    PYVTK_NOT_UNROLLED
+    for (int first = split; first < p.heads; first += p.splits * kHeadsAhead) {
+      float4 four[kHeadsAhead];
+      PYVTK_UNROLL
+      for (int i = 0; i < kHeadsAhead; ++i) {
+        const int head = min(first + i * p.splits, p.heads - 1);
+        four[i] = *reinterpret_cast<const float4*>(weights + int64_t{head} * p.pitch);
       }
       PYVTK_UNROLL
-      for (int n = 0; n < 4; ++n) {
-        if (p.head_mean) of_heads[n] /= static_cast<float>(p.heads);
-        ranks[n] = is_real ? rank_of(of_heads[n]) : static_cast<uint32_t>(4 * thread + n) * 0x01000193u;
-        if (is_real && 4 * quad + n < p.keys) p.scores[sample * p.keys + 4 * quad + n] = of_heads[n];
+      for (int i = 0; i < kHeadsAhead; ++i) {
+        const int head = first + i * p.splits;
+        if (head >= p.heads) break;
+        const float scale = factor[head * p.pieces_of_block];
+        of_heads[0] = reduced(p.head_max, of_heads[0], four[i].x * scale);
+        of_heads[1] = reduced(p.head_max, of_heads[1], four[i].y * scale);
+        of_heads[2] = reduced(p.head_max, of_heads[2], four[i].z * scale);
+        of_heads[3] = reduced(p.head_max, of_heads[3], four[i].w * scale);
       }
     }
-    if constexpr (kSelects) select_short_row(select, static_cast<int>(sample), ranks, is_real, shared);
-    if (!is_real) __syncthreads();
+    *reinterpret_cast<float4*>(parts + 4 * thread) = make_float4(of_heads[0], of_heads[1], of_heads[2], of_heads[3]);
   }
+  __syncthreads();
+  uint32_t ranks[4] = {kAbsent, kAbsent, kAbsent, kAbsent};
+  if (works && split == 0) {
+    PYVTK_NOT_UNROLLED
+    for (int other = 1; other < p.splits; ++other) {
+      const float4 more = *reinterpret_cast<const float4*>(parts + 4 * (thread + other * p.quads));
+      of_heads[0] = reduced(p.head_max, of_heads[0], more.x);
+      of_heads[1] = reduced(p.head_max, of_heads[1], more.y);
+      of_heads[2] = reduced(p.head_max, of_heads[2], more.z);
+      of_heads[3] = reduced(p.head_max, of_heads[3], more.w);
+    }
+    PYVTK_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int key = 4 * (first_quad + quad) + i;
+      if (key >= p.keys) break;
+      if (p.head_mean) of_heads[i] /= static_cast<float>(p.heads);
+      ranks[i] = rank_of(of_heads[i]);
+      p.scores[sample * p.keys + key] = of_heads[i];
+    }
+  }
+  if constexpr (kSelects) select_short_row(select, static_cast<int>(sample), ranks, shared);
 }
 
 // Launchers ----------------------------------------------------------------------------------------------------------
 
 inline constexpr int64_t kPlainSelected = 4096;  // keys of a sample that score_plain_finish_kernel chooses from
+inline constexpr int64_t kPlainFactors = 4096;   // of a block, in shared memory
 inline constexpr int64_t kPlainGroup = 16;       // query heads of a key head, whose logits have to fit shared memory
 
 // Whether there is one query, which sees all keys, and nothing else is asked for. aligned: keys are, to 16 bytes
@@ -257,7 +274,7 @@ inline bool is_plain(const ScoreProblem& p, bool aligned) {
   const bool sees_all = !p.q_mask && !p.k_mask && (!p.causal || (!p.q_positions && !p.k_positions));
   return aligned && sees_all && !p.packed() && p.queries == 1 && p.out_heads() == 1 && !p.k_bias && !p.head_weights &&
          !p.lse_given && !p.logit && p.key_start == 0 && p.key_stop == p.keys && p.keys > 0 &&
-         p.group() <= kPlainGroup && p.batch <= 65535 && p.kv_heads <= 65535;
+         p.group() <= kPlainGroup && p.q_heads <= kPlainFactors && p.batch <= 65535 && p.kv_heads <= 65535;
 }
 
 // Nothing depends on the device, so that results do not either.
@@ -279,8 +296,11 @@ inline void plan_plain(const ScoreProblem& p, int segments, int lanes_log2, cons
   plain.segments = segments;
   plain.lanes_log2 = lanes_log2;
   plain.scale = p.scale;
+  // Many blocks where there is little to read, few handovers where there is much. On an H200, cold: 128 keys of 128
+  // channels a block where all are 160 blocks (6.2 us, 256 keys: 6.6), 256 where they are 256 (16.5 us, 128: 19.9), 512
+  // where they are 3072 (100 us, 256: 104, 128: 127).
   const int64_t pieces = p.batch * p.kv_heads * plain.pieces;
-  plain.keys_of_block = pieces <= 1024 ? kPiece : 2 * kPiece;
+  plain.keys_of_block = (pieces <= 264 ? 1 : pieces <= 1056 ? 2 : 4) * kPiece;
 
   finish.keys = plain.keys;
   finish.pitch = plain.pitch;
@@ -288,9 +308,10 @@ inline void plan_plain(const ScoreProblem& p, int segments, int lanes_log2, cons
   finish.heads = plain.heads;
   finish.head_max = p.head_max();
   finish.head_mean = p.head_mean();
-  finish.selects = p.keys <= kPlainSelected && is_short(select);
+  const int64_t factors = p.q_heads * plain.pieces;
+  finish.selects = p.keys <= kPlainSelected && factors <= kPlainFactors && is_short(select);
   finish.quads = finish.selects ? plain.pitch / 4 : kPiece / 4;
-  finish.splits = std::min(kShortThreads / finish.quads, plain.heads);
+  finish.pieces_of_block = finish.selects ? plain.pieces : 1;
 }
 
 template <class T>
@@ -299,17 +320,21 @@ cudaError_t score_plain(const PlainProblem& plain, PlainFinish finish, const Sco
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(p.keys, plain.keys_of_block)),
                   static_cast<unsigned>(p.kv_heads), static_cast<unsigned>(p.batch));
   const size_t bytes = sizeof(float) * static_cast<size_t>(plain.group) * (kPitch + plain.keys_of_block);
-  const cudaError_t status = launch(&score_plain_kernel<T>, grid, dim3(kPlainThreads), bytes, stream, plain);
+  const bool one_round = plain.keys_of_block << plain.lanes_log2 <= kPlainWarps * 32 * kKeysOfLane;
+  const cudaError_t status = launch(one_round ? &score_plain_kernel<T, false> : &score_plain_kernel<T, true>, grid,
+                                    dim3(kPlainThreads), bytes, stream, plain);
   if (status != cudaSuccess) return status;
-  finish.logits = plain.logits;
+  finish.weights = plain.weights;
   finish.statistics = plain.statistics;
-  finish.any = static_cast<const float*>(plain.k);  // [4] of them: eight channels or more, aligned
   finish.scores = p.scores;
-  const size_t bytes_of_finish = sizeof(float) * static_cast<size_t>((finish.heads + 3) / 4 * 4 + 4 * kShortThreads);
+  const int64_t threads = finish.selects && finish.quads <= kPlainThreads ? kShortThreads / 2 : kShortThreads;
+  finish.splits = std::min(static_cast<int>(threads) / finish.quads, finish.heads);
+  const int64_t floats = ceil_div<int64_t>(int64_t{finish.heads} * finish.pieces_of_block, 4) * 4 + 4 * threads;
   const dim3 grid_of_finish(static_cast<unsigned>(ceil_div<int64_t>(p.keys, 4 * finish.quads)),
                             static_cast<unsigned>(p.batch));
   const auto kernel = finish.selects ? &score_plain_finish_kernel<true> : &score_plain_finish_kernel<false>;
-  return launch_early(kernel, grid_of_finish, dim3(kShortThreads), bytes_of_finish, stream, finish, select);
+  return launch_early(kernel, grid_of_finish, dim3(static_cast<unsigned>(threads)),
+                      sizeof(float) * static_cast<size_t>(floats), stream, finish, select);
 }
 
 }  // namespace pyvtk::cuda

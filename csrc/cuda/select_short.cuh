@@ -20,13 +20,18 @@ inline constexpr int kShortThreads = 1024;
 inline constexpr int kShortWarps = kShortThreads / 32;
 inline constexpr int kShortBins = 256;
 inline constexpr int64_t kShortTokens = 16 * kShortThreads;
+inline constexpr uint32_t kAbsent = 0xffffffffu;
 
 // A Cut of a short row.
 struct ShortCut {
   uint32_t pivot;
   int end;
 
-  constexpr bool holds(uint32_t rank, int token) const { return rank > pivot || (rank == pivot && token < end); }
+  // Without branches: they would be most of what is done for a token.
+  constexpr bool holds(uint32_t rank, int token) const {
+    return static_cast<bool>(static_cast<int>(rank > pivot) |
+                             (static_cast<int>(rank == pivot) & static_cast<int>(token < end)));
+  }
 };
 inline constexpr ShortCut kKeepAllShort{kNanRank, std::numeric_limits<int>::max()};
 inline constexpr ShortCut kKeepNoneShort{std::numeric_limits<uint32_t>::max(), 0};
@@ -53,25 +58,25 @@ __device__ __forceinline__ Prefix<int> prefix_of_threads(int mine, unsigned* sum
   return {static_cast<int>(before) + up_to_lane - mine, static_cast<int>(__reduce_add_sync(kAllLanes, sum))};
 }
 
-// The best `want` of the set, a bit for each token of the thread.
+// The best `want` of some tokens; the others are kAbsent, which is no rank of a score.
 template <int kTokens>
-__device__ __forceinline__ ShortCut cut_of_short(const uint32_t (&ranks)[kTokens], uint32_t set, int first_token,
-                                                 int want, ShortShared& shared) {
+__device__ __forceinline__ ShortCut cut_of_short(const uint32_t (&ranks)[kTokens], int first_token, int want,
+                                                 ShortShared& shared) {
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_warp();
-  uint32_t low = std::numeric_limits<uint32_t>::max(), high = 0;
+  uint32_t low = kAbsent, above = 0;  // above all: one more than the highest, and 0 again for kAbsent
+  unsigned mass = 0;
   PYVTK_UNROLL
   for (int i = 0; i < kTokens; ++i) {
-    if (set >> i & 1) {
-      low = min(low, ranks[i]);
-      high = max(high, ranks[i]);
-    }
+    low = min(low, ranks[i]);
+    above = max(above, ranks[i] + 1);
+    mass += ranks[i] != kAbsent;
   }
   low = __reduce_min_sync(kAllLanes, low);
-  high = __reduce_max_sync(kAllLanes, high);
-  unsigned mass = __reduce_add_sync(kAllLanes, static_cast<unsigned>(__popc(set)));
+  above = __reduce_max_sync(kAllLanes, above);
+  mass = __reduce_add_sync(kAllLanes, mass);
   if (lane == 0) {
     shared.lows[warp_of_block()] = low;
-    shared.highs[warp_of_block()] = high;
+    shared.highs[warp_of_block()] = above;
     shared.counts[warp_of_block()] = mass;
   }
   PYVTK_NOT_UNROLLED
@@ -82,17 +87,16 @@ __device__ __forceinline__ ShortCut cut_of_short(const uint32_t (&ranks)[kTokens
   mass = __reduce_add_sync(kAllLanes, exists ? shared.counts[lane] : 0u);
   if (want <= 0) return kKeepNoneShort;
   if (want >= static_cast<int>(mass)) return kKeepAllShort;
-  low = __reduce_min_sync(kAllLanes, exists ? shared.lows[lane] : std::numeric_limits<uint32_t>::max());
-  high = __reduce_max_sync(kAllLanes, exists ? shared.highs[lane] : 0u);
+  low = __reduce_min_sync(kAllLanes, exists ? shared.lows[lane] : kAbsent);
+  uint32_t high = __reduce_max_sync(kAllLanes, exists ? shared.highs[lane] : 0u) - 1;
   unsigned need = static_cast<unsigned>(want);
   PYVTK_NOT_UNROLLED
   while (low != high) {
     const int shift = max(0, 32 - __clz(static_cast<int>(high - low)) - 8);
     PYVTK_UNROLL
     for (int i = 0; i < kTokens; ++i) {
-      if (set >> i & 1 && ranks[i] >= low && ranks[i] <= high) {
-        atomicAdd(&shared.histogram[(ranks[i] - low) >> shift], 1u);
-      }
+      const uint32_t height = ranks[i] - low;
+      if (height <= high - low) atomicAdd(&shared.histogram[height >> shift], 1u);
     }
     __syncthreads();
     if (thread < 32) {
@@ -117,7 +121,7 @@ __device__ __forceinline__ ShortCut cut_of_short(const uint32_t (&ranks)[kTokens
     if (bin.mass <= 32) {
       PYVTK_UNROLL
       for (int i = 0; i < kTokens; ++i) {
-        if (set >> i & 1 && ranks[i] >= low && ranks[i] <= high) {
+        if (ranks[i] - low <= high - low) {
           const unsigned token = static_cast<unsigned>(first_token + i);
           shared.list[atomicAdd(&shared.listed, 1u)] = uint64_t{ranks[i]} << 32 | ~token;
         }
@@ -144,7 +148,7 @@ __device__ __forceinline__ ShortCut cut_of_short(const uint32_t (&ranks)[kTokens
   // Many of the same rank: the first `need` of them.
   uint32_t equal = 0;
   PYVTK_UNROLL
-  for (int i = 0; i < kTokens; ++i) equal |= static_cast<uint32_t>(set >> i & 1 && ranks[i] == low) << i;
+  for (int i = 0; i < kTokens; ++i) equal |= static_cast<uint32_t>(ranks[i] == low) << i;
   const int count = __popc(equal), missing = static_cast<int>(need) - prefix_of_threads(count, shared.sums).before;
   if (missing > 0 && missing <= count) {
     PYVTK_NOT_UNROLLED
@@ -155,45 +159,68 @@ __device__ __forceinline__ ShortCut cut_of_short(const uint32_t (&ranks)[kTokens
   return shared.cut;
 }
 
+// Ranks of consecutive tokens of a row, kAbsent past its end; all of them on their way at once.
+template <int kTokens>
+__device__ __forceinline__ void read_short(const AnyScores& scores, int first, int size, uint32_t (&ranks)[kTokens]) {
+  float values[kTokens];
+  if (scores.type == ScoreType::float32) {
+    const float* const from = static_cast<const float*>(scores.data) + first;
+    PYVTK_UNROLL
+    for (int i = 0; i < kTokens; ++i) values[i] = first + i < size ? from[i] : 0.0f;
+  } else {
+    const uint16_t* const from = static_cast<const uint16_t*>(scores.data) + first;
+    uint16_t bits[kTokens];
+    PYVTK_UNROLL
+    for (int i = 0; i < kTokens; ++i) bits[i] = first + i < size ? from[i] : uint16_t{0};
+    PYVTK_UNROLL
+    for (int i = 0; i < kTokens; ++i) values[i] = scores.of_bits(bits[i]);
+  }
+  PYVTK_UNROLL
+  for (int i = 0; i < kTokens; ++i) ranks[i] = first + i < size ? rank_of(values[i]) : kAbsent;
+}
+
 // Chooses row `number` of the problem and writes its indices, count and overflow, with all threads of the block, which
-// have the ranks of its tokens. Between two calls there has to be a barrier.
-//   writes: false: does all of it but writing, to have the instructions at hand
+// have the ranks of its tokens, kAbsent past its end. Between two calls there has to be a barrier.
 template <int kTokens>
 __device__ __forceinline__ void select_short_row(const SelectProblem& problem, int number,
-                                                 const uint32_t (&ranks)[kTokens], bool writes, ShortShared& shared) {
+                                                 const uint32_t (&ranks)[kTokens], ShortShared& shared) {
   const int thread = static_cast<int>(threadIdx.x), size = static_cast<int>(problem.tokens);
-  const int first_token = thread * kTokens;
-  uint32_t fixed = 0;
-  uint32_t set = first_token < size ? (1u << min(size - first_token, kTokens)) - 1 : 0;
-  const int capacity = static_cast<int>(problem.capacity);
+  const int first_token = thread * kTokens, capacity = static_cast<int>(problem.capacity);
   uint32_t least = kNanRank;
-  int want = size / 2;
-  if (writes) {
-    const float threshold = problem.threshold ? problem.threshold.data[number * problem.threshold.per_row] : 0.0f;
-    if (problem.threshold) least = threshold != threshold ? std::numeric_limits<uint32_t>::max() : rank_of(threshold);
-    want = size;
-    if (has_count(problem)) {
-      const int64_t given = problem.num_keep_per_row
-                                ? problem.num_keep_per_row.data[number * problem.num_keep_per_row.per_row]
-                                : problem.num_keep;
-      want = static_cast<int>(min(max(given, int64_t{-1}), int64_t{size}));
-    }
+  if (problem.threshold) {
+    // Nothing reaches NaN.
+    const float threshold = problem.threshold.data[number * problem.threshold.per_row];
+    least = threshold != threshold ? kAbsent : rank_of(threshold);
   }
+  int want = size;
+  if (has_count(problem)) {
+    const int64_t given = problem.num_keep_per_row
+                              ? problem.num_keep_per_row.data[number * problem.num_keep_per_row.per_row]
+                              : problem.num_keep;
+    want = static_cast<int>(min(max(given, int64_t{-1}), int64_t{size}));
+  }
+  uint32_t competing[kTokens];  // their ranks
+  PYVTK_UNROLL
+  for (int i = 0; i < kTokens; ++i) competing[i] = ranks[i];
+  uint32_t fixed = 0;  // a bit for each token
   int num_fixed = 0;
-  if (writes && (problem.keep || problem.drop || problem.candidates)) {
+  if (problem.keep || problem.drop || problem.candidates) {
     const uint8_t* const keep = problem.keep.row(number, problem.tokens);
     const uint8_t* const drop = problem.drop.row(number, problem.tokens);
     const uint8_t* const candidates = problem.candidates.row(number, problem.tokens);
-    uint32_t kept = 0, left = set;
-    set = 0;
+    uint32_t kept = 0, competes = 0;
     PYVTK_NOT_UNROLLED
-    for (int i = 0; i < kTokens && left >> i; ++i) {
+    for (int i = 0; i < kTokens && first_token + i < size; ++i) {
       const int token = first_token + i;
       const bool allowed = !(drop && drop[token]), is_kept = keep && keep[token] && allowed;
       const bool eligible = !(candidates && !candidates[token]);
       kept |= static_cast<uint32_t>(is_kept) << i;
       fixed |= static_cast<uint32_t>(is_kept || (allowed && problem.keep_others && !eligible)) << i;
-      set |= static_cast<uint32_t>(allowed && eligible && !is_kept) << i;
+      competes |= static_cast<uint32_t>(allowed && eligible && !is_kept) << i;
+    }
+    PYVTK_UNROLL
+    for (int i = 0; i < kTokens; ++i) {
+      if (!(competes >> i & 1)) competing[i] = kAbsent;
     }
     const int counts = prefix_of_threads(__popc(fixed) << 16 | __popc(kept), shared.sums).total;
     num_fixed = counts >> 16;
@@ -205,25 +232,28 @@ __device__ __forceinline__ void select_short_row(const SelectProblem& problem, i
   bool overflow = false;
   PYVTK_NOT_UNROLLED
   for (;;) {
-    const ShortCut cut = cut_of_short(ranks, set, first_token, want, shared);
-    stay = base;
+    const ShortCut cut = cut_of_short(competing, first_token, want, shared);
+    stay = 0;
     PYVTK_UNROLL
     for (int i = 0; i < kTokens; ++i) {
-      const bool stays = set >> i & 1 && ranks[i] >= least && cut.holds(ranks[i], first_token + i);
+      const int in_cut = cut.holds(competing[i], first_token + i), reaches = competing[i] >= least;
+      const int stays = in_cut & reaches & static_cast<int>(competing[i] != kAbsent);
       stay |= static_cast<uint32_t>(stays) << i;
     }
+    stay |= base;
     places = prefix_of_threads(__popc(stay), shared.sums);
-    if (places.total <= capacity || !writes) break;
+    if (places.total <= capacity) break;
     // Fixed tokens go first, then the best of the others.
     overflow = true;
     const bool only_fixed = num_fixed >= capacity;
-    set = only_fixed ? fixed : stay & ~fixed;
+    const uint32_t competes = only_fixed ? fixed : stay & ~fixed;
+    PYVTK_UNROLL
+    for (int i = 0; i < kTokens; ++i) competing[i] = competes >> i & 1 ? ranks[i] : kAbsent;
     base = only_fixed ? 0 : fixed;
     want = only_fixed ? capacity : capacity - num_fixed;
     least = kNanRank;
     __syncthreads();
   }
-  if (!writes) return;
   if (thread == 0) {
     problem.counts[number] = places.total;
     problem.overflow[number] = overflow;
@@ -248,16 +278,10 @@ __global__ void __launch_bounds__(kShortThreads, 1)
   await_previous_launch();
   let_next_launch_start();
   const unsigned number = blockIdx.x, heads = static_cast<unsigned>(problem.heads);
-  const int last = static_cast<int>(problem.tokens) - 1, first = static_cast<int>(threadIdx.x) * kTokens;
-  int tokens[kTokens];
-  float values[kTokens];
   uint32_t ranks[kTokens];
-  PYVTK_UNROLL
-  for (int i = 0; i < kTokens; ++i) tokens[i] = min(first + i, last);
-  scores.from(number / heads * problem.batch_stride + number % heads * problem.head_stride).read(tokens, values);
-  PYVTK_UNROLL
-  for (int i = 0; i < kTokens; ++i) ranks[i] = rank_of(values[i]);
-  select_short_row(problem, static_cast<int>(number), ranks, true, shared);
+  read_short(scores.from(number / heads * problem.batch_stride + number % heads * problem.head_stride),
+             static_cast<int>(threadIdx.x) * kTokens, static_cast<int>(problem.tokens), ranks);
+  select_short_row(problem, static_cast<int>(number), ranks, shared);
 }
 
 // Whether a row is one block's with its ranks in registers. Counts of 16 bits are added up two at a time.

@@ -35,6 +35,10 @@ CALLS = {
     "last token": Call("score_and_select", heads(2, 32, 32, 1, 640, 128, BRAIN), scored(144), exact=False,
                        compiles=True),
     "groups": chosen(heads(1, 28, 4, 1, 4096, 128, HALF), 1000),
+    **{f"last token, D={dim}, {short(dtype)}": chosen(heads(2, 6, 3, 1, 1111, dim, dtype), 300)
+       for dtype in (SINGLE, HALF, BRAIN) for dim in (40, 256)},
+    "last token, many samples": chosen(heads(9, 16, 16, 1, 1200, 16, BRAIN), 300, query_reduce="max",
+                                       head_reduce="sum"),
     "fp32": chosen(heads(2, 8, 2, 5, 777, 64), 100, causal=True),
     "fp32, group of 4": chosen(heads(2, 8, 2, 1, 777, 80), 100),
     **{f"{short(dtype)}, {count} heads, D={dim}": chosen(heads(2, 8, count, 1, 300, dim, dtype), 60)
