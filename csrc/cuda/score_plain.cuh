@@ -1,5 +1,13 @@
 // score_and_select for one query that sees all keys, as in a decoding step or for the last token of a prompt: the
 // usual call, in few instructions. pyvtk/reference/score.py is the definition; other problems: score_few.cuh.
+//
+//   score_plain_kernel         a block per (keys, key head): products, and their exponentials in pieces of 128 keys
+//   score_plain_finish_kernel  a block per sample: denominators, the sum over heads, the tokens that stay; samples of
+//                              more keys than it chooses from have a block per piece, and select follows
+//
+// On an H200, cold, 640 keys of 32 heads (5 MB): the first took 6.2 us alone, where an empty kernel takes 2.7 and a
+// copy of k 5.8. The second was bound by instructions of one multiprocessor while it took the exponentials itself (7.8
+// us alone, 10.7 with the choice), which is why the first takes them now.
 #pragma once
 #include <algorithm>
 #include <cmath>
