@@ -1,6 +1,7 @@
 // select: the tokens that stay, row by row. pyvtk/reference/select.py is the definition; the CPU's way is cpu/select.h.
 //
-// One block per row; few and long rows get more, by these functions too: select_long.cuh. A score becomes a uint32 that
+// One block per row. Few and long rows get more, by these functions too: select_long.cuh; rows of up to 16384 tokens of
+// which nothing else is asked have a kernel of their own: select_short.cuh. A score becomes a uint32 that
 // orders as scores rank. All criteria keep a prefix of (rank descending, token ascending), so each is a Cut and the
 // most restrictive one decides. A cut is found by histograms over the range of the ranks that are left, up to 11 bits
 // at a time: usually two, and none where all are equal. Scores are read once and their ranks stay in shared memory, if
@@ -11,8 +12,7 @@
 // Token 32 w + j always belongs to lane j of the warp that owns word w: ranks need no barrier between passes, sets of
 // tokens (a bit for each) only __syncwarp, and order within a row is that of warps. Counts and masses are integers, so
 // the order in which atomics happen cannot matter. Reads scores and masks once (segments and keep once per segment),
-// writes the indices. Not measured on a GPU yet; for rows of a few thousand tokens the latency of some twenty barriers
-// should count, not bytes.
+// writes the indices.
 #pragma once
 #include <bit>
 #include <cstdint>

@@ -567,9 +567,17 @@ cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int device) {
   Devices& known = devices();
   const std::lock_guard<std::mutex> lock(known.mutex);
   if (device < 0 || device >= static_cast<int>(known.shared_bytes.size())) return cudaErrorInvalidValue;
-  *value = attribute == cudaDevAttrMultiProcessorCount
-               ? options().multiprocessors
-               : static_cast<int>(known.shared_bytes[static_cast<size_t>(device)]);
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = options().multiprocessors;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(known.shared_bytes[static_cast<size_t>(device)]);
+      break;
+  }
   return cudaSuccess;
 }
 
