@@ -245,9 +245,12 @@ __device__ __forceinline__ Strides row_offset(const Shape& shape, const Selected
   return offset;
 }
 // Of a spot, all but its position.
-__device__ __forceinline__ Strides line_offset(const Shape& shape, Spot spot, uint32_t width) {
+__device__ __forceinline__ Strides unit_offset(Spot spot, uint32_t width) {
   const int64_t unit = static_cast<int64_t>(uint64_t{spot.unit} * width);
-  Strides offset{unit, unit, unit};
+  return {unit, unit, unit};
+}
+__device__ __forceinline__ Strides line_offset(const Shape& shape, Spot spot, uint32_t width) {
+  Strides offset = unit_offset(spot, width);
   // most tensors have no axes: unrolled, the loop would be most of the code
   PYVTK_NOT_UNROLLED
   for (int axis = shape.axes - 1; axis >= 0; --axis) {
@@ -382,7 +385,8 @@ __device__ __forceinline__ bool wins(const SelectedOnDevice& selected, const Inv
 enum class Gather { padded, packed, winners };
 
 // target[row, slot] = source[row, token of the slot], or the pad. Positions are slots.
-template <class Unit, Gather kKind>
+//   kPlain: the tensor has no other axes
+template <class Unit, Gather kKind, bool kPlain>
 __device__ __forceinline__ void gather_tile(const Moved& move, const SelectedOnDevice& selected, const Inverse& inverse,
                                             int32_t row, uint32_t tile) {
   const Shape& shape = move.shape;
@@ -411,7 +415,7 @@ __device__ __forceinline__ void gather_tile(const Moved& move, const SelectedOnD
     if (spots[k].line >= shape.lines || (kPacked && (!valid || slot + shift >= selected.total))) continue;
     int32_t token = valid ? index_or_none(selected, indices[k]) : -1;
     if (kKind == Gather::winners && token >= 0 && !wins(selected, inverse, shape.merged, row, slot, token)) token = -1;
-    const Strides offset = line_offset(shape, spots[k], sizeof(Unit));
+    const Strides offset = kPlain ? unit_offset(spots[k], sizeof(Unit)) : line_offset(shape, spots[k], sizeof(Unit));
     to[k] = move.target + here.target + offset.target + int64_t{slot + shift} * shape.token.target;
     const char* const from = move.source + here.source + offset.source + int64_t{token} * shape.token.source;
     values[k] = token >= 0 ? __ldg(reinterpret_cast<const Unit*>(from)) : pad[spots[k].unit % kPads];
@@ -446,16 +450,24 @@ __device__ __forceinline__ Moved moved_by(const Moves& moves, const Work& work) 
 }
 
 // packed and winners have more to keep in registers
-template <Gather kKind>
+//   kPlain: there is one tensor, without other axes, in units of 16 bytes. What describes it are constants of the
+//   kernel, which takes no time to look for them.
+template <Gather kKind, bool kPlain>
 __global__ void __launch_bounds__(kMoveThreads, kKind == Gather::padded ? kGatherBlocks : 5)
     gather_kernel(const __grid_constant__ Moves moves, const SelectedOnDevice selected, const Inverse inverse) {
+  if constexpr (kPlain) {
+    const Split at = split(moves.shape[0].tiles, blockIdx.x);
+    gather_tile<uint4, kKind, true>({moves.shape[0], moves.source[0], moves.target[0]}, selected, inverse,
+                                    static_cast<int32_t>(at.quotient), at.rest);
+    return;
+  }
   const Work work = work_of_block(moves);
   const Moved move = moved_by(moves, work);
   with_unit(move.shape.width, [&](auto unit) {
     using Unit = decltype(unit);
     if (kKind != Gather::packed || work.block < move.shape.row_blocks) {
       const Split at = split(move.shape.tiles, work.block);
-      gather_tile<Unit, kKind>(move, selected, inverse, static_cast<int32_t>(at.quotient), at.rest);
+      gather_tile<Unit, kKind, false>(move, selected, inverse, static_cast<int32_t>(at.quotient), at.rest);
     } else {
       const uint32_t next = work.move + 1 < moves.count ? moves.first_block[work.move + 1] : gridDim.x;
       pad_tail<Unit>(move, selected, work.block - move.shape.row_blocks,
@@ -878,8 +890,11 @@ inline cudaError_t gather(Move* moves, int64_t count, const SelectedOnDevice& se
   return detail::in_launches(
       moves, count, [&](const Move& move) { return move.row_blocks + tail_blocks(move); },
       [&](const Moves& batch, unsigned blocks) {
-        return launch(packed ? gather_kernel<Gather::packed> : gather_kernel<Gather::padded>, dim3(blocks),
-                      dim3(kMoveThreads), 0, stream, batch, selected, Inverse{});
+        const bool plain = !packed && batch.count == 1 && batch.shape[0].width == 16 && batch.shape[0].axes == 0;
+        return launch(packed  ? gather_kernel<Gather::packed, false>
+                      : plain ? gather_kernel<Gather::padded, true>
+                              : gather_kernel<Gather::padded, false>,
+                      dim3(blocks), dim3(kMoveThreads), 0, stream, batch, selected, Inverse{});
       });
 }
 
@@ -890,8 +905,8 @@ inline cudaError_t gather_winners(Move move, const SelectedOnDevice& selected, c
   return detail::in_launches(
       &move, 1, [](const Move& one) { return uint64_t{one.row_blocks}; },
       [&](const Moves& batch, unsigned blocks) {
-        return launch(gather_kernel<Gather::winners>, dim3(blocks), dim3(kMoveThreads), 0, stream, batch, selected,
-                      inverse);
+        return launch(gather_kernel<Gather::winners, false>, dim3(blocks), dim3(kMoveThreads), 0, stream, batch,
+                      selected, inverse);
       });
 }
 
