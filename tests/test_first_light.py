@@ -124,8 +124,8 @@ def test_a_fault_of_the_profiler_is_none_of_the_call(tmp_path, monkeypatch, fami
 
 # Names of the library's kernels, as they stand in its machine code, and what a profiler calls them
 NAMES = {
-    "_ZN5pyvtk4cuda19score_finish_kernelILNS0_4ThenE2EEEvNS0_10FewProblemENS0_13FinishProblemENS_13SelectProblemE":
-        "score_finish_kernel<(Then)2>",
+    "_ZN5pyvtk4cuda25score_plain_finish_kernelILb1EEEvNS0_11PlainFinishENS_13SelectProblemE":
+        "score_plain_finish_kernel<1>",
     "_ZN5pyvtk4cuda21merge_backward_kernelINS_8bfloat16ELi8EEEvNS0_12MergeProblemENS0_13MergeGradientEi":
         "merge_backward_kernel<bfloat16, 8>",
     "_ZN5pyvtk4cuda17compact_kv_kernelENS0_8KvCachesENS0_16SelectedOnDeviceEb": "compact_kv_kernel",

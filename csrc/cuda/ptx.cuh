@@ -68,6 +68,20 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// A launch that may begin before the one before it in its stream has ended (launch_early) waits for that end, and sees
+// what it wrote, here. All of its blocks have to: its own end says to a later launch that the earlier ones have ended.
+__device__ __forceinline__ void await_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// From here on the launch that follows may begin, if it is such a one, once all blocks have come here or ended.
+__device__ __forceinline__ void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // What is computed of the word is not computed ahead of a loop, where it would take registers. No instruction.
 __device__ __forceinline__ void stay_in_loop(unsigned& word) { asm volatile("" : "+r"(word)); }
 
@@ -307,6 +321,25 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   if (status != cudaSuccess) return status;
   // The last two: attributes, of which no launch has any yet, and their number.
   const cudaLaunchConfig_t config{grid, block, shared_bytes, stream, nullptr, 0};
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+// The same for a kernel that calls await_previous_launch(): where the device can, it begins before the launch before it
+// in the stream has ended.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                         Arguments&&... arguments) {
+  int device = 0, major = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status == cudaSuccess) {
+    status = detail::allow_shared(reinterpret_cast<const void*>(kernel), static_cast<int64_t>(shared_bytes));
+  }
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  const cudaLaunchConfig_t config{grid, block, shared_bytes, stream, &early, major >= 9 ? 1u : 0u};
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }
 

@@ -1,16 +1,15 @@
 // score_and_select for few queries (64 at most). pyvtk/reference/score.py and select.py are the definitions.
 //
+//   score_plain_kernel, score_plain_finish_kernel   the usual call, one query that sees all keys: score_plain.cuh
+//
 //   score_rows_kernel    reads q and k: logits, or what a softmax needs to know of them      (score_few.cuh)
 //   score_lse_kernel     denominators, where there are too many rows for what follows to make them on the side
 //   score_columns_kernel reads k again for samples that keep no logits
-//   score_finish_kernel  a block per (run of keys, unit): softmax, reductions, scores; of each unit the last block to
-//                        arrive chooses the tokens that stay
-//   select               chooses them instead, afterwards, where rows are long               (select.cuh,
+//   score_finish_kernel  a block per (run of keys, unit): softmax, reductions, scores
+//   select               chooses the tokens that stay                     (select_short.cuh, select.cuh,
 //   select_long.cuh)
 //
-// The usual call is the first and the fourth of these. One launch could do it all, were the arrivals zero from the
-// start: but a memset is a launch as well, and one block alone would normalise and add up what here the whole device
-// does. So the first kernel zeroes the arrivals for the other, and the end of a launch orders all that it wrote.
+// Launches follow each other early (launch_early): a call of some microseconds is mostly their beginnings.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -21,6 +20,7 @@
 #include "cuda/block.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/score_few.cuh"
+#include "cuda/score_plain.cuh"
 #include "cuda/select.cuh"
 #include "cuda/select_long.cuh"
 #include "cuda/workspace.cuh"
@@ -30,7 +30,6 @@ namespace pyvtk::cuda {
 inline constexpr int kKeysOfThread = 4;
 inline constexpr int kKeysOfGroup = 32 * kKeysOfThread;  // that a warp has, and others with it
 inline constexpr int kRowsAhead = 4;                     // logits of so many rows are read before they are used
-inline constexpr int64_t kSelectedAtOnce = 4096;         // tokens of a row that score_finish_kernel chooses from
 inline constexpr int64_t kStatisticsAtOnce = 2048;       // of a unit, that each of its blocks puts together by itself
 inline constexpr int64_t kWantedBlocks = 1024;           // some for each multiprocessor of the largest devices
 inline constexpr int64_t kMostRuns = 64;                 // of a sample: its statistics are read more than once
@@ -42,28 +41,35 @@ struct FinishProblem {
   float* whole;        // [rows, keys] as select's scores: -inf outside of the scored range; nullptr: not needed
   uint8_t* competing;  // [rows, keys] as select's candidates: those that k_mask shows, inside of the range; or nullptr
   PerToken<uint8_t> candidates;  // given
-  SelectMemory memory;
 };
 
-enum class Then { nothing, select, select_with_masks };
+// One of some registers, by a number that the compiler does not know: a loop over them need not be unrolled.
+template <class T>
+__device__ __forceinline__ T pick(const T (&of)[4], int i) {
+  return i < 2 ? (i == 0 ? of[0] : of[1]) : (i == 2 ? of[2] : of[3]);
+}
 
-// A thread's keys: number, place among the scored ones, who sees them.
+// A thread's keys: number, a bit for each that is scored, and for each of those that k_mask shows; who sees them.
 struct FinishKeys {
-  int key[kKeysOfThread];
+  int first;  // the next is 32 further
+  unsigned scored;
+  unsigned there;
   int position[kKeysOfThread];
-  bool scored[kKeysOfThread];
-  bool there[kKeysOfThread];  // scored, and k_mask shows it
   int seen_by[kKeysOfThread];
 
-  __device__ __forceinline__ bool sees(int64_t reach, int i) const { return there[i] && position[i] <= reach; }
+  __device__ __forceinline__ int key(int i) const { return first + 32 * i; }
+  __device__ __forceinline__ bool is_scored(int i) const { return scored >> i & 1; }
+  __device__ __forceinline__ bool is_there(int i) const { return there >> i & 1; }
+  __device__ __forceinline__ bool sees(int64_t reach, int i) const { return is_there(i) && position[i] <= reach; }
 };
 
 // Block: (run of keys, unit).
-template <Then kThen>
-__global__ void __launch_bounds__(kFewThreads, 2)
-    score_finish_kernel(const FewProblem few, const FinishProblem finish, const SelectProblem select) {
+static __global__ void __launch_bounds__(kFewThreads, 2)
+    score_finish_kernel(const FewProblem few, const FinishProblem finish) {
   PYVTK_SHARED(reaches, int64_t[kFewQueries]);
   PYVTK_SHARED(parts, float[kFewWarps][kKeysOfGroup]);
+  await_previous_launch();
+  let_next_launch_start();
   const ScoreProblem& p = few.score;
   const int thread = static_cast<int>(threadIdx.x);
   const int unit = static_cast<int>(blockIdx.x % static_cast<unsigned>(few.units));
@@ -85,17 +91,18 @@ __global__ void __launch_bounds__(kFewThreads, 2)
   __syncthreads();
 
   const int group = warp_of_block() / finish.splits, split = warp_of_block() % finish.splits;
-  const int begin = static_cast<int>(place) * finish.runs.keys + group * kKeysOfGroup + lane_of_warp();
-  FinishKeys mine;
+  FinishKeys mine{};
+  mine.first = static_cast<int>(place) * finish.runs.keys + group * kKeysOfGroup + lane_of_warp();
   PYVTK_UNROLL
   for (int i = 0; i < kKeysOfThread; ++i) {
-    const int key = mine.key[i] = begin + 32 * i;
-    mine.scored[i] = key >= s.key_start && key < s.key_stop;
-    mine.there[i] = mine.scored[i] && exists(p, s, key);
-    mine.position[i] = mine.there[i] ? position_of(p, s, key) : 0;
-    mine.seen_by[i] = 0;
+    const int key = mine.key(i);
+    const bool is_scored = key >= s.key_start && key < s.key_stop, is_there = is_scored && exists(p, s, key);
+    mine.scored |= static_cast<unsigned>(is_scored) << i;
+    mine.there |= static_cast<unsigned>(is_there) << i;
+    mine.position[i] = is_there ? position_of(p, s, key) : 0;
   }
   int valid = 0;
+  PYVTK_NOT_UNROLLED
   for (int query = 0; query < s.queries; ++query) {
     const int64_t reach = reaches[query];
     valid += reach != kSeesNothing;
@@ -105,22 +112,27 @@ __global__ void __launch_bounds__(kFewThreads, 2)
 
   // What is known of a key once queries are reduced.
   const auto divided = [&](float x, int i) {
-    if (few.query_max) return mine.seen_by[i] > 0 ? x : 0.0f;
+    const int seen_by = pick(mine.seen_by, i);
+    if (few.query_max) return seen_by > 0 ? x : 0.0f;
     if (few.mean) return x / static_cast<float>(max(valid, 1));
-    return few.visible_mean ? x / static_cast<float>(max(mine.seen_by[i], 1)) : x;
+    return few.visible_mean ? x / static_cast<float>(max(seen_by, 1)) : x;
   };
+  const int64_t scored = p.key_stop - p.key_start;
+  // Of the unit's first score: where it stands, and its row as select counts them.
+  const int64_t first_row = p.cu_seqlens_k ? number : (number * few.units + unit) * few.outs_of_unit;
+  const int64_t first_score = plane_of(p, s, int64_t{few.units} * few.outs_of_unit, unit * few.outs_of_unit);
+  const int64_t first_of_row = p.cu_seqlens_k ? s.column : first_row * p.keys;
+  const unsigned rows_each = static_cast<unsigned>(finish.candidates.rows_each);
   const auto write = [&](int out, float x, int i) {
-    if (mine.key[i] >= s.keys) return;
-    const int64_t number_of_out = int64_t{unit} * few.outs_of_unit + out, outs = few.units * few.outs_of_unit;
-    if (p.logit && mine.seen_by[i] == 0) x = -kInfinity;
-    if (mine.scored[i]) p.scores[plane_of(p, s, outs, number_of_out) + mine.key[i] - s.key_start] = x;
-    const int64_t row = p.cu_seqlens_k ? number : number * outs + number_of_out;
-    const int64_t at = (p.cu_seqlens_k ? s.column : row * p.keys) + mine.key[i];
-    if (finish.whole) finish.whole[at] = mine.scored[i] ? x : -kInfinity;
+    if (mine.key(i) >= s.keys) return;
+    if (p.logit && pick(mine.seen_by, i) == 0) x = -kInfinity;
+    if (mine.is_scored(i)) p.scores[first_score + out * scored + mine.key(i) - s.key_start] = x;
+    const int64_t at = first_of_row + out * p.keys + mine.key(i);
+    if (finish.whole) finish.whole[at] = mine.is_scored(i) ? x : -kInfinity;
     if (finish.competing) {
       const uint8_t* given = finish.candidates.data;
-      if (given) given += p.cu_seqlens_k ? s.column : row / finish.candidates.rows_each * p.keys;
-      finish.competing[at] = mine.there[i] && (!given || given[mine.key[i]]);
+      if (given) given += p.cu_seqlens_k ? s.column : (static_cast<unsigned>(first_row) + out) / rows_each * p.keys;
+      finish.competing[at] = mine.is_there(i) && (!given || given[mine.key(i)]);
     }
   };
 
@@ -140,7 +152,7 @@ __global__ void __launch_bounds__(kFewThreads, 2)
   // An empty inner reduction is one all the same.
   if (inner == 0 && few.outs_of_unit > 1) {
     for (int out = split; out < outer; out += finish.splits) {
-      PYVTK_UNROLL
+      PYVTK_NOT_UNROLLED
       for (int i = 0; i < kKeysOfThread; ++i) write(out, 0.0f, i);
     }
   }
@@ -153,14 +165,21 @@ __global__ void __launch_bounds__(kFewThreads, 2)
                                    : kept_plane(few, s, first_head + (few.pairwise ? j : o), few.pairwise ? o : j);
       const float* from = (keeps ? few.logits : few.columns) + plane - s.key_start;
       PYVTK_UNROLL
-      for (int i = 0; i < kKeysOfThread; ++i) z[ahead][i] = mine.scored[i] ? from[mine.key[i]] : 0.0f;
+      for (int i = 0; i < kKeysOfThread; ++i) z[ahead][i] = mine.is_scored(i) ? from[mine.key(i)] : 0.0f;
     }
-    PYVTK_UNROLL
+    static_assert(kRowsAhead == 4 && kKeysOfThread == 4);
+    PYVTK_NOT_UNROLLED
     for (int ahead = 0; ahead < kRowsAhead; ++ahead) {
       if (first + ahead >= rows) break;
       const int row = first + ahead, o = split + row / inner * finish.splits, j = row % inner;
       const int head = few.pairwise ? j : o, query = few.pairwise ? o : j;
       const int64_t reach = keeps ? reaches[query] : kSeesNothing;
+      float now[kKeysOfThread];
+      PYVTK_UNROLL
+      for (int i = 0; i < kKeysOfThread; ++i) {
+        const float of_rows[4] = {z[0][i], z[1][i], z[2][i], z[3][i]};
+        now[i] = pick(of_rows, ahead);
+      }
       if (keeps) {
         const float weight = weight_of(p, s, first_head + head);
         const float lse = p.logit      ? 0.0f
@@ -169,20 +188,22 @@ __global__ void __launch_bounds__(kFewThreads, 2)
         PYVTK_UNROLL
         for (int i = 0; i < kKeysOfThread; ++i) {
           if (mine.sees(reach, i))
-            of_inner[i] = reduced(inner_max, of_inner[i], value_of(p.logit, z[ahead][i], lse, weight));
+            of_inner[i] = reduced(inner_max, of_inner[i], value_of(p.logit, now[i], lse, weight));
         }
       } else {
         PYVTK_UNROLL
-        for (int i = 0; i < kKeysOfThread; ++i) of_inner[i] = z[ahead][i];
+        for (int i = 0; i < kKeysOfThread; ++i) of_inner[i] = now[i];
       }
       if (j + 1 < inner) continue;
+      if (few.outs_of_unit > 1) {
+        PYVTK_NOT_UNROLLED
+        for (int i = 0; i < kKeysOfThread; ++i) write(o, divided(pick(of_inner, i), i), i);
+      }
       PYVTK_UNROLL
       for (int i = 0; i < kKeysOfThread; ++i) {
         const float x = of_inner[i];
         of_inner[i] = nothing(inner_max);
-        if (few.outs_of_unit > 1) {
-          write(o, divided(x, i), i);
-        } else if (!few.pairwise) {
+        if (!few.pairwise) {
           of_outer[i] = reduced(outer_max, of_outer[i], divided(x, i));
         } else if (!keeps) {
           of_outer[i] = x;
@@ -198,9 +219,9 @@ __global__ void __launch_bounds__(kFewThreads, 2)
     for (int i = 0; i < kKeysOfThread; ++i) parts[warp_of_block()][lane_of_warp() + 32 * i] = of_outer[i];
     __syncthreads();
     if (split == 0) {
-      PYVTK_UNROLL
+      PYVTK_NOT_UNROLLED
       for (int i = 0; i < kKeysOfThread; ++i) {
-        float x = of_outer[i];
+        float x = pick(of_outer, i);
         for (int other = 1; other < finish.splits; ++other) {
           x = reduced(outer_max, x, parts[warp_of_block() + other][lane_of_warp() + 32 * i]);
         }
@@ -215,17 +236,6 @@ __global__ void __launch_bounds__(kFewThreads, 2)
       }
     }
   }
-
-  if constexpr (kThen != Then::nothing) {
-    const uint32_t blocks = static_cast<uint32_t>(runs_of(finish.runs, s.keys));
-    if (!is_last_block(&few.arrivals[number * few.units + unit], blocks)) return;
-    const ScoresOf<float> scores{static_cast<const float*>(select.scores)};
-    const int64_t first_row = p.cu_seqlens_k ? number : (number * few.units + unit) * few.outs_of_unit;
-    for (int out = 0; out < few.outs_of_unit; ++out) {
-      select_row<kThen == Then::select>(select, scores, first_row + out, finish.memory, dynamic_shared<uint32_t>());
-      __syncthreads();
-    }
-  }
 }
 
 // Launchers ----------------------------------------------------------------------------------------------------------
@@ -238,11 +248,13 @@ struct ScoreAndSelectPlan {
   int rows_of_block;     // of score_rows_kernel: 1, 4 or 8
   bool needs_lse;        // otherwise it is given, or logits are scored
   bool separate_lse;
-  bool columns;       // some samples may keep no logits
+  bool columns;  // some samples may keep no logits
+  KeyRuns column_runs;
+  bool is_plain;  // instead of all that
+  PlainProblem plain;
+  PlainFinish plain_finish;
   bool select_later;  // in launches of its own
   SelectPlan later;
-  Then then;
-  KeyRuns column_runs;
   int64_t workspace_bytes;
 };
 
@@ -252,14 +264,18 @@ inline void set_workspace(ScoreAndSelectPlan& plan, void* memory) {
   const ScoreProblem& p = few.score;
   const int64_t samples = p.packed() ? 1 : p.batch, scored = p.scored(), all = samples * p.keys * p.out_heads();
   Workspace space(memory);
-  few.num_arrivals = plan.then == Then::nothing ? 0 : p.batch * few.units;
-  few.arrivals = space.take<uint32_t>(few.num_arrivals > 0, few.num_arrivals);
-  few.statistics = space.take<float2>(plan.needs_lse, few.runs.total * p.q_heads * few.queries);
-  few.lse = space.take<float>(plan.separate_lse, samples * p.q_heads * p.queries);
-  few.logits = space.take<float>(few.kept > 0, samples * p.q_heads * few.kept * scored);
-  few.columns = space.take<float>(plan.columns, samples * few.units * few.columns_of_unit * scored);
-  plan.finish.whole = space.take<float>(scored != p.keys, all);
-  plan.finish.competing = space.take<uint8_t>(p.k_mask || scored != p.keys, all);
+  if (plan.is_plain) {
+    PlainProblem& plain = plan.plain;
+    plain.statistics = space.take<float2>(true, p.batch * p.q_heads * plain.pieces);
+    plain.weights = space.take<float>(true, p.batch * p.q_heads * plain.pitch);
+  } else {
+    few.statistics = space.take<float2>(plan.needs_lse, few.runs.total * p.q_heads * few.queries);
+    few.lse = space.take<float>(plan.separate_lse, samples * p.q_heads * p.queries);
+    few.logits = space.take<float>(few.kept > 0, samples * p.q_heads * few.kept * scored);
+    few.columns = space.take<float>(plan.columns, samples * few.units * few.columns_of_unit * scored);
+    plan.finish.whole = space.take<float>(scored != p.keys, all);
+    plan.finish.competing = space.take<uint8_t>(p.k_mask || scored != p.keys, all);
+  }
   if (plan.finish.whole) plan.select.scores = plan.finish.whole;
   if (plan.finish.competing) plan.select.candidates = {plan.finish.competing, 1};
   if (plan.select_later) {
@@ -332,10 +348,9 @@ inline cudaError_t plan_score_and_select(const ScoreProblem& p, const SelectProb
   plan.finish.runs = key_runs(p, p.keys, kFewWarps / plan.finish.splits * kKeysOfGroup);
   plan.finish.candidates = select.candidates;
 
-  plan.select_later = p.keys > kSelectedAtOnce;
-  const bool competing = p.k_mask || p.scored() != p.keys;
-  const bool plain = is_plain(select) && !competing;
-  plan.then = plan.select_later ? Then::nothing : plain ? Then::select : Then::select_with_masks;
+  plan.is_plain = is_plain(p, few.aligned);
+  if (plan.is_plain) plan_plain(p, few.segments, few.lanes_log2, select, plan.plain, plan.plain_finish);
+  plan.select_later = !(plan.is_plain && plan.plain_finish.selects);
   set_workspace(plan, nullptr);
   return cudaSuccess;
 }
@@ -354,24 +369,7 @@ cudaError_t launch_columns(const ScoreAndSelectPlan& plan, unsigned blocks, cuda
   int64_t floats = kRowsOfColumns * kPitch;
   if (few.pairwise) floats += int64_t{few.queries} * plan.column_runs.keys;
   const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
-  return launch(&score_columns_kernel<T>, dim3(blocks), dim3(kFewThreads), bytes, stream, few, plan.column_runs);
-}
-
-template <Then kThen>
-cudaError_t launch_finish(ScoreAndSelectPlan& plan, unsigned blocks, cudaStream_t stream) {
-  const FewProblem& few = plan.few;
-  const auto kernel = &score_finish_kernel<kThen>;
-  const bool makes_lses = plan.needs_lse && !plan.separate_lse;
-  int64_t bytes = makes_lses ? 4 * (few.score.q_heads / few.units) * few.kept : 0;
-  if (kThen != Then::nothing) {
-    int64_t available = 0;
-    const cudaError_t status = most_dynamic_shared(kernel, available);
-    if (status != cudaSuccess) return status;
-    if (!select_memory(plan.select, kThen == Then::select, available, plan.finish.memory)) return cudaErrorInvalidValue;
-    bytes = std::max(bytes, plan.finish.memory.bytes);
-  }
-  return launch(kernel, dim3(blocks), dim3(kFewThreads), static_cast<size_t>(bytes), stream, few, plan.finish,
-                plan.select);
+  return launch_early(&score_columns_kernel<T>, dim3(blocks), dim3(kFewThreads), bytes, stream, few, plan.column_runs);
 }
 
 }  // namespace detail
@@ -383,6 +381,10 @@ cudaError_t score_and_select(ScoreAndSelectPlan plan, cudaStream_t stream) {
   const ScoreProblem& p = few.score;
   if (p.batch == 0) return cudaSuccess;
   if (!plan.finish.whole) plan.select.scores = plan.later.problem.scores = p.scores;
+  if (plan.is_plain) {
+    const cudaError_t status = score_plain<T>(plan.plain, plan.plain_finish, p, plan.select, stream);
+    return status != cudaSuccess || !plan.select_later ? status : select<float>(plan.later, stream);
+  }
   const int64_t row_blocks = few.runs.total * p.kv_heads * few.row_tiles;
   const int64_t column_blocks = plan.column_runs.total * (few.pairwise ? few.units : p.kv_heads);
   const int64_t finish_blocks = plan.finish.runs.total * few.units;
@@ -397,25 +399,18 @@ cudaError_t score_and_select(ScoreAndSelectPlan plan, cudaStream_t stream) {
                        : plan.rows_of_block == 4 ? detail::launch_rows<T, 4>(plan, blocks(row_blocks), stream)
                                                  : detail::launch_rows<T, 8>(plan, blocks(row_blocks), stream);
   if (status == cudaSuccess && plan.separate_lse && lse_blocks > 0) {
-    status =
-        launch(&score_lse_kernel, dim3(blocks(lse_blocks * p.batch)), dim3(kFewThreads), 0, stream, few, lse_blocks);
+    status = launch_early(&score_lse_kernel, dim3(blocks(lse_blocks * p.batch)), dim3(kFewThreads), 0, stream, few,
+                          lse_blocks);
   }
   if (status == cudaSuccess && plan.columns) {
     status = detail::launch_columns<T>(plan, blocks(column_blocks), stream);
   }
   if (status != cudaSuccess) return status;
-  switch (plan.then) {
-    case Then::nothing:
-      status = detail::launch_finish<Then::nothing>(plan, blocks(finish_blocks), stream);
-      break;
-    case Then::select:
-      status = detail::launch_finish<Then::select>(plan, blocks(finish_blocks), stream);
-      break;
-    case Then::select_with_masks:
-      status = detail::launch_finish<Then::select_with_masks>(plan, blocks(finish_blocks), stream);
-      break;
-  }
-  if (status != cudaSuccess || !plan.select_later) return status;
+  const bool makes_lses = plan.needs_lse && !plan.separate_lse;
+  const int64_t bytes = makes_lses ? 4 * (p.q_heads / few.units) * few.kept : 0;
+  status = launch_early(&score_finish_kernel, dim3(blocks(finish_blocks)), dim3(kFewThreads),
+                        static_cast<size_t>(bytes), stream, few, plan.finish);
+  if (status != cudaSuccess) return status;
   return select<float>(plan.later, stream);
 }
 

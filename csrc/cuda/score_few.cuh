@@ -78,8 +78,6 @@ struct FewProblem {
   float* lse;          // [batch, q_heads, queries], packed [q_heads, total_q]; nullptr: made of statistics when needed
   float* columns;      // [batch, units * columns_of_unit, scored], packed [..., total_k]: values reduced over queries
                        // (and over heads, where that is done for every pair or all of it is a sum)
-  uint32_t* arrivals;  // [batch, units]: zeroed here for the kernel that follows
-  int64_t num_arrivals;
 };
 
 // Where a sample lies. Offsets that the host has not seen do not lead outside of the tensors.
@@ -423,9 +421,7 @@ __global__ void __launch_bounds__(kFewThreads, 2) score_rows_kernel(const FewPro
   PYVTK_SHARED(of_warps, float2[kFewWarps][kRows]);
   const ScoreProblem& p = few.score;
   const int thread = static_cast<int>(threadIdx.x);
-  if (blockIdx.x == 0) {
-    for (int64_t i = thread; i < few.num_arrivals; i += kFewThreads) few.arrivals[i] = 0;
-  }
+  let_next_launch_start();
   const int tile = static_cast<int>(blockIdx.x % static_cast<unsigned>(few.row_tiles));
   const int64_t run_and_head = blockIdx.x / static_cast<unsigned>(few.row_tiles);
   const int64_t run = run_and_head / p.kv_heads, kv_head = run_and_head % p.kv_heads;
@@ -509,6 +505,8 @@ __global__ void __launch_bounds__(kFewThreads, 2) score_rows_kernel(const FewPro
 
 // Block: (sample, 32 rows of it).
 static __global__ void __launch_bounds__(kFewThreads) score_lse_kernel(const FewProblem few, int64_t blocks_of_sample) {
+  await_previous_launch();
+  let_next_launch_start();
   const FewSample s = few_sample(few, blockIdx.x / blocks_of_sample);
   const int64_t begin = blockIdx.x % blocks_of_sample * 32;
   const int64_t rows = few.score.q_heads * s.queries;
@@ -527,6 +525,8 @@ __global__ void __launch_bounds__(kFewThreads, 2) score_columns_kernel(const Few
   PYVTK_SHARED(numbers, int[kRowsOfColumns]);  // of queries
   const ScoreProblem& p = few.score;
   const int thread = static_cast<int>(threadIdx.x);
+  await_previous_launch();
+  let_next_launch_start();
   const unsigned blocks_of_run = static_cast<unsigned>(few.pairwise ? few.units : p.kv_heads);
   const int64_t run = blockIdx.x / blocks_of_run;
   const int part = static_cast<int>(blockIdx.x % blocks_of_run);

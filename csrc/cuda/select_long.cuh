@@ -1,10 +1,11 @@
-// select for few and long rows: many blocks for each, in two launches.
+// select for few and long rows: many blocks for each, in three launches.
 //
 //   select_count_kernel   a block per (row, chunk): how many tokens of the chunk have each value of the top 11 bits
-//   select_long_kernel    the same grid: each block adds up the counts of its row, which tells in which bin the cut
+//   select_split_kernel   the same grid: each block adds up the counts of its row, which tells in which bin the cut
 //                         falls. Tokens above that bin stay (a bit each), those inside of it may (another), and their
-//                         ranks go to a list of the row. The last block of a row to arrive finds the cut in the list
-//                         and writes the indices.
+//                         ranks go to a list of the row. The last block of a row to arrive finds the cut in the list,
+//                         and how many tokens of each chunk stay.
+//   select_write_kernel   the same grid: writes the indices
 //
 // The second launch reads the scores again: rows that are long enough for this fit the second-level cache. Where a rank
 // stands in the list follows from the counts, so that the list is the tokens of the bin in their order, whichever block
@@ -15,11 +16,9 @@
 // num_keep. What weighs tokens (top_p), has classes of them (keep, others that stay, segments), an order of its own
 // (by_score) or rows whose lengths are on the device (cu_seqlens) stays with one block per row: is_long() decides.
 //
-// Work: scores and masks are read twice, 4 KiB of counts written for each chunk and read by all blocks of its row. By
-// reasoning, [1, 131072] is 32 blocks; each reads 128 KiB of counts, and the last one has 16 KiB of bits, the list and
-// the indices to go through. If the list does not fit shared memory (53 thousand ranks where a block may have 227 KiB),
-// as where half of all scores are about equal, that block reads it from memory two or three times. Not measured on a
-// GPU yet.
+// Work: scores and masks are read twice, 4 KiB of counts written for each chunk and read by all blocks of its row. What
+// the last block of a row does alone grows with the list, not with the row. If the list does not fit its shared memory,
+// as where many scores are about equal, that block reads it from memory two or three times.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -30,6 +29,7 @@
 #include "cuda/block.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/select.cuh"
+#include "cuda/select_short.cuh"
 #include "cuda/workspace.cuh"
 
 namespace pyvtk::cuda {
@@ -40,6 +40,7 @@ inline constexpr int64_t kTokensOfBlock = 16384;
 inline constexpr int64_t kFewRows = 128;
 inline constexpr int kLongBins = 1 << kMostBits;
 inline constexpr int kLongShift = 32 - kMostBits;
+inline constexpr int64_t kListInShared = 16384;  // ranks: two blocks fit a multiprocessor all the same
 inline constexpr int kWordsOfWarp = 8;  // that a warp has in registers at a time: the latency of memory is paid once
 
 // How the rows of a problem are cut, and the workspace.
@@ -51,9 +52,12 @@ struct LongRows {
   int shared_ranks;    // longer lists stay in global memory
   uint16_t* counts;    // [rows, chunks, kLongBins]: tokens that compete
   uint32_t* arrivals;  // [rows]
-  uint32_t* stay;      // [rows, words]: the tokens that stay; until the end, those that are above the bin of the cut
+  uint32_t* stay;      // [rows, words]: the tokens that are above the bin of the cut
   uint32_t* maybe;     // [rows, words]: the tokens in the bin of the cut
   uint32_t* list;      // [rows, tokens]: their ranks
+  int32_t* before;     // [rows, chunks]: entries of the list that are of chunks before
+  int32_t* places;     // [rows, chunks]: tokens that stay, of chunks before; until the end, those above of the chunk
+  Cut* cuts;           // [rows]: inside of the list
 };
 
 // The token of a lane in a word. A warp may be given words past the end of a row, and past the end of the longest rows
@@ -126,6 +130,7 @@ template <class Scores>
 __global__ void __launch_bounds__(32 * kMostWarps, 2)
     select_count_kernel(const SelectProblem problem, const Scores scores, const LongRows rows) {
   PYVTK_SHARED(histogram, unsigned[kLongBins]);
+  let_next_launch_start();
   const LongRow<Scores> row = long_row(problem, scores, rows);
   for (unsigned bin = threadIdx.x; bin < kLongBins; bin += blockDim.x) histogram[bin] = 0;
   if (row.chunk == 0 && threadIdx.x == 0) rows.arrivals[row.number] = 0;
@@ -161,16 +166,27 @@ template <class Scores>
 __device__ __forceinline__ LongCut long_cut(const SelectProblem& problem, const LongRows& rows,
                                             const LongRow<Scores>& row) {
   PYVTK_SHARED(histogram, unsigned[kLongBins]);
+  constexpr int kAhead = 8;  // chunks whose counts are under way at the same time
   const uint16_t* const counts = rows.counts + row.number * rows.chunks * kLongBins;  // [chunks, kLongBins]
   unsigned sum = 0;
+  const int chunks = static_cast<int>(rows.chunks);
   for (unsigned i = threadIdx.x; i < kLongBins / 4; i += blockDim.x) {
     unsigned bins[4] = {0, 0, 0, 0};
-    for (int64_t chunk = 0; chunk < rows.chunks; ++chunk) {
-      const ushort4 some = reinterpret_cast<const ushort4*>(counts)[chunk * (kLongBins / 4) + i];
-      bins[0] += some.x;
-      bins[1] += some.y;
-      bins[2] += some.z;
-      bins[3] += some.w;
+    const ushort4* const from = reinterpret_cast<const ushort4*>(counts) + i;
+    PYVTK_NOT_UNROLLED
+    for (int chunk = 0; chunk < chunks; chunk += kAhead) {
+      ushort4 some[kAhead];
+      PYVTK_UNROLL
+      for (int j = 0; j < kAhead; ++j) {
+        some[j] = chunk + j < chunks ? from[(chunk + j) * (kLongBins / 4)] : ushort4{0, 0, 0, 0};
+      }
+      PYVTK_UNROLL
+      for (int j = 0; j < kAhead; ++j) {
+        bins[0] += some[j].x;
+        bins[1] += some[j].y;
+        bins[2] += some[j].z;
+        bins[3] += some[j].w;
+      }
     }
     PYVTK_UNROLL
     for (int j = 0; j < 4; ++j) {
@@ -194,53 +210,24 @@ __device__ __forceinline__ LongCut long_cut(const SelectProblem& problem, const 
   cut.needed = bin.need;
   cut.length = bin.mass;
   unsigned before = 0;
-  for (int64_t chunk = threadIdx.x; chunk < row.chunk; chunk += blockDim.x) {
+  for (int chunk = static_cast<int>(threadIdx.x); chunk < row.chunk; chunk += static_cast<int>(blockDim.x)) {
     before += counts[chunk * kLongBins + bin.number];
   }
   cut.before = prefix_of_warps(sum_of_warp(before)).total;
   return cut;
 }
 
-// The end of a row, by its last block: the cut inside of the bin, then all that is to be written.
-__device__ __forceinline__ void finish_long_row(const SelectProblem& problem, const LongRows& rows, int64_t number,
-                                                const LongCut& cut) {
-  SelectRow<RanksOf> row{};
-  row.resize(static_cast<int>(problem.tokens));
-  row.stay = rows.stay + number * rows.words;
-  if (cut.length > 0) {
-    SelectRow<RanksOf> list{};
-    list.resize(static_cast<int>(cut.length));
-    list.scores = {rows.list + number * problem.tokens};
-    list.ranks = list.size <= rows.shared_ranks ? dynamic_shared<uint32_t>() : nullptr;
-    const Cut inside = cut_at_count(list, Set{}, read_ranks(list), cut.needed);
-    const uint32_t* const maybe = rows.maybe + number * rows.words;
-    int before = count(row, maybe).before;  // of the list
-    for (int first = row.begin; first < row.end; first += 32) {
-      const int word = first + lane_of_warp();
-      const uint32_t bits = word < row.end ? maybe[word] : 0;
-      const int up_to_lane = sum_up_to_lane(__popc(bits));
-      uint32_t stays = 0;
-      int place = before + up_to_lane - __popc(bits);
-      for (uint32_t left = bits; left; left &= left - 1, ++place) {
-        if (inside.holds(list.rank(place), place)) stays |= left & -left;
-      }
-      if (stays) row.stay[word] |= stays;
-      before += __shfl_sync(kAllLanes, up_to_lane, 31);
-    }
-    __syncwarp();
-  }
-  const bool overflow = min(cut.wanted, int64_t{cut.total}) > problem.capacity;
-  write_row<true>(row, problem, number, count(row, row.stay), overflow);
-}
-
 // Block: (row, chunk).
 template <class Scores>
-__global__ void __launch_bounds__(32 * kMostWarps, 1)
-    select_long_kernel(const SelectProblem problem, const Scores scores, const LongRows rows) {
+__global__ void __launch_bounds__(32 * kMostWarps, 2)
+    select_split_kernel(const SelectProblem problem, const Scores scores, const LongRows rows) {
+  await_previous_launch();
+  let_next_launch_start();
   const LongRow<Scores> row = long_row(problem, scores, rows);
   const LongCut cut = long_cut(problem, rows, row);
   uint32_t* const list = rows.list + row.number * problem.tokens;
-  int place = static_cast<int>(cut.before);
+  int place = static_cast<int>(cut.before), above_of_warp = 0;
+  PYVTK_NOT_UNROLLED
   for (int round = row.begin; round < row.end; round += kWordsOfWarp * warps_of_block()) {
     const int first_word = round + warp_of_block() * kWordsOfWarp;
     uint32_t ranks[kWordsOfWarp], inside[kWordsOfWarp];
@@ -252,6 +239,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
       const uint32_t above = __ballot_sync(kAllLanes, competing >> i & 1 && bin >= cut.above);
       inside[i] = __ballot_sync(kAllLanes, competing >> i & 1 && bin == cut.inside);
       mine += __popc(inside[i]);
+      above_of_warp += __popc(above);
       if (lane_of_warp() == 0 && first_word + i < row.end) {
         rows.stay[row.number * rows.words + first_word + i] = above;
         rows.maybe[row.number * rows.words + first_word + i] = inside[i];
@@ -268,13 +256,106 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
     }
     place += of_round.total;
   }
+  const int above = prefix_of_warps(above_of_warp).total, chunks = static_cast<int>(rows.chunks);
+  const int64_t at = row.number * rows.chunks;
+  if (threadIdx.x == 0) {
+    rows.before[at + row.chunk] = static_cast<int>(cut.before);
+    rows.places[at + row.chunk] = above;
+  }
   if (!is_last_block(&rows.arrivals[row.number], static_cast<uint32_t>(rows.chunks))) return;
-  finish_long_row(problem, rows, row.number, cut);
+  SelectRow<RanksOf> all{};
+  const int length = static_cast<int>(cut.length);
+  all.resize(length);
+  all.scores = {list};
+  all.ranks = length <= rows.shared_ranks ? dynamic_shared<uint32_t>() : nullptr;
+  Cut inside = kKeepNone;
+  if (length > 0) {
+    inside = cut_at_count(all, Set{}, read_ranks(all), cut.needed);
+    __syncthreads();  // ranks of other warps are read below
+  }
+  PYVTK_NOT_UNROLLED
+  for (int chunk = warp_of_block(); chunk < chunks; chunk += warps_of_block()) {
+    const int begin = rows.before[at + chunk], end = chunk + 1 < chunks ? rows.before[at + chunk + 1] : length;
+    int mine = 0;
+    for (int i = begin + lane_of_warp(); i < end; i += 32) mine += inside.holds(all.rank(i), i);
+    mine = sum_of_warp(mine);
+    if (lane_of_warp() == 0) rows.places[at + chunk] += mine;
+  }
+  __syncthreads();
+  // The last block stands for all of the row.
+  int total = 0;
+  if (threadIdx.x < 32) {
+    for (int first = 0; first < chunks; first += 32) {
+      const int chunk = first + lane_of_warp(), mine = chunk < chunks ? rows.places[at + chunk] : 0;
+      const int up_to_lane = sum_up_to_lane(mine);
+      if (chunk < chunks) rows.places[at + chunk] = total + up_to_lane - mine;
+      total += __shfl_sync(kAllLanes, up_to_lane, 31);
+    }
+    if (threadIdx.x == 0) {
+      rows.cuts[row.number] = inside;
+      problem.counts[row.number] = total;
+      problem.overflow[row.number] = min(cut.wanted, int64_t{cut.total}) > problem.capacity;
+    }
+  }
+}
+
+// Block: (row, chunk).
+static __global__ void __launch_bounds__(32 * kMostWarps, 2)
+    select_write_kernel(const SelectProblem problem, const LongRows rows) {
+  await_previous_launch();
+  const unsigned number = blockIdx.x / static_cast<unsigned>(rows.chunks);
+  const unsigned chunk = blockIdx.x % static_cast<unsigned>(rows.chunks);
+  const int lane = lane_of_warp(), begin = static_cast<int>(chunk * rows.words_of_chunk);
+  const int end = static_cast<int>(min(begin + rows.words_of_chunk, rows.words));
+  const uint32_t* const list = rows.list + number * problem.tokens;
+  const uint32_t* const stay = rows.stay + number * rows.words;
+  const uint32_t* const maybe = rows.maybe + number * rows.words;
+  const Cut inside = rows.cuts[number];
+  const int total = problem.counts[number];
+  int of_list = rows.before[blockIdx.x], place = rows.places[blockIdx.x];
+  int64_t* out = problem.indices + number * problem.capacity;
+  const int64_t padding = problem.capacity - total;
+  int64_t* const padded = out + (problem.align_right ? 0 : total);
+  for (int64_t i = chunk * blockDim.x + threadIdx.x; i < padding; i += rows.chunks * blockDim.x) padded[i] = -1;
+  out += problem.align_right ? padding : 0;
+  const uint32_t lower = (1u << lane) - 1;
+  PYVTK_NOT_UNROLLED
+  for (int round = begin; round < end; round += kWordsOfWarp * warps_of_block()) {
+    const int first_word = round + warp_of_block() * kWordsOfWarp, word = first_word + lane;
+    const bool has_word = lane < kWordsOfWarp && word < end;
+    const uint32_t stays = has_word ? stay[word] : 0, may = has_word ? maybe[word] : 0;
+    const Prefix<int> lists = prefix_of_warps(sum_of_warp(__popc(may)));
+    uint32_t ranks[kWordsOfWarp], words[kWordsOfWarp];
+    int at[kWordsOfWarp], from = of_list + lists.before;
+    PYVTK_UNROLL
+    for (int i = 0; i < kWordsOfWarp; ++i) {
+      words[i] = __shfl_sync(kAllLanes, may, i);
+      at[i] = from + __popc(words[i] & lower);
+      ranks[i] = words[i] >> lane & 1 ? list[at[i]] : 0;
+      from += __popc(words[i]);
+    }
+    int mine = 0;
+    PYVTK_UNROLL
+    for (int i = 0; i < kWordsOfWarp; ++i) {
+      const bool chosen = words[i] >> lane & 1 && inside.holds(ranks[i], at[i]);
+      words[i] = __shfl_sync(kAllLanes, stays, i) | __ballot_sync(kAllLanes, chosen);
+      mine += __popc(words[i]);
+    }
+    const Prefix<int> of_round = prefix_of_warps(mine);
+    int to = place + of_round.before;
+    PYVTK_UNROLL
+    for (int i = 0; i < kWordsOfWarp; ++i) {
+      if (words[i] >> lane & 1) out[to + __popc(words[i] & lower)] = (first_word + i) * 32 + lane;
+      to += __popc(words[i]);
+    }
+    of_list += lists.total;
+    place += of_round.total;
+  }
 }
 
 // Launchers ----------------------------------------------------------------------------------------------------------
 
-// Whether rows get more than one block each, in two launches. Does not depend on the device.
+// Whether rows get more than one block each, in three launches. Does not depend on the device.
 inline bool is_long(const SelectProblem& problem) {
   const bool able = !problem.keep && !(problem.keep_others && problem.candidates) && !problem.segments &&
                     !problem.top_p && !problem.by_score && !problem.cu_seqlens;
@@ -299,6 +380,9 @@ inline void set_workspace(SelectPlan& plan, void* memory) {
   cut.stay = space.take<uint32_t>(plan.is_long, rows * cut.words);
   cut.maybe = space.take<uint32_t>(plan.is_long, rows * cut.words);
   cut.list = space.take<uint32_t>(plan.is_long, rows * plan.problem.tokens);
+  cut.before = space.take<int32_t>(plan.is_long, rows * cut.chunks);
+  cut.places = space.take<int32_t>(plan.is_long, rows * cut.chunks);
+  cut.cuts = space.take<Cut>(plan.is_long, rows);
   plan.workspace_bytes = space.bytes();
 }
 
@@ -329,22 +413,29 @@ cudaError_t launch_select_long(SelectPlan plan, Scores scores, cudaStream_t stre
   const int64_t blocks = plan.problem.rows * plan.rows.chunks;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;
   int64_t available = 0;
-  cudaError_t status = most_dynamic_shared(&select_long_kernel<Scores>, available);
+  cudaError_t status = most_dynamic_shared(&select_split_kernel<Scores>, available);
   if (status != cudaSuccess) return status;
-  const int64_t ranks = std::clamp<int64_t>(available / 4, 0, plan.problem.tokens);
+  const int64_t ranks = std::min({available / 4, kListInShared, plan.problem.tokens});
   plan.rows.shared_ranks = static_cast<int>(ranks);
   const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(plan.rows.threads));
   status = launch(&select_count_kernel<Scores>, grid, block, 0, stream, plan.problem, scores, plan.rows);
   if (status != cudaSuccess) return status;
-  return launch(&select_long_kernel<Scores>, grid, block, static_cast<size_t>(4 * ranks), stream, plan.problem, scores,
-                plan.rows);
+  status = launch_early(&select_split_kernel<Scores>, grid, block, static_cast<size_t>(4 * ranks), stream, plan.problem,
+                        scores, plan.rows);
+  if (status != cudaSuccess) return status;
+  return launch_early(&select_write_kernel, grid, block, 0, stream, plan.problem, plan.rows);
 }
 
 // As planned, for scores of type T; writes indices, counts and overflow.
 template <class T>
 cudaError_t select(const SelectPlan& plan, cudaStream_t stream) {
-  if (!plan.is_long) return select<T>(plan.problem, stream);
   if (plan.problem.rows == 0) return cudaSuccess;
+  if (!plan.is_long) {
+    if (!is_short(plan.problem) || plan.problem.rows > std::numeric_limits<int32_t>::max()) {
+      return select<T>(plan.problem, stream);
+    }
+    return launch_select_short(plan.problem, any_scores<T>(plan.problem), stream);
+  }
   if (plan.problem.tokens > kMostTokens) return cudaErrorInvalidValue;
   return launch_select_long(plan, any_scores<T>(plan.problem), stream);
 }

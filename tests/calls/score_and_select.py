@@ -35,6 +35,10 @@ CALLS = {
     "last token": Call("score_and_select", heads(2, 32, 32, 1, 640, 128, BRAIN), scored(144), exact=False,
                        compiles=True),
     "groups": chosen(heads(1, 28, 4, 1, 4096, 128, HALF), 1000),
+    **{f"last token, D={dim}, {short(dtype)}": chosen(heads(2, 6, 3, 1, 1111, dim, dtype), 300)
+       for dtype in (SINGLE, HALF, BRAIN) for dim in (40, 256)},
+    "last token, many samples": chosen(heads(9, 16, 16, 1, 1200, 16, BRAIN), 300, query_reduce="max",
+                                       head_reduce="sum"),
     "fp32": chosen(heads(2, 8, 2, 5, 777, 64), 100, causal=True),
     "fp32, group of 4": chosen(heads(2, 8, 2, 1, 777, 80), 100),
     **{f"{short(dtype)}, {count} heads, D={dim}": chosen(heads(2, 8, count, 1, 300, dim, dtype), 60)
@@ -52,7 +56,12 @@ CALLS = {
                                  reduce_order="heads_first"),
     "maximum over pairs, mean": chosen(heads(2, 8, 2, 3, 600, 128, BRAIN), 50, head_reduce="max",
                                        reduce_order="heads_first"),
-    "range": chosen(heads(3, 8, 8, 1, 900, 32), 64, key_range=(35, 611)),
+    **{f"range, {short(dtype)}": chosen(heads(3, 8, 8, 1, 900, 32, dtype), 64, key_range=(35, 611))
+       for dtype in (SINGLE, HALF, BRAIN)},
+    **{f"two queries, groups of 2, {short(dtype)}": chosen(heads(2, 8, 4, 2, 500, 96, dtype), 80, causal=True)
+       for dtype in (SINGLE, BRAIN)},
+    "last token, masks": chosen(also(heads(2, 8, 4, 1, 650, 128, BRAIN), likely(0.8, 2, 650), likely(0.1, 2, 650)), 99,
+                                ("candidates", "drop"), others="keep", causal=True, head_reduce="max"),
     "denominator of the range": chosen(heads(3, 8, 4, 4, 900, 64, BRAIN), 64, key_range=(35, 611),
                                        denominator="range"),
     "logits": chosen(heads(2, 8, 2, 3, 500, 64, BRAIN), 64, quantity="logit", query_reduce="max"),

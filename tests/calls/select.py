@@ -58,7 +58,7 @@ CALLS = {
     "many rows": Call("select", scores(300, 33), select(7)),
     "long rows": Call("select", scores(4, 16384), select(4096)),
     "longest row": Call("select", scores(1, 131072, values=1000), select(20000)),
-    # on CUDA in two launches: chunks that end within a word, a list of ranks that fits a block and one that does not
+    # on CUDA in three launches: chunks that end within a word, a list of ranks that fits a block and one that does not
     "longest row, few": Call("select", scores(1, 131072), select(16)),
     "longest row, bf16": Call("select", scores(2, 3, 40001, dtype=BRAIN), select(9999)),
     "longest row, fp16": Call("select", scores(3, 16385, dtype=HALF), select(8000)),
@@ -98,4 +98,6 @@ CALLS = {
                    lambda b, x, cu, k: pyvtk.select(x, k, cu_seqlens=cu, capacity=400, backend=b)),
     "packed, fp16": Call("select", packed_rows([300, 7, 64], HALF), lambda b, x, cu, k: pyvtk.select(
         x, k, cu_seqlens=cu, capacity=150, align="right", backend=b)),
+    "packed, bf16": Call("select", packed_rows([30, 700], BRAIN), lambda b, x, cu, k: pyvtk.select(
+        x, k, cu_seqlens=cu, capacity=230, backend=b)),
 }  # fmt: skip

@@ -566,9 +566,17 @@ cudaError_t device_attribute(int* value, cudaDeviceAttr attribute, int device) {
   Devices& known = devices();
   const std::lock_guard<std::mutex> lock(known.mutex);
   if (device < 0 || device >= static_cast<int>(known.shared_bytes.size())) return cudaErrorInvalidValue;
-  *value = attribute == cudaDevAttrMultiProcessorCount
-               ? options().multiprocessors
-               : static_cast<int>(known.shared_bytes[static_cast<size_t>(device)]);
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = options().multiprocessors;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(known.shared_bytes[static_cast<size_t>(device)]);
+      break;
+  }
   return cudaSuccess;
 }
 
@@ -606,7 +614,10 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, void (*bod
       grid.y > 65535 || grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
-  if (config.numAttrs > 0) return cudaErrorNotSupported;
+  // A launch has ended when it returns, so the one attribute that there is, to begin before that end, changes nothing.
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id != cudaLaunchAttributeProgrammaticStreamSerialization) return cudaErrorNotSupported;
+  }
   int64_t allowed = kWithoutAsking;
   bool may_exceed = false;
   {

@@ -22,6 +22,7 @@ class Done(NamedTuple):
     separate_lse: bool
     selected_at_once: bool
     lanes_of_key: int
+    plain: bool
 
 
 class Strided:
@@ -85,7 +86,7 @@ def score_and_select(
         *per_token(candidates, torch.bool), keep_others, *per_token(segments, torch.int32), num_segments, capacity,
         align_right, by_score, *(output.address for output in outputs),
     ]  # fmt: skip
-    done = (ctypes.c_int64 * 6)()
+    done = (ctypes.c_int64 * 7)()
     call(
         "emulated_score_and_select", DTYPES.index(q.dtype), ctypes.c_float(scale),
         (ctypes.c_int64 * len(arguments))(*(int(argument) for argument in arguments)), done,

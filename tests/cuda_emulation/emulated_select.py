@@ -15,7 +15,7 @@ def select(
     num_segments, cu_seqlens, capacity, align_right, by_score, *, words_of_chunk=0, threads=512,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator pyvtk::select by the CUDA kernels; arguments as in pyvtk/reference/select.py. With words_of_chunk in
-    two launches, by blocks of so many threads for 32 * words_of_chunk tokens each; the caller knows that they can."""
+    three launches, by blocks of so many threads for 32 * words_of_chunk tokens each; the caller knows that they can."""
     lead = tuple(scores.shape[:-1]) if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
     rows, tokens = math.prod(lead), scores.shape[-1]
     heads = scores.shape[1] if scores.dim() == 3 else 1

@@ -35,6 +35,10 @@ inline void named_barrier(int id, int threads, CUDA_EMULATION_HERE) {
   cuda_emulation::barrier(id, threads, 0, "named_barrier", where);
 }
 
+// A launch has ended when it returns.
+inline void await_previous_launch() {}
+inline void let_next_launch_start() {}
+
 inline void stay_in_loop(unsigned&) {}
 inline float2 widen_half2(unsigned halves) {
   return {to_float(float16{static_cast<uint16_t>(halves)}), to_float(float16{static_cast<uint16_t>(halves >> 16)})};

@@ -243,9 +243,21 @@ def inputs(batch=1, q_heads=4, kv_heads=2, queries=1, keys=300, dim=64, dtype=to
 
 # name -> shape, options, and what the launcher has to answer
 WAYS = {
-    "one row": ({"q_heads": 2}, {}, {"rows_of_block": 1, "kept": 1, "columns": False, "selected_at_once": True}),
-    "a group": ({"q_heads": 8}, {}, {"rows_of_block": 4, "kept": 1, "separate_lse": False}),
-    "a large group": ({"q_heads": 14}, {}, {"rows_of_block": 8}),
+    "one row": ({"q_heads": 2}, {}, {"plain": True, "selected_at_once": True}),
+    "a group": (
+        {"q_heads": 8},
+        {"logit": True},
+        {"plain": False, "rows_of_block": 4, "kept": 1, "separate_lse": False},
+    ),
+    "a large group": ({"q_heads": 14, "queries": 2}, {}, {"plain": False, "rows_of_block": 8}),
+    "one row, not all keys": (
+        {"q_heads": 2},
+        {"key_start": 9, "range_denominator": True},
+        {"plain": False, "rows_of_block": 1, "kept": 1, "columns": False, "selected_at_once": False},
+    ),
+    "plain, a large group": ({"q_heads": 14, "keys": 1300}, {"head_reduce": "max"}, {"plain": True}),
+    "plain, too large a group": ({"q_heads": 34, "keys": 100}, {}, {"plain": False, "rows_of_block": 8}),
+    "plain, many keys": ({"batch": 3, "keys": 1025, "dtype": torch.bfloat16}, {}, {"plain": True}),
     "no room for logits": ({"queries": 40, "dim": 8}, {}, {"kept": 0, "columns": True, "separate_lse": True}),
     "no room, no lse": ({"queries": 40, "dim": 8}, {"logit": True}, {"columns": True, "separate_lse": False}),
     "no room, pairs": (
@@ -264,7 +276,7 @@ WAYS = {
         {"key_start": 100, "key_stop": 4100},
         {"selected_at_once": False},
     ),
-    "a row for two launches": (
+    "a row for three launches": (
         {"q_heads": 2, "keys": 16400, "dim": 8},
         {"key_start": 100, "key_stop": 16390},
         {"selected_at_once": False},

@@ -36,6 +36,23 @@ void reports_its_own_status() {
   cudaGetLastError();
 }
 
+// A launch that may begin early waits where it says so, and not before.
+__global__ void early_kernel(const int* from, int* to) {
+  await_previous_launch();
+  let_next_launch_start();
+  *to = *from + 1;
+}
+
+void launches_early() {
+  int numbers[3] = {7};
+  CHECK(launch_early(early_kernel, 1, 1, 0, nullptr, numbers, numbers + 1) == cudaSuccess, "");
+  CHECK(launch_early(early_kernel, 1, 1, 0, nullptr, numbers + 1, numbers + 2) == cudaSuccess, "");
+  CHECK(numbers[2] == 9, numbers[2]);
+  CHECK(launch_early(early_kernel, 1, 2000, 0, nullptr, numbers, numbers) == cudaErrorInvalidConfiguration, "");
+  CHECK(launch_early(early_kernel, 1, 1, 1 << 20, nullptr, numbers, numbers) == cudaErrorInvalidValue, "");
+  cudaGetLastError();
+}
+
 void asks_once() {
   int out = 0;
   const auto calls_of = [&](int count) {
@@ -126,6 +143,7 @@ void two_threads() {
 
 int main() {
   reports_its_own_status();
+  launches_early();
   asks_once();
   knows_every_device();
   keeps_every_kernel();

@@ -130,7 +130,7 @@ struct Oracle {
   }
 };
 
-// long_rows: in two launches, as rows are that are far longer; by small blocks
+// long_rows: in three launches, as rows are that are far longer; by small blocks
 template <class T>
 void one_problem(bool long_rows) {
   SelectProblem problem;
@@ -194,7 +194,7 @@ void one_problem(bool long_rows) {
   }
 }
 
-// Which rows get two launches, and how they are cut.
+// Which rows get three launches, and how they are cut.
 void decisions() {
   const uint8_t bit = 0;
   const auto with = [](int64_t rows, int64_t tokens) {

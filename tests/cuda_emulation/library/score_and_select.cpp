@@ -26,7 +26,8 @@ struct Arguments {
 }  // namespace
 
 // The whole operator. dtype: 0 float32, 1 bfloat16, 2 float16; absent pointers are 0; the order is that of the structs.
-// done: [6], how it was done: rows of a block, kept queries, columns, lse in memory, selected at once, lanes of a key.
+// done: [7], how it was done: rows of a block, kept queries, columns, lse in memory, selected at once, lanes of a key,
+// as a plain problem.
 EXPORT int emulated_score_and_select(int dtype, float scale, const int64_t* all, int64_t* done) {
   Arguments a{all};
   ScoreProblem p{};
@@ -103,8 +104,8 @@ EXPORT int emulated_score_and_select(int dtype, float scale, const int64_t* all,
       std::aligned_alloc(16, static_cast<size_t>(plan.workspace_bytes)), &std::free);
   std::memset(workspace.get(), 0xff, static_cast<size_t>(plan.workspace_bytes));
   cuda::set_workspace(plan, workspace.get());
-  const int64_t facts[] = {plan.rows_of_block, plan.few.kept,      plan.columns,
-                           plan.separate_lse,  !plan.select_later, plan.few.lanes_of_key};
+  const int64_t facts[] = {plan.rows_of_block, plan.few.kept,         plan.columns, plan.separate_lse,
+                           !plan.select_later, plan.few.lanes_of_key, plan.is_plain};
   std::copy(std::begin(facts), std::end(facts), done);
   return report(dtype == 0   ? cuda::score_and_select<float>(plan, nullptr)
                 : dtype == 1 ? cuda::score_and_select<bfloat16>(plan, nullptr)

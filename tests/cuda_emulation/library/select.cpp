@@ -21,7 +21,7 @@ cudaError_t select(cuda::SelectPlan plan) {
 }  // namespace
 
 // dtype: 0 float32, 1 bfloat16, 2 float16. Absent pointers are null; rows_each: rows of scores that one row of a mask
-// serves; per_row: 1 or num_segments. words_of_chunk: how rows are cut for two launches; 0: as it is usually decided
+// serves; per_row: 1 or num_segments. words_of_chunk: how rows are cut for three launches; 0: as it is usually decided
 EXPORT int emulated_select(int dtype, const void* scores, int64_t rows, int64_t heads, int64_t tokens,
                            int64_t batch_stride, int64_t head_stride, const int32_t* cu_seqlens, int64_t num_keep,
                            const int64_t* num_keep_per_row, int64_t num_keep_count, const float* threshold,
