@@ -348,8 +348,8 @@ inline cudaError_t plan_score_and_select(const ScoreProblem& p, const SelectProb
   plan.finish.runs = key_runs(p, p.keys, kFewWarps / plan.finish.splits * kKeysOfGroup);
   plan.finish.candidates = select.candidates;
 
-  plan.is_plain = is_plain(p, few.aligned);
-  if (plan.is_plain) plan_plain(p, few.segments, few.lanes_log2, select, plan.plain, plan.plain_finish);
+  plan.is_plain = is_plain(p);
+  if (plan.is_plain) plan_plain(p, few.aligned, few.segments, few.lanes_log2, select, plan.plain, plan.plain_finish);
   plan.select_later = !(plan.is_plain && plan.plain_finish.selects);
   set_workspace(plan, nullptr);
   return cudaSuccess;

@@ -53,12 +53,14 @@ struct PlainProblem {
   int keys_of_block;  // a multiple of kPiece
   int heads, group, dim;
   int segments, lanes_log2;
+  bool aligned;  // segments of k are, to 16 bytes
   float scale;
 };
 
 // Block: (keys, key head, sample).
 //   kAhead: more than one round, whose keys are read while those of the round before are multiplied
-template <class T, bool kAhead>
+//   kAligned: segments of keys are read at once, else by element; the same sums
+template <class T, bool kAhead, bool kAligned>
 __global__ void __launch_bounds__(kPlainThreads, 2) score_plain_kernel(const PlainProblem p) {
   constexpr int kPer = kPerSegment<T>;
   let_next_launch_start();
@@ -77,7 +79,14 @@ __global__ void __launch_bounds__(kPlainThreads, 2) score_plain_kernel(const Pla
       PYVTK_UNROLL
       for (int j = 0; j < kSegments; ++j) {
         const bool is_there = key < size && segment + j * lanes < p.segments;
-        parts[i][j] = is_there ? *reinterpret_cast<const uint4*>(from + j * lanes * kPer) : make_uint4(0, 0, 0, 0);
+        parts[i][j] = make_uint4(0, 0, 0, 0);
+        if (!is_there) continue;
+        const T* at = from + j * lanes * kPer;
+        if constexpr (kAligned) {
+          parts[i][j] = *reinterpret_cast<const uint4*>(at);
+        } else {
+          parts[i][j] = read_by_element(at);
+        }
       }
     }
   };
@@ -277,16 +286,16 @@ inline constexpr int64_t kPlainSelected = 4096;  // keys of a sample that score_
 inline constexpr int64_t kPlainFactors = 4096;   // of a block, in shared memory
 inline constexpr int64_t kPlainGroup = 16;       // query heads of a key head, whose logits have to fit shared memory
 
-// Whether there is one query, which sees all keys, and nothing else is asked for. aligned: keys are, to 16 bytes
-inline bool is_plain(const ScoreProblem& p, bool aligned) {
+// Whether there is one query, which sees all keys, and nothing else is asked for.
+inline bool is_plain(const ScoreProblem& p) {
   const bool sees_all = !p.q_mask && !p.k_mask && (!p.causal || (!p.q_positions && !p.k_positions));
-  return aligned && sees_all && !p.packed() && p.queries == 1 && p.out_heads() == 1 && !p.k_bias && !p.head_weights &&
+  return sees_all && !p.packed() && p.queries == 1 && p.out_heads() == 1 && !p.k_bias && !p.head_weights &&
          !p.lse_given && !p.logit && p.key_start == 0 && p.key_stop == p.keys && p.keys > 0 &&
          p.group() <= kPlainGroup && p.q_heads <= kPlainFactors && p.batch <= 65535 && p.kv_heads <= 65535;
 }
 
 // Nothing depends on the device, so that results do not either.
-inline void plan_plain(const ScoreProblem& p, int segments, int lanes_log2, const SelectProblem& select,
+inline void plan_plain(const ScoreProblem& p, bool aligned, int segments, int lanes_log2, const SelectProblem& select,
                        PlainProblem& plain, PlainFinish& finish) {
   plain.q = p.q;
   plain.k = p.k;
@@ -303,6 +312,7 @@ inline void plan_plain(const ScoreProblem& p, int segments, int lanes_log2, cons
   plain.dim = static_cast<int>(p.dim);
   plain.segments = segments;
   plain.lanes_log2 = lanes_log2;
+  plain.aligned = aligned;
   plain.scale = p.scale;
   // Many blocks where there is little to read, few handovers where there is much. On an H200, cold: 128 keys of 128
   // channels a block where all are 160 blocks (6.2 us, 256 keys: 6.6), 256 where they are 256 (16.5 us, 128: 19.9), 512
@@ -329,8 +339,10 @@ cudaError_t score_plain(const PlainProblem& plain, PlainFinish finish, const Sco
                   static_cast<unsigned>(p.kv_heads), static_cast<unsigned>(p.batch));
   const size_t bytes = sizeof(float) * static_cast<size_t>(plain.group) * (kPitch + plain.keys_of_block);
   const bool one_round = plain.keys_of_block << plain.lanes_log2 <= kPlainWarps * 32 * kKeysOfLane;
-  const cudaError_t status = launch(one_round ? &score_plain_kernel<T, false> : &score_plain_kernel<T, true>, grid,
-                                    dim3(kPlainThreads), bytes, stream, plain);
+  const auto kernel_of_keys = !plain.aligned ? &score_plain_kernel<T, true, false>
+                              : one_round    ? &score_plain_kernel<T, false, true>
+                                             : &score_plain_kernel<T, true, true>;
+  const cudaError_t status = launch(kernel_of_keys, grid, dim3(kPlainThreads), bytes, stream, plain);
   if (status != cudaSuccess) return status;
   finish.weights = plain.weights;
   finish.statistics = plain.statistics;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pyvtk
-from calls.call import BRAIN, HALF, SINGLE, Call, also, gradient, short
+from calls.call import BRAIN, HALF, SINGLE, Call, also, apart, gradient, short
 from calls.score import given_lse, heads, joined, likely, positions, random
 
 
@@ -15,6 +15,16 @@ def scored(num_keep, names=(), **options):
         return pyvtk.score_and_select(q, k, num_keep, **options_of_call, return_scores=True, backend=backend)
 
     return run
+
+
+def unaligned(make):
+    """``make``'s queries and keys, the keys aligned to their elements only."""
+
+    def inputs():
+        q, k = make()
+        return q, *apart((k,), gap=1, before=1)
+
+    return inputs
 
 
 def chosen(inputs, num_keep, names=(), **options):
@@ -37,6 +47,8 @@ CALLS = {
     "groups": chosen(heads(1, 28, 4, 1, 4096, 128, HALF), 1000),
     **{f"last token, D={dim}, {short(dtype)}": chosen(heads(2, 6, 3, 1, 1111, dim, dtype), 300)
        for dtype in (SINGLE, HALF, BRAIN) for dim in (40, 256)},
+    **{f"last token, keys unaligned, {short(dtype)}": chosen(unaligned(heads(2, 4, 2, 1, 700, 72, dtype)), 100)
+       for dtype in (SINGLE, HALF, BRAIN)},
     "last token, many samples": chosen(heads(9, 16, 16, 1, 1200, 16, BRAIN), 300, query_reduce="max",
                                        head_reduce="sum"),
     "fp32": chosen(heads(2, 8, 2, 5, 777, 64), 100, causal=True),
