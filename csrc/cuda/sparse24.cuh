@@ -411,7 +411,9 @@ template <class X, class V, int kRowTiles_>
 struct FewTile {
   static constexpr int kRowTiles = kRowTiles_;  // of 8 rows of x
   static constexpr int kRows = 8 * kRowTiles;
-  static constexpr int kMostWarps = kRowTiles > 2 ? 8 : 16;  // twice as many would leave fragments of x no registers
+  // Twice 8 would leave fragments of x of 32 rows no registers. With int8 x, the blocks that make it and a block of
+  // this kernel are on a multiprocessor together.
+  static constexpr int kMostWarps = kRowTiles > 2 ? 8 : sizeof(X) == 1 ? 12 : 16;
   static constexpr bool kWiden = sizeof(V) < sizeof(X);
   static constexpr int kDepth = 128;  // k of a slice
   static constexpr int kProducts = sizeof(X) == 1 ? 2 : 4;
@@ -930,14 +932,14 @@ cudaError_t sparse24_linear(const Sparse24Problem& problem, const Sparse24Plan& 
 
 // A block per row: q = clamp(round(x / s), -127, 127), half to even, with zeros behind up to q_stride; scales[row] = s,
 // and NaN for rows that hold a NaN, or an infinity of which no scale is known. A row is read at once and held, up to
-// kHeld pieces of 16 bytes a thread.
+// kHeld pieces of 16 bytes a thread: no more than 56 registers, which a block of 12 warps of the product leaves it.
 template <class T>
 __global__ void __launch_bounds__(512) quantize_kernel(const T* x, int64_t x_stride, int64_t depth,
                                                        bool aligned,          // 16 bytes, rows as well
                                                        const float* x_scale,  // [1], or null: max |x| / 127 of the row
                                                        int8_t* q, int64_t q_stride, float* scales) {
   PYVTK_SHARED(largest_of, uint32_t[kMostWarps]);
-  constexpr int kHeld = sizeof(T) == 4 ? 8 : 4, kOfPiece = 16 / static_cast<int>(sizeof(T));
+  constexpr int kHeld = sizeof(T) == 4 ? 6 : 4, kOfPiece = 16 / static_cast<int>(sizeof(T));
   let_next_launch_start();
   const T* row = x + int64_t{blockIdx.x} * x_stride;
   const auto piece_at = [&](int64_t k) -> uint4 {
