@@ -42,8 +42,7 @@ _COLD = 64 << 20  # bytes of weights that are used in turn, so that they come fr
 _VENDOR_FROM = 8  # rows from which the vendor's kernel is measured: it works on eight at a time
 # A dense product, or the vendor's, has to win by more than noise before memory is spent on a copy.
 _MARGIN = 1.03
-# What mma.sp is assumed to reach of the sparse rate of Hopper, whose own instruction (wgmma) only the vendor's kernel
-# uses. A guess, not measured.
+# What our kernels are assumed to reach of the vendor's rate on Hopper. A guess, not measured.
 _MMA_OF_WGMMA = 0.6
 
 
