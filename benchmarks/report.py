@@ -144,8 +144,9 @@ def cache_bytes() -> int:
 
 
 def commit_of(root: Path) -> str | None:
-    """The commit that is measured, in ten digits, with a + behind it if the tree has changes. Where the tree travelled
-    without its history, what the environment variable PYVTK_COMMIT says; where both say something, git is right."""
+    """The commit that is measured, in ten digits, with a + behind it if the tree has changes. The environment variable
+    PYVTK_COMMIT is believed before git: .ci/gpu sets it for trees that travelled without their history, or with an old
+    one, once it has compared every file."""
 
     def git(*arguments: str) -> str:
         try:
@@ -157,11 +158,11 @@ def commit_of(root: Path) -> str | None:
     told = re.sub("^([0-9a-f]{10})[0-9a-f]*", r"\1", os.environ.get("PYVTK_COMMIT", "").strip())
     # git would look above the root, and find a history that is not ours
     known = git("rev-parse", "--short=10", "HEAD") if (root / ".git").exists() else ""
-    if told and known and told[:10] != known[:10]:
-        print(f"pyvtk bench: PYVTK_COMMIT is {told}, but the checkout is at {known}: taken as {known}", file=sys.stderr)
+    if told and known and told[:10] != known:
+        print(f"pyvtk bench: the checkout is at {known}, but PYVTK_COMMIT is {told}: taken as {told}", file=sys.stderr)
     if known and git("status", "--porcelain", "--untracked-files=no"):
         known += "+"
-    return known or told or None
+    return told or known or None
 
 
 def machine(command: str, device: str = "cpu", floor: float | None = None) -> dict:

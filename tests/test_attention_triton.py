@@ -99,7 +99,7 @@ CASES = {
     "routes": (routed, 2, 1, 16, SINGLE, {}),
     "subset": (subset, 2, 1, 16, SINGLE, {}),
     "packed": (lambda: neighbors(packed()), 4, 2, 16, SINGLE, {"order": "tokens", "bias": True}),
-    "tail": (lambda: neighbors(pictures()).tail(3, 45, torch.tensor([45, 30])), 2, 1, 16, SINGLE, {}),
+    "tail": (lambda: neighbors(pictures()).tail(3, 45, torch.tensor([45, 30], device=DEVICE)), 2, 1, 16, SINGLE, {}),
     "uneven blocks": (lambda: neighbors(pictures(), block=(16, 32)), 3, 1, 16, SINGLE, {}),
     "tall blocks": (lambda: neighbors(video(), 2, block=(128, 16)), 2, 1, 16, SINGLE, {}),
     "wide blocks": (lambda: neighbors(video(), 2, block=(16, 128)), 2, 1, 16, SINGLE, {"bias": True}),

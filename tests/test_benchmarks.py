@@ -677,15 +677,16 @@ def tree(tmp_path, monkeypatch):
 OUTSIDE = "0123456789abcdef0123456789abcdef01234567"
 
 
-def test_the_commit_is_gits(tree, monkeypatch, capsys):
+def test_the_commit_is_gits_unless_it_is_told(tree, monkeypatch, capsys):
     root, commit = tree
     assert commit_of(root) == commit[:10]
     (root / "file").write_text("2")
-    monkeypatch.setenv("PYVTK_COMMIT", commit)
     assert commit_of(root) == commit[:10] + "+" and not capsys.readouterr().err
-    monkeypatch.setenv("PYVTK_COMMIT", OUTSIDE)
-    assert commit_of(root) == commit[:10] + "+"
-    assert f"PYVTK_COMMIT is 0123456789, but the checkout is at {commit[:10]}" in capsys.readouterr().err
+    monkeypatch.setenv("PYVTK_COMMIT", commit)
+    assert commit_of(root) == commit[:10] and not capsys.readouterr().err
+    monkeypatch.setenv("PYVTK_COMMIT", OUTSIDE + "+")
+    assert commit_of(root) == "0123456789+"
+    assert f"the checkout is at {commit[:10]}, but PYVTK_COMMIT is 0123456789+" in capsys.readouterr().err
 
 
 def test_without_git_the_commit_comes_from_outside(tree, monkeypatch):

@@ -102,8 +102,8 @@ def test_named_devices_are_analytic(name):
     few, many = (sparse24.estimate(m, 11008, 4096, torch.bfloat16, name) for m in (1, 2950))
     assert few.source == many.source == "analytic"
     assert few.kernel == "few" and few.speedup > 1.4
-    if name.startswith("H"):  # our kernel reaches a part of Hopper's sparse rate, and the vendor's was not measured
-        assert many.kernel == "dense" and 1 < many.seconds["dense"] / many.seconds["vendor"] < 2
+    if name.startswith("H"):  # whose dense product reaches more of its rate than any sparse one
+        assert many.kernel == "dense" and 0.7 < many.seconds["dense"] / many.seconds["many"] < 1
     else:
         assert many.kernel == "many" and 1 < many.speedup < 2
     # the dense product of one row reads the weight: bytes over the data sheet's bandwidth, or a little slower

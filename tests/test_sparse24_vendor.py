@@ -1,6 +1,7 @@
 """sparse24 through the vendor's kernel: which calls take it, what is kept, what does not fit. torch has cuSPARSELt for
 CUDA tensors alone (tests/test_cuda.py); here plain torch stands in for it on the CPU, and is as strict."""
 
+import dataclasses
 import json
 
 import pytest
@@ -264,7 +265,7 @@ def test_the_binding_guards_what_it_hands_over(products):
 @pytest.mark.parametrize("name", ["H100", "H200"])
 def test_on_hopper_a_guess_counts_but_costs_no_memory(name):
     found = sparse24.estimate(2950, 11008, 4096, torch.bfloat16, name)
-    assert found.seconds["vendor"] < found.seconds["dense"] < found.seconds["many"]
+    assert found.seconds["dense"] < min(found.seconds["vendor"], found.seconds["many"])
     assert found.kernel == "dense" and found.speedup < 1 and 3 not in found.choice[1::2]
     even = sparse24.estimate(2952, 11008, 4096, torch.bfloat16, name)
     assert even.seconds["vendor"] < found.seconds["vendor"]  # ragged rows are copied
@@ -298,6 +299,7 @@ def test_measured_it_is_chosen(products):
 @needs_kernels
 def test_sparsify_says_that_it_was_not_measured(products, monkeypatch):
     guess = sparse24.estimate(2950, 4096, 4096, torch.bfloat16, "H100")
+    guess = dataclasses.replace(guess, seconds={**guess.seconds, "vendor": guess.seconds["dense"] / 2})
     monkeypatch.setattr("pyvtk.sparse24.sparsify.estimate", lambda *_: guess)
     (report,) = sparse24.sparsify_(nn.Sequential(nn.Linear(64, 32).bfloat16()), rows=2950)
     assert report.reason.endswith("(analytic estimate); the vendor's kernel may not be, and counts once calibrate has "

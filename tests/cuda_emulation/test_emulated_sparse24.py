@@ -78,7 +78,10 @@ def test_linear(problem, seed, blocks_alive):
     wide = [t if t is None or t.dtype in (torch.uint8, torch.int8) else t.double() for t in arguments[:6]]
     oracle = reference.linear(*wide[:4], None, *wide[4:], activation)
     assert actual.dtype == plain.dtype
-    assert_within_budget(actual, oracle, plain)
+    added = 0.0
+    if activation not in ("none", "relu"):  # erff, tanhf and expf, of which x is a factor, may be off by 2 units each
+        added = 2 * largest(reference.linear(*wide[:4], None, *wide[4:], "none"))
+    assert_within_budget(actual, oracle, plain, added=added)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
