@@ -29,6 +29,20 @@ _REGISTERS, _FRAME, _MOST_THREADS, _THREADS = 0x2F, 0x11, 0x05, 0x10
 _STORE_LOCAL, _LOAD_LOCAL = 0x387, 0x983
 
 
+# Spills that were decided: kernel and architecture -> instructions at most that write, or read, local memory. 1024
+# threads have 64 registers each, 512 have 128, and no thread has more than 255. On sm_90, where these kernels were
+# measured, nothing spills.
+ALLOWED = {
+    ("select_short_kernel<16>", 100): 8,
+    ("select_short_kernel<16>", 120): 8,
+    ("sparse24_few_kernel<bfloat16, signed char, 1>", 100): 8,
+    ("sparse24_few_kernel<float16, signed char, 1>", 100): 8,
+    ("sparse24_few_kernel<bfloat16, bfloat16, 1>", 120): 2,
+    ("sparse24_few_kernel<float16, float16, 1>", 120): 2,
+    ("sparse24_few_kernel<float16, signed char, 4>", 120): 4,
+}
+
+
 @dataclass
 class Kernel:
     """One kernel on one architecture.
@@ -53,6 +67,8 @@ class Kernel:
 
     @property
     def fault(self) -> str | None:
+        if max(self.stores, self.loads) <= ALLOWED.get((self.name, number_of(self.architecture)), 0) > 0:
+            return None
         if self.stores or self.loads:
             return f"uses local memory: {self.stores} stores, {self.loads} loads"
         if self.frame:

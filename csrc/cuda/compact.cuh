@@ -34,7 +34,12 @@ inline constexpr int kGatherBlocks = 8;  // of a multiprocessor: 32 registers
 #else
 inline constexpr int kGatherBlocks = 6;  // more do not fit, or spill (sm_80)
 #endif
-// Of scatter and the moves in place, in 3 blocks: with a fourth scatter spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr int kScatterBlocks = 2;  // three spill (sm_80)
+#else
+inline constexpr int kScatterBlocks = 3;
+#endif
+// Of scatter and the moves in place, in 3 blocks or less: with a fourth scatter spills.
 inline constexpr int kMoveItems = 4;
 inline constexpr uint32_t kTile = kMoveThreads * kMoveItems;
 inline constexpr int kScatterTiles = 4;  // of a block, which looks up the slots of one while it moves the one before
@@ -616,7 +621,7 @@ __device__ __forceinline__ unsigned scatter_tiles(const Moved& move, const Selec
 }
 static_assert(kScatterTiles * kMoveItems <= 32);
 
-static __global__ void __launch_bounds__(kMoveThreads, 3)
+static __global__ void __launch_bounds__(kMoveThreads, kScatterBlocks)
     scatter_kernel(const __grid_constant__ Moves moves, const SelectedOnDevice selected, const Landing landing) {
   const Work work = work_of_block(moves);
   const Moved move = moved_by(moves, work);

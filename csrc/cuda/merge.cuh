@@ -24,7 +24,11 @@ inline constexpr int kMergeThreads = 256;
 inline constexpr int kMergeWarps = 4;
 inline constexpr int kMergeUnits = 2;  // of a lane, 32 units apart
 inline constexpr int kMergeAhead = 2;  // rows that are read before the first of them is added
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr int kMergeBlocks = 5;  // six spill (sm_80)
+#else
 inline constexpr int kMergeBlocks = 6;
+#endif
 inline constexpr int kScanned = 2048;       // tokens whose groups a block holds at a time
 inline constexpr int kScannedAtOnce = 128;  // of them by a warp, four to a lane
 inline constexpr int kFound = 64;           // members that a warp is content with, until it adds them

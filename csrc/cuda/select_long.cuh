@@ -44,6 +44,12 @@ inline constexpr int kLongShift = 32 - kMostBits;
 inline constexpr int64_t kListInShared = 16384;  // ranks: two blocks fit a multiprocessor all the same
 inline constexpr int kWordsOfWarp = 8;  // that a warp has in registers at a time: the latency of memory is paid once
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+inline constexpr int kLongBlocks = 1;  // of a multiprocessor; two spill
+#else
+inline constexpr int kLongBlocks = 2;
+#endif
+
 // How the rows of a problem are cut, and the workspace.
 struct LongRows {
   int64_t words;  // of 32 tokens, of a row
@@ -128,7 +134,7 @@ __device__ __forceinline__ LongRow<Scores> long_row(const SelectProblem& problem
 
 // Block: (row, chunk).
 template <class Scores>
-__global__ void __launch_bounds__(32 * kMostWarps, 2)
+__global__ void __launch_bounds__(32 * kMostWarps, kLongBlocks)
     select_count_kernel(const SelectProblem problem, const Scores scores, const LongRows rows) {
   PYVTK_SHARED(histogram, unsigned[kLongBins]);
   let_next_launch_start();
@@ -220,7 +226,7 @@ __device__ __forceinline__ LongCut long_cut(const SelectProblem& problem, const 
 
 // Block: (row, chunk).
 template <class Scores>
-__global__ void __launch_bounds__(32 * kMostWarps, 2)
+__global__ void __launch_bounds__(32 * kMostWarps, kLongBlocks)
     select_split_kernel(const SelectProblem problem, const Scores scores, const LongRows rows) {
   await_previous_launch();
   let_next_launch_start();
@@ -301,7 +307,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2)
 }
 
 // Block: (row, chunk).
-static __global__ void __launch_bounds__(32 * kMostWarps, 2)
+static __global__ void __launch_bounds__(32 * kMostWarps, kLongBlocks)
     select_write_kernel(const SelectProblem problem, const LongRows rows) {
   await_previous_launch();
   const unsigned number = blockIdx.x / static_cast<unsigned>(rows.chunks);

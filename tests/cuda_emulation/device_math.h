@@ -35,8 +35,8 @@ inline float exp2f(float x) {
 inline float logf(float x) { return x == 1.0f ? 0.0f : cuda_emulation::off_by(1, std::log(double{x}), x); }
 // nor does it leave -1 ... 1, which it reaches
 inline float erff(float x) {
-  const float exact = std::erf(x);
-  return std::abs(exact) == 1.0f ? exact : cuda_emulation::off_by(2, std::erf(double{x}), x);
+  const double exact = std::erf(double{x});
+  return std::abs(static_cast<float>(exact)) == 1.0f ? static_cast<float>(exact) : cuda_emulation::off_by(2, exact, x);
 }
 inline float tanhf(float x) { return cuda_emulation::off_by(2, std::tanh(double{x}), x); }
 
