@@ -31,7 +31,7 @@ _STORE_LOCAL, _LOAD_LOCAL = 0x387, 0x983
 
 # Spills that were decided: kernel and architecture -> instructions at most that write, or read, local memory. 1024
 # threads have 64 registers each, 512 have 128, and no thread has more than 255. Six blocks of merge leave a thread 80:
-# five were slower on an H200.
+# they were fastest on an H200.
 ALLOWED = {
     ("merge_kernel<float16, 8, false>", 90): 3,
     ("select_short_kernel<16>", 100): 8,
