@@ -30,10 +30,9 @@ _STORE_LOCAL, _LOAD_LOCAL = 0x387, 0x983
 
 
 # Spills that were decided: kernel and architecture -> instructions at most that write, or read, local memory. 1024
-# threads have 64 registers each, 512 have 128, and no thread has more than 255. Six blocks of merge leave a thread 80:
-# they were fastest on an H200.
+# threads have 64 registers each, 512 have 128, and no thread has more than 255. On sm_90, where these kernels
+# were measured, none spills.
 ALLOWED = {
-    ("merge_kernel<float16, 8, false>", 90): 3,
     ("select_short_kernel<16>", 100): 8,
     ("select_short_kernel<16>", 120): 8,
     ("sparse24_few_kernel<bfloat16, signed char, 1>", 100): 8,

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "cuda/block.cuh"
 #include "cuda/numbers.cuh"
@@ -25,9 +26,11 @@ inline constexpr int kMergeWarps = 4;
 inline constexpr int kMergeUnits = 2;  // of a lane, 32 units apart
 inline constexpr int kMergeAhead = 2;  // rows that are read before the first of them is added
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <class T>
 inline constexpr int kMergeBlocks = 5;  // six spill (sm_80)
 #else
-inline constexpr int kMergeBlocks = 6;
+template <class T>
+inline constexpr int kMergeBlocks = std::is_same_v<T, float16> ? 5 : 6;  // float16 spills with six
 #endif
 inline constexpr int kScanned = 2048;       // tokens whose groups a block holds at a time
 inline constexpr int kScannedAtOnce = 128;  // of them by a warp, four to a lane
@@ -182,7 +185,7 @@ __device__ __forceinline__ void each_member(const MergeProblem& problem, int64_t
 
 // out = sum of weight * x over the members, divided by the sum of weights for a mean; and those sums.
 template <class T, int kCount, bool kSorted>
-__global__ void __launch_bounds__(32 * kMergeWarps, kMergeBlocks)
+__global__ void __launch_bounds__(32 * kMergeWarps, kMergeBlocks<T>)
     merge_kernel(const MergeProblem problem, char* out, double* totals, int32_t units, uint32_t blocks_of_sample) {
   constexpr int kBytes = sizeof(T) * kCount;
   const uint32_t pieces = max(ceil_div(units, 32 * kMergeUnits), 1);
