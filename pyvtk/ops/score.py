@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from pyvtk import backends, checks
+from pyvtk import backends, checks, transforms
 from pyvtk.reference import score as reference
 
 QUERY_REDUCES = ("mean", "sum", "max", "visible_mean")
@@ -75,10 +75,29 @@ def _fake_backward(
     )
 
 
-backends.define("attention_scores", _SCHEMA, fake=_fake, dtypes=backends.HALF_AND_SINGLE, triton="score")
+# The batch is the outermost axis of all of these.
+PER_SAMPLE = dict.fromkeys(
+    ("q", "k", "q_positions", "k_positions", "q_mask", "k_mask", "k_bias", "head_weights", "lse"), 0
+)
+
+
+def does_not_fold(arguments: dict, mapped: dict) -> bool:
+    """Whether a batch cannot grow: packed samples, and weights of heads that all samples share."""
+    weights = arguments["head_weights"]
+    shared = weights is not None and weights.dim() - transforms.is_mapped(mapped["head_weights"]) == 1
+    return shared or arguments["cu_seqlens_k"] is not None
+
+
+backends.define(
+    "attention_scores", _SCHEMA, fake=_fake, dtypes=backends.HALF_AND_SINGLE, triton="score",
+    vmap=transforms.Fold(PER_SAMPLE, (1, 0, 1, 0, 1), does_not_fold),
+)  # fmt: skip
 backends.define(
     "attention_scores_backward", _BACKWARD_SCHEMA, fake=_fake_backward, dtypes=backends.HALF_AND_SINGLE,
     triton="score_backward",
+    vmap=transforms.Fold(
+        PER_SAMPLE | dict.fromkeys(("grad_linear", "grad_max", "max_query", "grad_lse"), 0), (0,) * 5, does_not_fold
+    ),
 )  # fmt: skip
 
 
@@ -94,6 +113,8 @@ backends.define(
     "(Tensor q, Tensor k, bool causal, float scale, str query_reduce, str head_reduce) -> Tensor",
     fake=_fake_plain,
     dtypes=backends.HALF_AND_SINGLE,
+    vmap=transforms.Fold({"q": 0, "k": 0}, (1,)),
+    lean=True,
 )
 _plain = torch.ops.pyvtk.attention_scores_plain.default
 _compiled = torch.ops.pyvtk.attention_scores.default
@@ -108,7 +129,7 @@ def plain_arguments(q: Tensor, k: Tensor, options: dict) -> tuple | None:
             return None
     if (
         options["heads_first"] or options["logit"] or options["key_start"] != 0 or options["key_stop"] != k.shape[2]
-        or torch.compiler.is_compiling() or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+        or torch.compiler.is_compiling() or transforms.wants_gradient(q, k)
     ):  # fmt: skip
         return None
     return options["causal"], options["scale"], ",".join(options["query_reduce"]), options["head_reduce"]
@@ -166,6 +187,8 @@ def _backward(operator: str, ctx, grad_scores, grad_lse, *_):
     pair_max_heads = (k.shape[1] if ctx.head_reduce == "max" else 1) if pairwise_max else 0
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
+    # The one that was given, and not its copy in the output, by which a second gradient would not find back.
+    lse = lse if lse_given is None else lse_given.reshape(lse.shape)
     grad_q, grad_k, grad_bias, grad_lse_given, grad_weights = getattr(torch.ops.pyvtk, operator)(
         linear.contiguous(), grad_max, max_query, grad_lse, lse, q, k, q_positions, k_positions, q_mask, k_mask,
         k_bias, head_weights, *cu_seqlens, *ctx.range, lse_given is not None, ctx.scale, ctx.logit, pair_max_heads,
@@ -181,10 +204,27 @@ def _backward(operator: str, ctx, grad_scores, grad_lse, *_):
     )  # fmt: skip
 
 
+def _second_order(
+    grad_linear, grad_max, max_query, grad_lse, lse, q, k, q_positions, k_positions, q_mask, k_mask, k_bias,
+    head_weights, cu_seqlens_q, cu_seqlens_k, causal, key_start, key_stop, range_denominator, lse_given, *rest,
+):  # fmt: skip
+    """Arguments of the backward operator as its outputs are: lse if it was given, weights of heads for each sample."""
+    if head_weights is not None and head_weights.dim() == 1:
+        samples = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        head_weights = head_weights.expand(samples, -1)
+    return (
+        grad_linear, grad_max, max_query, grad_lse, lse if lse_given else None, q, k, q_positions, k_positions, q_mask,
+        k_mask, k_bias, head_weights, cu_seqlens_q, cu_seqlens_k, causal, key_start, key_stop, range_denominator,
+        lse_given, *rest,
+    )  # fmt: skip
+
+
 def _register_gradient(name: str, backward_name: str) -> None:
     """Let operator ``backward_name`` form the gradients of ``name``."""
     backward = functools.partial(_backward, backward_name)
-    torch.library.register_autograd(f"pyvtk::{name}", backward, setup_context=_setup_context)
+    transforms.gradient(name, backward, setup_context=_setup_context)
+    wanted = ("q", "k", "k_bias", "lse", "head_weights")
+    transforms.second_gradient(backward_name, reference.weighed_sum, wanted, _second_order)
 
 
 _register_gradient("attention_scores", "attention_scores_backward")
@@ -453,7 +493,8 @@ def attention_scores(
         max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
     checks.boolean("attention_scores", "return_lse", return_lse)
-    chosen = backends.pick("attention_scores", backend, q, q.dtype)
+    differentiable = (q, k, k_bias, lse, head_weights)
+    chosen = backends.pick("attention_scores", backend, q, q.dtype, differentiable)
     plain = None if return_lse or chosen != "compiled" else plain_arguments(q, k, options)
     if chosen == "reference":
         scores, lse_out = reference.attention_scores(q, k, **options)
@@ -461,8 +502,8 @@ def attention_scores(
         scores = _plain(q, k, *plain)
     else:
         operator = _triton if chosen == "triton" else _compiled
-        scores, lse_out, *_ = backends.call(
-            operator, (q, k, k_bias, lse, head_weights), q, k, *kernel_arguments(options), return_lse
+        scores, lse_out, *_ = transforms.call(
+            operator, differentiable, q, k, *kernel_arguments(options), return_lse
         )
     packed = cu_seqlens_q is not None
     scores = shape_scores(scores, packed, not isinstance(query_reduce, str), head_reduce)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyvtk import backends, checks
+from pyvtk import backends, checks, transforms
 from pyvtk.reference import select as reference
 from pyvtk.selection import Selection, assemble
 
@@ -24,6 +24,10 @@ def _fake(
     )
 
 
+# Rows are the outermost axis of all of these.
+PER_ROW = dict.fromkeys(
+    ("num_keep_per_row", "threshold", "top_p", "keep", "drop", "candidates", "segments"), 0
+)  # fmt: skip
 # Arguments as in pyvtk/reference/select.py; masks, segments (int32), cu_seqlens (int32) and values per row contiguous;
 # threshold float32, top_p float64.
 backends.define(
@@ -33,6 +37,8 @@ backends.define(
     "SymInt capacity, bool align_right, bool by_score) -> (Tensor indices, Tensor counts, Tensor overflow)",
     fake=_fake,
     dtypes=backends.HALF_AND_SINGLE,
+    vmap=transforms.Fold({"scores": 0} | PER_ROW, (0, 0, 0), lambda given, mapped: given["cu_seqlens"] is not None),
+    lean=True,
 )
 _operator = torch.ops.pyvtk.select.default
 
@@ -53,6 +59,8 @@ backends.define(
     "(Tensor scores, SymInt num_keep) -> (Tensor indices, Tensor counts, Tensor overflow)",
     fake=_fake_top,
     dtypes=backends.HALF_AND_SINGLE,
+    vmap=transforms.Fold({"scores": 0}, (0, 0, 0)),
+    lean=True,
 )
 _top = torch.ops.pyvtk.select_top.default
 
