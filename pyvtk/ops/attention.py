@@ -177,13 +177,18 @@ def neighbor_attention(
     out_i = sum_j exp(z_ij - lse_i) v_j with z_ij = scale q_i . k_j + k_bias_j and lse_i = log sum_j exp z_ij, over the
     keys j that query i sees. Which those are: :func:`neighbor_plan` and its siblings.
 
+    A key that nobody sees may hold anything. One that somebody sees must be finite: NaN or infinity in its k or v can
+    reach queries that do not see it, as in torch's SDPA with a mask (0 times NaN is NaN); here those that are worked on
+    together with one that does, as neighbours in the plan's order are, and in the reference all of them.
+
     Args:
         q: [batch, heads, queries, channels], floating; channels a multiple of 8 up to 256. For packed plans
             [tokens, heads, channels], k and v alike. Any strides. The last queries of the plan's sequence may stand
             alone: then they are its tail (decode, chunked prefill).
         k, v: [batch, kv_heads, keys, channels]; heads a multiple of kv_heads, query head h uses h // (heads //
             kv_heads). More keys than the plan has tokens: the additional ones are text.
-        plan: of the layout, made once for all layers.
+        plan: of the layout, made once for all layers. One for training is made outside of ``torch.inference_mode``;
+            ``torch.no_grad`` does no harm (a plan has no gradient).
         scale: of the logits; None: channels ** -0.5.
         k_bias: float [batch, keys] (packed: [tokens]), added to the scaled logits; e.g. log of token sizes (ToMe).
             A key with -inf is seen by nobody.
@@ -210,6 +215,7 @@ def neighbor_attention(
     if k_lengths is not None or queries != plan.num_queries or keys != plan.num_keys:
         _check_tail(plan, queries, keys, k_lengths)
         plan = plan.tail(queries, keys, k_lengths)
+    checks.outside_inference("neighbor_attention", "plan", plan.tensors(), (q, k, v, k_bias))
     if plan.packed:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         k_bias = None if k_bias is None else k_bias[None]

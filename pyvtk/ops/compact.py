@@ -364,7 +364,7 @@ def compact(
 
     Args:
         selection: which tokens. With a head axis it applies to [batch, heads, tokens, ...] (dim=2); of a packed source
-            to [total tokens, ...] (dim=0, batch_dim=None).
+            to [total tokens, ...] (dim=0, batch_dim=None). For a gradient it is made outside of torch.inference_mode.
         tensors: of any dtype and strides, e.g. hidden states [batch, tokens, channels], positions [3, batch, tokens]
             (batch_dim=1, dim=2), keys [batch, heads, tokens, channels] (dim=2). A batch axis of size 1 repeats.
         dim: the token axis, one value or one per tensor.
@@ -432,8 +432,10 @@ def compact(
                 target.copy_(result)
         return out
     if chosen == "reference":
+        checks.outside_inference("compact", "selection", (indices, counts), tensors)
         results = reference.compact(*call)
     elif transforms.wants_gradient(*tensors):
+        checks.outside_inference("compact", "selection", (indices, counts), tensors)
         results = ops.compact(*call) if chosen == "compiled" else ops.compact_triton(*call)
     elif chosen == "compiled":
         results = ops.compact_forward.default(*call)
@@ -454,7 +456,7 @@ def restore(
     """``base`` with the selected tokens replaced by ``update``, or with gate * update added to them.
 
     Args:
-        selection: the one that ``update`` was compacted with.
+        selection: the one that ``update`` was compacted with; for a gradient, made outside of torch.inference_mode.
         update: shaped like compact's result, e.g. [batch, capacity, channels]. Its padding is ignored.
         base: e.g. [batch, tokens, channels]; None: zeros.
         dim: the token axis of base, as in compact (batch_dim is 0; None for a selection of a packed source).
@@ -502,6 +504,7 @@ def restore(
         else:
             raise TypeError(f"restore: gate must be a number or a tensor, got {type(gate).__name__}")
 
+    checks.outside_inference("restore", "selection", (indices, selection.counts), (update, base, gate))
     rest = (
         indices,
         selection.counts,

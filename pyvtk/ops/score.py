@@ -296,8 +296,8 @@ def resolve(
                 f"{op}: cu_seqlens_k must have as many entries as cu_seqlens_q ({cu_seqlens_q.shape[0]}), "
                 f"got {cu_seqlens_k.shape[0]}"
             )
-        cu_seqlens_q = cu_seqlens_q.to(torch.int32).contiguous()
-        cu_seqlens_k = cu_seqlens_k.to(torch.int32).contiguous()
+        cu_seqlens_q = checks.to_int32(cu_seqlens_q).contiguous()
+        cu_seqlens_k = checks.to_int32(cu_seqlens_k).contiguous()
     else:
         rows, columns = (q_shape[0], q_shape[2]), (k_shape[0], k_shape[2])
         row_text, column_text = "[batch, queries]", "[batch, keys]"
@@ -392,17 +392,30 @@ def resolve(
 def kernel_arguments(options: dict) -> tuple:
     """The options of :func:`resolve` in the order and the dtypes of the compiled operators."""
     converted = dict(options)
-    for name, dtype in _KERNEL_DTYPES.items():
+    for name in _FLOATS_OF_KERNELS:
         if converted[name] is not None:
-            converted[name] = converted[name].to(dtype)
+            converted[name] = converted[name].float()
+    at_query, at_key = converted["q_positions"], converted["k_positions"]
+    if at_query is not None or at_key is not None:
+        converted["q_positions"], converted["k_positions"] = _kernel_positions(at_query, at_key)
     converted["query_reduce"] = ",".join(converted["query_reduce"])
     return tuple(converted.values())
 
 
-_KERNEL_DTYPES = {
-    "q_positions": torch.int32, "k_positions": torch.int32, "k_bias": torch.float32, "head_weights": torch.float32,
-    "lse": torch.float32,
-}  # fmt: skip
+_FLOATS_OF_KERNELS = ("k_bias", "head_weights", "lse")
+
+
+def _kernel_positions(at_query: Tensor | None, at_key: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Positions as the int32 of kernels, by which every query sees the keys that it saw before.
+
+    int32's extremes stay free: kernels keep a masked key as one that stands at the largest, where no query is.
+    """
+    if at_query is not None and at_key is not None:
+        at_query, at_key = checks.ranks(at_query, at_query, at_key)
+        return at_query, at_key
+    # The other side stands at its places in the sequence, numbers of tokens: what is cut off lies beyond them all.
+    given = (at_key if at_query is None else at_query).clamp(1 - 2**31, 2**31 - 2).to(torch.int32)
+    return (None, given) if at_query is None else (given, None)
 
 
 def shape_scores(scores: Tensor, packed: bool, several: bool, head_reduce: str | None) -> Tensor:
@@ -455,7 +468,7 @@ def attention_scores(
             h reads key head h // (q_heads / kv_heads).
         causal: a key is seen if its position is at most the query's.
         q_positions, k_positions: int [batch, queries] / [batch, keys], or without the batch; packed [total]. Order in
-            the sequence; by default 0..keys-1, and the last query stands at the last key.
+            the sequence, any int64; by default 0..keys-1, and the last query stands at the last key.
         q_mask, k_mask: bool [batch, queries] / [batch, keys]; packed [total]. False: does not exist, whatever it holds.
         k_bias: [batch, keys], added to the scaled logits (ToMe's log size, say). Differentiable.
         key_range: (start, stop): score these keys only.

@@ -147,7 +147,7 @@ def resolve(
         checks.same_device(op, "cu_seqlens", cu_seqlens, scores, "scores")
         if cu_seqlens.shape[0] < 1:
             raise ValueError(f"{op}: cu_seqlens must hold at least one entry, got shape (0,)")
-        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+        cu_seqlens = checks.to_int32(cu_seqlens).contiguous()
     if keep is not None:
         keep = _mask(op, "keep", keep, scores)
     if drop is not None:
@@ -168,6 +168,8 @@ def resolve(
         if num_segments is None:
             raise ValueError(f"{op}: num_segments must be given with segments, unless num_keep is [batch, segments]")
         checks.integer(op, "num_segments", num_segments, 1)
+        if num_segments >= 2**31:  # ids are int32 in kernels
+            raise ValueError(f"{op}: num_segments must be below 2**31, got {num_segments}")
         if segments.dtype != torch.int32:
             # Clamped first: an id beyond int32 must not wrap around to a valid one.
             segments = segments.clamp(-1, num_segments).to(torch.int32)
@@ -175,7 +177,8 @@ def resolve(
         raise ValueError(f"{op}: num_segments must be None without segments, got {num_segments}")
     groups = 1 if num_segments is None else num_segments
     if isinstance(num_keep, Tensor):
-        per_row = _per_row(op, "num_keep", num_keep.long(), num_segments, scores, cu_seqlens)
+        # Kernels take forced tokens off it: from int64's least that would wrap around to "all of them".
+        per_row = _per_row(op, "num_keep", num_keep.long().clamp(min=0), num_segments, scores, cu_seqlens)
     if threshold is not None:
         threshold = _number(op, "threshold", threshold, scores).to(scores.dtype)
         threshold = threshold if scores.dtype == torch.float64 else threshold.float()
