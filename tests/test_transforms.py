@@ -1,7 +1,6 @@
 """What torch makes of a call, at every public function and every operator: right, or an error; never wrong in silence."""
 
 import inspect
-import re
 
 import pytest
 import torch
@@ -108,7 +107,16 @@ def operator_arguments(name: str) -> tuple:
         "compact_out": (*move, [torch.zeros(2, 3, 3)]),
         "compact_kv_": (SELECTION.indices, SELECTION.counts, [cache]),
         "probe_": (torch.zeros(64, dtype=torch.int32),),
-        "sparse24_linear_int8": (x[0, :, :1].repeat(1, 8), weight.values, weight.metadata, weight.scales, None, None, None, "none"),
+        "sparse24_linear_int8": (
+            x[0, :, :1].repeat(1, 8),
+            weight.values,
+            weight.metadata,
+            weight.scales,
+            None,
+            None,
+            None,
+            "none",
+        ),
     }[name.removesuffix("_triton")]
 
 

@@ -40,13 +40,17 @@ class Case(NamedTuple):
         return sum((out * out * 0.5).sum() + (out * weight).sum() for out, weight in zip(outs, weights))
 
 
-SELECTION = pyvtk.Selection.from_indices(torch.tensor([[1, 3, 4], [0, 2, -1]]), 5, counts=torch.tensor([3, 2]), ascending=True)
+SELECTION = pyvtk.Selection.from_indices(
+    torch.tensor([[1, 3, 4], [0, 2, -1]]), 5, counts=torch.tensor([3, 2]), ascending=True
+)
 PER_HEAD = pyvtk.Selection.from_indices(torch.tensor([[[0, 2], [1, 3]]]), 4, ascending=True)
 LAYOUT = pyvtk.TokenLayout.from_images([9, 9], [pyvtk.ImageSpan(0, 2, (1, 2, 3)), pyvtk.ImageSpan(1, 1, (1, 2, 2))])
 PLAN = pyvtk.neighbor_plan(LAYOUT, 1)
 ASSIGNMENT = torch.tensor([[0, 1, 0, -1, 2], [2, 2, 0, 1, 1]])
 CU = torch.tensor([0, 3, 5], dtype=torch.int32)
-MASK24 = torch.tensor([[1, 0, 1, 0, 0, 1, 1, 0], [0, 1, 1, 0, 1, 0, 0, 1], [1, 1, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1, 0, 0]]).bool()
+MASK24 = torch.tensor(
+    [[1, 0, 1, 0, 0, 1, 1, 0], [0, 1, 1, 0, 1, 0, 0, 1], [1, 1, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1, 0, 0]]
+).bool()
 METADATA = sparse24.compress(torch.ones(4, 8), MASK24).metadata
 
 
@@ -67,9 +71,13 @@ def weight_of(values: Tensor) -> sparse24.Sparse24Weight:
 CASES = {
     "attention_scores": scores(causal=True),
     "attention_scores max": scores(query_reduce=("sum", "max"), head_reduce="max", causal=True),
-    "attention_scores heads first": scores(query_reduce=("max", "mean"), head_reduce="group_max", reduce_order="heads_first"),
+    "attention_scores heads first": scores(
+        query_reduce=("max", "mean"), head_reduce="group_max", reduce_order="heads_first"
+    ),
     "attention_scores logits": scores(quantity="logit", query_reduce="visible_mean", head_reduce=None, return_lse=True),
-    "attention_scores range": scores(denominator="range", key_range=(1, 4), q_mask=torch.tensor([[1, 1, 0], [1, 0, 1]]).bool()),
+    "attention_scores range": scores(
+        denominator="range", key_range=(1, 4), q_mask=torch.tensor([[1, 1, 0], [1, 0, 1]]).bool()
+    ),
     "attention_scores packed": scores(cu_seqlens_q=CU, cu_seqlens_k=CU, causal=True, return_lse=True),
     "attention_scores bias": Case(
         lambda q, k, bias, weights, *, backend: pyvtk.attention_scores(
@@ -104,13 +112,16 @@ CASES = {
     "restore": Case(
         lambda update, base, *, backend: pyvtk.restore(SELECTION, update, base, backend=backend), ((2, 3, 2), (2, 5, 2))
     ),
-    "restore into zeros": Case(lambda update, *, backend: pyvtk.restore(SELECTION, update, backend=backend), ((2, 3, 2),)),
+    "restore into zeros": Case(
+        lambda update, *, backend: pyvtk.restore(SELECTION, update, backend=backend), ((2, 3, 2),)
+    ),
     "restore gate": Case(
         lambda update, base, gate, *, backend: pyvtk.restore(SELECTION, update, base, gate=gate, backend=backend),
         ((2, 3, 2), (2, 5, 2), (2, 3)),
     ),
     "merge_tokens": Case(
-        lambda x, *, backend: pyvtk.merge_tokens(x, ASSIGNMENT, num_groups=3, reduce="sum", backend=backend), ((2, 5, 3),)
+        lambda x, *, backend: pyvtk.merge_tokens(x, ASSIGNMENT, num_groups=3, reduce="sum", backend=backend),
+        ((2, 5, 3),),
     ),
     "merge_tokens mean": Case(
         lambda x, weights, sizes, *, backend: pyvtk.merge_tokens(
@@ -133,7 +144,9 @@ CASES = {
         ((2, 2, 3, 4), (2, 2, 3, 4), (2, 2, 3), (2, 2, 3)),
     ),
     "merge_attention coefficients": Case(
-        lambda a, lse, c, *, backend: pyvtk.merge_attention([a, a * 2], [lse, lse * 2], [c * c, c * c + 1], True, backend=backend),
+        lambda a, lse, c, *, backend: pyvtk.merge_attention(
+            [a, a * 2], [lse, lse * 2], [c * c, c * c + 1], True, backend=backend
+        ),
         ((2, 2, 3, 4), (2, 2, 3), (2, 2, 3)),
     ),
     "sparse24.linear": Case(

@@ -515,9 +515,7 @@ def attention_scores(
         scores = _plain(q, k, *plain)
     else:
         operator = _triton if chosen == "triton" else _compiled
-        scores, lse_out, *_ = transforms.call(
-            operator, differentiable, q, k, *kernel_arguments(options), return_lse
-        )
+        scores, lse_out, *_ = transforms.call(operator, differentiable, q, k, *kernel_arguments(options), return_lse)
     packed = cu_seqlens_q is not None
     scores = shape_scores(scores, packed, not isinstance(query_reduce, str), head_reduce)
     if not return_lse:
