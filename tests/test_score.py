@@ -190,8 +190,9 @@ def gradients(q, k, options, backend):
 
 @pytest.mark.parametrize("number", range(len(ALL)))
 def test_gradient_within_budget(number):
-    """The budget holds for the worst of six draws: the largest error of a few numbers in one draw is mere luck, and
-    plain torch has it too (so there is room for what rounds the exponents of weights). What each instruction set computes is compared with the same plain results and oracles, which take most of the time."""
+    """The budget holds for the worst of six draws: the largest error of a few numbers in one draw is mere luck, which
+    plain torch has too, so there is room for what rounds the exponents of weights. What each instruction set computes
+    is compared with the same plain results and oracles, which take most of the time."""
     query_reduce, head_reduce, order, quantity = ALL[number]
     queries, keys, dim = [(1, 210, 16), (33, 140, 24)][number % 2]
     drawn = []

@@ -1,4 +1,4 @@
-"""What torch makes of a call, at every public function and every operator: right, or an error; never wrong in silence."""
+"""What torch makes of a call, at every public function and operator: right, or an error; never wrong in silence."""
 
 import inspect
 
@@ -80,7 +80,7 @@ def test_the_table_of_the_readme():
     assert "\n".join(probes.table()) in (ROOT / "README.md").read_text()
 
 
-# Of operators, called directly -----------------------------------------------------------------------------------------
+# Of operators, called directly ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -1,4 +1,4 @@
-"""One small call of every public function that has a derivative, for the tests of what torch's transforms make of it."""
+"""One small call of every public function that has a derivative, for tests of what torch's transforms make of it."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ def weighed_sum(
     """What ``attention_scores_backward`` gives the gradients of: the sum over pairs of grad_linear_hj v_hij, and of
     grad_max_hj v_hij for i = max_query_hj, and of grad_lse_hi lse_hi.
 
-    pair_max_heads: key heads that share a maximum for every pair, whose lowest winner alone gets grad_linear; 0: all do.
+    pair_max_heads: key heads that share a maximum for every pair, whose lowest winner alone gets grad_linear; 0: all.
     lse: if it was given. head_weights: [samples, q_heads], also of packed samples. max_query counts within the sample.
     """
     packed = cu_seqlens_q is not None
