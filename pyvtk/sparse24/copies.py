@@ -2,7 +2,8 @@
 
 torch counts the writes to a tensor (its version), and a :class:`Seal` is a look at these counts. What torch does not
 count, nobody sees: writes through ``.data``, by the replay of a CUDA graph, or by whoever shares the memory (numpy,
-DLPack). Whoever writes so has to say so: :meth:`Sparse24Weight.drop_copies`, :meth:`Linear24.refresh`.
+DLPack). Whoever writes so has to say so: :meth:`Sparse24Weight.drop_copies`, :meth:`Linear24.refresh`. Fused optimizers
+are not counted either, so nothing is kept of a weight that asks for a gradient.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def why_not_sealed(tensor: Tensor) -> str | None:
         return "a tensor without numbers (meta or fake)"
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return f"a {type(tensor).__name__}"
+    if tensor.requires_grad:
+        return "one that asks for a gradient, which a fused optimizer writes to uncounted"
     if tensor.is_inference():
         return "a tensor of inference mode, whose writes torch does not count"
     return None
@@ -39,7 +42,7 @@ class Seal:
         self._seen = [None if t is None else (weakref.ref(t), t._version, t.data_ptr()) for t in tensors]
 
     def holds(self, *tensors: Tensor | None) -> bool:
-        """Whether these are the tensors, or views of all of each, as they were."""
+        """Whether these are the tensors, or views of all of each, as they were. None that asks for a gradient is."""
         for seen, tensor in zip(self._seen, tensors):
             if seen is None or tensor is None:
                 if seen is not tensor:
@@ -48,7 +51,7 @@ class Seal:
             known, version, address = seen
             if tensor is not known() and not _same(tensor, known()):
                 return False
-            if tensor._version != version or tensor.data_ptr() != address:
+            if tensor._version != version or tensor.data_ptr() != address or tensor.requires_grad:
                 return False
         return True
 

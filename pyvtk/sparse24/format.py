@@ -39,8 +39,9 @@ class Sparse24Weight:
     Beside these a weight may hold copies of itself, ``dense``, ``vendor`` and ``transposed``, each None unless it was
     made and nothing was written since to values, metadata or scales, or put in their place. **What torch does not count
     is not seen**: after a write through ``.data`` (``values.data.mul_(2)``), by the replay of a CUDA graph or by another
-    library that shares the memory, call :meth:`drop_copies`. Tensors of inference mode, whose writes torch does not
-    count at all, have no copies. Copies stay behind in copy, deepcopy, pickle, dataclasses.replace and the state dict.
+    library that shares the memory, call :meth:`drop_copies`. Where torch counts nothing, there are no copies: of a weight
+    made in inference mode, and of one whose values ask for a gradient (fused optimizers write uncounted; a product drops
+    the copies that it finds). Copies stay behind in copy, deepcopy, pickle, dataclasses.replace and the state dict.
 
     A pytree of values, metadata and scales, so it passes through torch.export as well; these alone are part of the
     format and of :meth:`state_dict`.
@@ -115,7 +116,7 @@ class Sparse24Weight:
 
     def cache_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense copy [N, K] in ``dtype`` (of the values, or float32), made unless there is a current one. Not to be
-        written to. RuntimeError: a weight whose writes torch does not count (made in inference mode, meta, fake)."""
+        written to. RuntimeError: a weight whose writes torch does not count (see the class), or without numbers."""
         dtype = dtype or (torch.float32 if self.scales is not None else self.dtype)
         dense = self.dense
         if dense is None or dense.dtype != dtype:

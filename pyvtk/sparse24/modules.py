@@ -115,7 +115,12 @@ def _cast(x: Tensor, bias: Tensor | None, mul: Tensor | None):
 
 def _transpose_for(x, weight: Sparse24Weight, backend: str | None) -> Sparse24Weight | None:
     """The compressed transpose, if this call has a gradient of x for which it is of use."""
-    if weight._copies is None or not isinstance(x, Tensor) or not wants_gradient(x) or wants_gradient(weight.values):
+    if weight._copies is None or not isinstance(x, Tensor):
+        return None
+    if weight.values.requires_grad:
+        weight.drop_copies()  # its optimizer may be one that writes uncounted
+        return None
+    if not wants_gradient(x) or wants_gradient(weight.values):
         return None
     transposed = weight._copies.transposed if torch.compiler.is_compiling() else weight.transposed
     if transposed is None or torch.compiler.is_exporting() or not transposed.dtype == x.dtype == weight.dtype:

@@ -172,7 +172,7 @@ class Linear24(nn.Module):
         self.register_buffer("left", left, persistent=False)
         self._mask_seal: Seal | None = None
         self._steps_seal: Seal | None = None
-        self.register_load_state_dict_post_hook(lambda module, _: module._loaded())
+        self.register_load_state_dict_post_hook(_after_loading)
         self._at(0)
         self._write_steps()
         self.refresh()
@@ -353,6 +353,11 @@ class Linear24(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"method={self.method}, pattern={n}:{m}, step={self._step}"
         )
+
+
+def _after_loading(module: Linear24, _) -> None:
+    """No lambda, which could not be pickled."""
+    module._loaded()
 
 
 def _seal(tensor: Tensor) -> Seal | None:
