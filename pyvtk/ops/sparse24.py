@@ -5,6 +5,7 @@ The format (values, metadata, scales) is described byte by byte in ``pyvtk/refer
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -265,7 +266,7 @@ def linear(
         checks.same_device(op, "vendor", vendor, x, "x")
     check_choice(op, choice, dense, vendor)
     if backends.pick("sparse24_linear", backend, x, x.dtype) == "reference":
-        with _full_precision(x):
+        with full_precision(x):
             return reference.linear(x, values, metadata, scales, dense, bias, mul, activation, choice)
     operator = torch.ops.pyvtk.sparse24_linear
     rest = (values, metadata, scales, dense, bias)
@@ -309,7 +310,7 @@ def linear_int8(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, mul)):
         raise ValueError(f"{op}: x, bias and mul must not ask for a gradient (rounding has none), got one that does")
     if backends.pick("sparse24_linear_int8", backend, x, x.dtype) == "reference":
-        with _full_precision(x):
+        with full_precision(x):
             return reference.linear_int8(x, values, metadata, scales, x_scale, bias, mul, activation)
     mul = None if mul is None else _rows(mul)
     rest = (values, metadata, scales, x_scale, bias, mul, activation)
@@ -317,13 +318,18 @@ def linear_int8(
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], values.shape[0])
 
 
-def _full_precision(x: Tensor):
+def full_precision(x: Tensor):
     """Autocast would round inside the reference, too."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if backends.autocasts(device) else nullcontext()
 
 
+def count_rows(x: Tensor) -> int:
+    """Of x [..., columns]. Not numel() of its shape, which torch.export takes for a fixed number."""
+    return math.prod(x.shape[:-1])
+
+
 def _rows(x: Tensor) -> Tensor:
     """x as a matrix with a contiguous last dimension; a view where its strides allow."""
-    x = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    x = x if x.dim() == 2 else x.reshape(count_rows(x), x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

@@ -10,7 +10,7 @@ scales    float32 [out_features] of int8 values: weight[n, k] = value * scales[n
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
@@ -173,15 +173,21 @@ def prune_n_of_m(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     return mask.flatten(-2).movedim(-1, dim)
 
 
+# The 90 patterns of :func:`transposable_patterns` as numbers of 16 bits, the first row in the highest.
+_ROWS = [sum(8 >> column for column in pair) for pair in combinations(range(4), 2)]
+_TRANSPOSABLE = tuple(
+    rows[0] << 12 | rows[1] << 8 | rows[2] << 4 | rows[3]
+    for rows in product(_ROWS, repeat=4)
+    if all(sum(row >> column & 1 for row in rows) == 2 for column in range(4))
+)
+
+
 def transposable_patterns() -> Tensor:
-    """bool [90, 4, 4]: all 4x4 patterns with two entries in every row and column, in ascending order of their kept
-    positions."""
-    rows = torch.zeros(6, 4, dtype=torch.bool, device="cpu")
-    for row, pair in enumerate(combinations(range(4), 2)):
-        rows[row, list(pair)] = True
-    every = torch.cartesian_prod(*[torch.arange(6, device="cpu")] * 4)
-    blocks = rows[every]
-    return blocks[(blocks.sum(1) == 2).all(-1)]
+    """bool [90, 4, 4], on the CPU: all 4x4 patterns with two entries in every row and column, in ascending order of their
+    kept positions."""
+    numbers = torch.tensor(_TRANSPOSABLE, dtype=torch.int64, device="cpu")
+    bits = numbers[:, None] >> torch.arange(15, -1, -1, device="cpu") & 1
+    return bits.bool().reshape(-1, 4, 4)
 
 
 def prune_transposable(scores: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from pyvtk import backends
+from pyvtk.ops.sparse24 import count_rows
 from pyvtk.reference import sparse24 as reference
 from pyvtk.sparse24.copies import is_current, is_sealed_mask
 
@@ -50,7 +51,7 @@ def wants_gradient(tensor: Tensor | None) -> bool:
 def sparse_product(x: Tensor, values: Tensor, metadata: Tensor, choice=()) -> Tensor:
     """x W^T by the compiled operators: not by the page, whose checks torch.compile does not trace inside a backward
     pass. Without gradient."""
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    rows = x.reshape(count_rows(x), x.shape[-1]).contiguous()
     y = torch.ops.pyvtk.sparse24_linear(rows, values, metadata, None, None, None, None, "none", choice)
     return y.reshape(*x.shape[:-1], values.shape[0])
 
@@ -125,7 +126,7 @@ class MaskedProduct(Function):
             else:
                 grad_x = _masked_product(grad, weight, mask, True)
         if ctx.needs_input_grad[1]:
-            rows = grad.shape[:-1].numel()
+            rows = count_rows(grad)
             grad_weight = grad.reshape(rows, grad.shape[-1]).T @ x.reshape(rows, x.shape[-1])
         return grad_x, grad_weight, None, None
 

@@ -63,7 +63,7 @@ def _made(weight: Sparse24Weight, x: Tensor) -> tuple[Tensor | None, Tensor | No
     # a call that is being recorded (make_fx, fake tensors) would keep a copy for good
     if torch._C._len_torch_dispatch_stack() or weight.why_no_copies() is not None:
         return None, None
-    kernel = kernel_at(weight.choice, x.shape[:-1].numel())
+    kernel = kernel_at(weight.choice, ops.count_rows(x))
     if kernel == DENSE:
         weight.cache_dense(x.dtype)
     elif kernel == VENDOR and cusparselt.why_not(*weight.shape, x.dtype, weight.device) is None:
@@ -187,7 +187,7 @@ def linear(
     if dense is not None or vendor is not None:
         if torch.compiler.is_compiling() and backends.pick("sparse24_linear", backend, x, x.dtype) == "compiled":
             ops.check_call(op, x, values, weight.metadata, weight.scales, bias, mul, activation)
-            rows, mul = (None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (x, mul))
+            rows, mul = (None if t is None else t.reshape(ops.count_rows(t), t.shape[-1]).contiguous() for t in (x, mul))
             parts = (values, weight.metadata, weight.scales, dense, bias, mul, activation, choice, vendor)
             y = torch.ops.pyvtk.sparse24_linear_by_copy(rows, *parts)
             return y.reshape(*x.shape[:-1], y.shape[-1])

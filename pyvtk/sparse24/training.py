@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyvtk import backends, checks
+from pyvtk.ops import sparse24 as ops
 from pyvtk.reference import sparse24 as reference
 from pyvtk.sparse24.copies import Seal, has_values, seal_mask, why_not_sealed
 from pyvtk.sparse24.format import Sparse24Weight, compress, refuse_nan
@@ -90,7 +91,7 @@ class Linear24(nn.Module):
         in_features, out_features, bias, device, dtype: as of nn.Linear. in_features a multiple of 4, and of every m in
             ``patterns``; with ``transposable`` out_features too.
         method: "ste": the gradient g of the masked weight goes to all of ``weight``. "sr_ste": g + rate * weight where
-            the weight is pruned. "decay": pruned weights are multiplied by ``beta(t)`` rather than by 0, gradient g.
+            the weight is pruned, in every backward pass that reaches it. "decay": pruned weights are multiplied by ``beta(t)`` rather than by 0, gradient g.
         rate: of "sr_ste".
         beta: of "decay": a function of the number of steps, :class:`LinearDecay` or :class:`ExponentialDecay`.
         patterns: ((first step, (n, m)), ...), ascending from step 0, the last (2, 4); see :func:`structure_decay`.
@@ -298,8 +299,7 @@ class Linear24(nn.Module):
             x = fake_quantize(x, self.x_scale)
             # what is pruned may lie beyond the range of what is kept, and still gets its gradient
             weight = rounded(weight, row_scales(self.masked_weight()), False)
-        # autocast has done its part
-        with torch.autocast(x.device.type, enabled=False):
+        with ops.full_precision(x):  # autocast has done its part
             if self.sparse:
                 y = masked_product(x, weight, mask, self.transposable)
             else:
