@@ -91,7 +91,8 @@ class Linear24(nn.Module):
         in_features, out_features, bias, device, dtype: as of nn.Linear. in_features a multiple of 4, and of every m in
             ``patterns``; with ``transposable`` out_features too.
         method: "ste": the gradient g of the masked weight goes to all of ``weight``. "sr_ste": g + rate * weight where
-            the weight is pruned, in every backward pass that reaches it. "decay": pruned weights are multiplied by ``beta(t)`` rather than by 0, gradient g.
+            the weight is pruned, in every backward pass that reaches it (no forward mode). "decay": pruned weights are
+            multiplied by ``beta(t)`` rather than by 0, gradient g.
         rate: of "sr_ste".
         beta: of "decay": a function of the number of steps, :class:`LinearDecay` or :class:`ExponentialDecay`.
         patterns: ((first step, (n, m)), ...), ascending from step 0, the last (2, 4); see :func:`structure_decay`.
