@@ -67,26 +67,21 @@ def _same(tensor: Tensor, known: Tensor | None) -> bool:
 class Copies:
     """The dense copy, the vendor's form and the compressed transpose of one weight, as it was when they were made."""
 
-    def __init__(self, *sources: Tensor | None):
+    def __init__(self):
         self.dense = self.vendor = self.transposed = None
-        self._sources = Seal(*sources)
-        self._own: dict[str, Seal] = {}
 
-    def keep(self, name: str, copy) -> None:
-        tensors = _tensors(copy)
+    def keep(self, name: str, copy, *sources: Tensor | None) -> None:
+        """``copy`` was made of ``sources``, to which those that are kept already belong."""
         setattr(self, name, copy)
-        self._own[name] = Seal(*tensors)
-        _of_copy[tensors[0].data_ptr()] = self
+        self._own = [copy for copy in (self.dense, self.vendor) if copy is not None]
+        if self.transposed is not None:
+            self._own += [self.transposed.values, self.transposed.metadata]
+        self._seal = Seal(*sources, *self._own)
+        _of_copy[(copy if isinstance(copy, Tensor) else copy.values).data_ptr()] = self
 
     def belong_to(self, *sources: Tensor | None) -> bool:
         """Whether neither the weight nor a copy was written to since."""
-        return self._sources.holds(*sources) and all(
-            seal.holds(*_tensors(getattr(self, name))) for name, seal in self._own.items()
-        )
-
-
-def _tensors(copy) -> tuple[Tensor, ...]:
-    return (copy,) if isinstance(copy, Tensor) else (copy.values, copy.metadata)
+        return self._seal.holds(*sources, *self._own)
 
 
 # Address of a copy -> its Copies; of a mask -> its Seal. torch.compile cannot ask for versions while it traces, so the

@@ -70,19 +70,19 @@ class Sparse24Weight:
     @property
     def dense(self) -> Tensor | None:
         """A dense copy for the row counts where ``choice`` prefers it; made by :meth:`cache_dense`."""
-        copies = self._current_copies()
+        copies = self.current_copies()
         return None if copies is None else copies.dense
 
     @property
     def vendor(self) -> Tensor | None:
         """The weight as cuSPARSELt wants it, opaque; made by :meth:`cache_vendor`."""
-        copies = self._current_copies()
+        copies = self.current_copies()
         return None if copies is None else copies.vendor
 
     @property
     def transposed(self) -> Sparse24Weight | None:
         """The compressed transpose; made by :meth:`with_transpose`."""
-        copies = self._current_copies()
+        copies = self.current_copies()
         return None if copies is None else copies.transposed
 
     @property
@@ -169,7 +169,7 @@ class Sparse24Weight:
 
     def drop_dense(self) -> None:
         """Free the dense copy, and the vendor's form."""
-        copies = self._current_copies()
+        copies = self.current_copies()
         self._copies = None
         if copies is not None and copies.transposed is not None:
             self._keep("transposed", copies.transposed)
@@ -178,7 +178,7 @@ class Sparse24Weight:
         """Free all copies: to be called after a write that torch does not count (``values.data.mul_(2)``)."""
         self._copies = None
 
-    def _current_copies(self) -> Copies | None:
+    def current_copies(self) -> Copies | None:
         """What is held, if it still belongs to the weight; what does not is freed."""
         copies = self._copies
         if copies is not None and not copies.belong_to(self.values, self.metadata, self.scales):
@@ -186,10 +186,10 @@ class Sparse24Weight:
         return copies
 
     def _keep(self, name: str, copy: Tensor | Sparse24Weight) -> None:
-        copies = self._current_copies()
+        copies = self.current_copies()
         if copies is None:
-            copies = self._copies = Copies(self.values, self.metadata, self.scales)
-        copies.keep(name, copy)
+            copies = self._copies = Copies()
+        copies.keep(name, copy, self.values, self.metadata, self.scales)
 
     def why_no_copies(self) -> str | None:
         """Why no copy can be kept (nobody would see it go stale); None if one can."""

@@ -1,8 +1,7 @@
 """Gradients that are sparse24's own: products with a compressed weight, and what passes straight through.
 
 They work under torch.func and vmap, in forward mode (but SR-STE's, which says so) and twice: backwards are made of
-operations that have gradients themselves. torch.compile traces no Function that has a jvp, so compiled code takes its
-:func:`traceable` twin.
+operations that have gradients themselves.
 """
 
 from __future__ import annotations
@@ -20,9 +19,28 @@ from pyvtk.sparse24.copies import is_current, is_sealed_mask
 LARGEST = 127  # of int8; -128 is not used, so that the range is symmetric
 
 
-def traceable(function: type[Function]) -> type[Function]:
-    """The same Function without its jvp, which torch.compile does not trace."""
-    return type(function.__name__, (function,), {"jvp": staticmethod(Function.jvp), "__module__": function.__module__})
+def caller_of(function: type[Function]):
+    """``function.apply``, by a twin of it where the Function itself costs too much or is not understood."""
+    # torch binds arguments of a Function with a setup_context by its signature, for longer than a small kernel takes
+    plain = type(function.__name__, (Function,), {name: staticmethod(getattr(function, name)) for name in ("backward", "jvp")})
+
+    def forward(ctx, *arguments):
+        output = function.forward(*arguments)
+        function.setup_context(ctx, arguments, output)
+        return output
+
+    plain.forward = staticmethod(forward)
+    # torch.compile traces no Function that has a jvp
+    traced = type(function.__name__, (function,), {"jvp": staticmethod(Function.jvp), "__module__": function.__module__})
+
+    def call(*arguments):
+        if torch.compiler.is_compiling():
+            return traced.apply(*arguments)
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*arguments)
+        return plain.apply(*arguments)
+
+    return call
 
 
 def wants_gradient(tensor: Tensor | None) -> bool:
@@ -75,29 +93,27 @@ class TransposedProduct(Function):
         if torch.compiler.is_compiling():
             grad_x = torch.ops.pyvtk.sparse24_by_transpose(grad, *weight, *transposed)
         else:
-            grad_x = TransposedProduct.apply(grad, *transposed, *weight, ())
+            grad_x = _transposed_product(grad, *transposed, *weight, ())
         return grad_x, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx, x_tangent: Tensor, *_):
-        return TransposedProduct.apply(x_tangent, *ctx.saved_tensors, ctx.choice)
+        return _transposed_product(x_tangent, *ctx.saved_tensors, ctx.choice)
 
     @staticmethod
     def vmap(info, in_dims, x: Tensor, *rest):
         if any(dim is not None for dim in in_dims[1:5]):
             raise RuntimeError("sparse24.linear: a weight with a transpose cannot be mapped over by vmap, only x can")
         # more leading dimensions are nothing special
-        return TransposedProduct.apply(x.movedim(in_dims[0], 0), *rest), 0
+        return _transposed_product(x.movedim(in_dims[0], 0), *rest), 0
 
 
-_traced_transposed = traceable(TransposedProduct)
+_transposed_product = caller_of(TransposedProduct)
 
 
 def transposed_product(x: Tensor, weight, transposed, choice) -> Tensor:
     """:class:`TransposedProduct` of a Sparse24Weight and its compressed transpose."""
-    parts = (weight.values, weight.metadata, transposed.values, transposed.metadata)
-    function = _traced_transposed if torch.compiler.is_compiling() else TransposedProduct
-    return function.apply(x, *parts, choice)
+    return _transposed_product(x, weight.values, weight.metadata, transposed.values, transposed.metadata, choice)
 
 
 class MaskedProduct(Function):
@@ -120,9 +136,9 @@ class MaskedProduct(Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             if not ctx.transposable:
-                grad_x = grad @ straight_through(weight, mask)
+                grad_x = grad @ straight_through(weight, mask, None)
             elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                grad_x = MaskedProduct.apply(grad, weight.T, mask.T, True)
+                grad_x = masked_product(grad, weight.T, mask.T, True)
             else:
                 grad_x = _masked_product(grad, weight, mask, True)
         if ctx.needs_input_grad[1]:
@@ -133,28 +149,23 @@ class MaskedProduct(Function):
     @staticmethod
     def jvp(ctx, x_tangent: Tensor | None, weight_tangent: Tensor | None, *_):
         x, weight, mask = ctx.saved_tensors
-        by_x = None if x_tangent is None else MaskedProduct.apply(x_tangent, weight, mask, ctx.transposable)
+        by_x = None if x_tangent is None else masked_product(x_tangent, weight, mask, ctx.transposable)
         by_weight = None if weight_tangent is None else F.linear(x, weight_tangent)
         return by_weight if by_x is None else by_x if by_weight is None else by_x + by_weight
 
     @staticmethod
     def vmap(info, in_dims, x: Tensor, weight: Tensor, mask: Tensor, transposable: bool):
         if in_dims[1] is None and in_dims[2] is None:  # more leading dimensions are nothing special
-            return MaskedProduct.apply(x.movedim(in_dims[0], 0), weight, mask, transposable), 0
+            return masked_product(x.movedim(in_dims[0], 0), weight, mask, transposable), 0
 
         def product(x, weight, mask):
-            return F.linear(x, straight_through(weight, mask))
+            return F.linear(x, straight_through(weight, mask, None))
 
         mapped = torch.vmap(product, in_dims[:3], randomness=info.randomness)
         return mapped(x, weight, mask), 0
 
 
-_traced_masked = traceable(MaskedProduct)
-
-
-def masked_product(x: Tensor, weight: Tensor, mask: Tensor, transposable: bool) -> Tensor:
-    function = _traced_masked if torch.compiler.is_compiling() else MaskedProduct
-    return function.apply(x, weight, mask, transposable)
+masked_product = caller_of(MaskedProduct)
 
 
 def _masked_product(x: Tensor, weight: Tensor, mask: Tensor, transpose: bool) -> Tensor:
@@ -202,12 +213,7 @@ class StraightThrough(Function):
         return weight_tangent.clone()
 
 
-_traced_straight = traceable(StraightThrough)
-
-
-def straight_through(weight: Tensor, mask: Tensor, left: Tensor | None = None) -> Tensor:
-    function = _traced_straight if torch.compiler.is_compiling() else StraightThrough
-    return function.apply(weight, mask, left)
+straight_through = caller_of(StraightThrough)  # (weight, mask, left)
 
 
 class Decay(Function):
@@ -237,11 +243,7 @@ class Decay(Function):
         )
 
 
-_traced_decay = traceable(Decay)
-
-
-def decay(weight: Tensor, mask: Tensor, rate: float) -> Tensor:
-    return (_traced_decay if torch.compiler.is_compiling() else Decay).apply(weight, mask, rate)
+decay = caller_of(Decay)  # (weight, mask, rate)
 
 
 class Rounded(Function):
@@ -280,11 +282,7 @@ class Rounded(Function):
         return Rounded._through(ctx, x_tangent).clone()
 
 
-_traced_rounded = traceable(Rounded)
-
-
-def rounded(x: Tensor, scale: Tensor, clips: bool) -> Tensor:
-    return (_traced_rounded if torch.compiler.is_compiling() else Rounded).apply(x, scale, clips)
+rounded = caller_of(Rounded)  # (x, scale, clips)
 
 
 # What compiled code calls, since it can ask only when it runs whether a copy or a mask is what it was.

@@ -59,16 +59,21 @@ def _copies(
 
 
 def _made(weight: Sparse24Weight, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Current copies, and the one that this call needs among them."""
-    # a call that is being recorded (make_fx, fake tensors) would keep a copy for good
-    if torch._C._len_torch_dispatch_stack() or weight.why_no_copies() is not None:
-        return None, None
+    """The copy that this call needs, made if there is no current one."""
     kernel = kernel_at(weight.choice, ops.count_rows(x))
-    if kernel == DENSE:
-        weight.cache_dense(x.dtype)
-    elif kernel == VENDOR and cusparselt.why_not(*weight.shape, x.dtype, weight.device) is None:
-        weight.cache_vendor(x.dtype)
-    return weight.dense, weight.vendor
+    # a call that is being recorded (make_fx, fake tensors) would keep a copy for good
+    if (kernel != DENSE and kernel != VENDOR) or torch._C._len_torch_dispatch_stack():
+        return None, None
+    copies = weight.current_copies()
+    copy = None if copies is None else copies.dense if kernel == DENSE else copies.vendor
+    if copy is None or copy.dtype != x.dtype:
+        if weight.why_no_copies() is not None:
+            return None, None
+        if kernel == DENSE:
+            copy = weight.cache_dense(x.dtype)
+        elif cusparselt.why_not(*weight.shape, x.dtype, weight.device) is None:
+            copy = weight.cache_vendor(x.dtype)
+    return (copy, None) if kernel == DENSE else (None, copy)
 
 
 def _held(weight: Sparse24Weight, differentiable: tuple) -> tuple[Tensor | None, Tensor | None]:
@@ -297,10 +302,10 @@ class Sparse24Linear(nn.Module):
     @property
     def weight24(self) -> Sparse24Weight:
         """The compressed weight; the same object as long as the buffers are."""
-        known = self._weight24
+        known, buffers = self._weight24, self._buffers
         if (
-            known is None or known.values is not self.values or known.metadata is not self.metadata
-            or known.scales is not self.scales or known.choice != self.choice
+            known is None or known.values is not buffers["values"] or known.metadata is not buffers["metadata"]
+            or known.scales is not buffers["scales"] or known.choice != self.choice
         ):  # fmt: skip
             known = Sparse24Weight(self.values, self.metadata, self.scales, tuple(self.choice))
             self._weight24 = known
