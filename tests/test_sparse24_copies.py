@@ -180,7 +180,9 @@ def test_a_weight_of_inference_mode_has_no_copies():
             weight24.values.mul_(2)
         assert weight24.dense is None
         for make in (weight24.cache_dense, weight24.with_transpose):
-            with pytest.raises(RuntimeError, match="values must be a plain tensor, whose writes torch counts, got a tensor of inf"):
+            with pytest.raises(
+                RuntimeError, match="values must be a plain tensor, whose writes torch counts, got a tensor of inf"
+            ):
                 make()
 
 
@@ -189,7 +191,7 @@ def test_a_weight_that_is_trained_has_no_copies():
     weight24 = weight(transposable=True)
     weight24.values.requires_grad_()
     for make in (weight24.cache_dense, weight24.with_transpose):
-        with pytest.raises(RuntimeError, match="values must be a plain tensor, .* got one that asks for a gradient"):
+        with pytest.raises(RuntimeError, match=r"values must be a plain tensor, .* got one that asks for a gradient"):
             make()
 
 
@@ -297,7 +299,9 @@ AVERAGES = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "decay", "beta": sparse24.LinearDecay(0.4)}], ids=["sr_ste", "decay"])
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "decay", "beta": sparse24.LinearDecay(0.4)}], ids=["sr_ste", "decay"]
+)
 @pytest.mark.parametrize("average", AVERAGES)
 def test_averaged_weights(average, options):
     """The mask of the model comes along, the schedule too: nothing is dropped."""
@@ -326,7 +330,9 @@ def test_averaged_masks_are_an_error(average, transposable):
     ours, x = averaged.module[0], torch.randn(3, 16)
     assert ours.mask.sum() > ours.mask.numel() // 2
     for use in (lambda: averaged(x), ours.to_sparse, lambda: averaged(x)):
-        with pytest.raises(ValueError, match=r"refresh\(\) chooses it anew. mask must be 2:4 at step \d, got [34] of 4 k"):
+        with pytest.raises(
+            ValueError, match=r"refresh\(\) chooses it anew. mask must be 2:4 at step \d, got [34] of 4 k"
+        ):
             use()
     ours.refresh()
     assert torch.equal(ours.mask, sparse24.prune(ours.weight, transposable=transposable))
@@ -370,7 +376,7 @@ def test_a_mask_from_outside(how, compiled):
     if compiled and WITHOUT_KERNELS:  # a dense product, for which any mask is right
         torch.testing.assert_close(run(x), x @ module.weight.T + module.bias)
         return
-    with pytest.raises((ValueError, RuntimeError), match="exactly two|refresh"):
+    with pytest.raises((ValueError, RuntimeError), match=r"exactly two|refresh"):
         run(x)
     module.refresh()
     torch.testing.assert_close(run(x), x @ (module.weight * module.mask).T + module.bias)
@@ -408,7 +414,9 @@ def test_steps_from_outside_are_followed():
     module = sparse24.Linear24(16, 12, method="decay", beta=sparse24.LinearDecay(0.25))
     module.steps.fill_(2)
     x = torch.randn(3, 16)
-    torch.testing.assert_close(module(x), x @ torch.where(module.mask, module.weight, module.weight / 2).T + module.bias)
+    torch.testing.assert_close(
+        module(x), x @ torch.where(module.mask, module.weight, module.weight / 2).T + module.bias
+    )
     module.steps.fill_(3)
     module.step()
     assert int(module.steps) == 4 and module.sparse

@@ -323,7 +323,9 @@ def test_calibrate_that_cannot_write_measures_nothing(how, monkeypatch, tmp_path
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(cost, "_measure_shape", lambda *_: pytest.fail("it was measured"))
     monkeypatch.setattr(backends, "why_not", lambda *_: None)
-    with pytest.raises(OSError, match=r"sparse24.calibrate: its table must go to .*, which cannot be written \(PYVTK_C"):
+    with pytest.raises(
+        OSError, match=r"sparse24.calibrate: its table must go to .*, which cannot be written \(PYVTK_C"
+    ):
         sparse24.calibrate()
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -485,10 +487,12 @@ def test_sparsify_says_why_not():
 
 @needs_kernels
 def test_sparsify_reports_what_is_no_plain_layer():
-    """Lazy, parametrized, of another class, pruned by torch, without a weight: each is a line of the report, the others change."""
+    """Lazy, parametrized, of another class, pruned by torch, without a weight: a line of the report each."""
     write_table(SPARSE_WINS)
     scored = []
-    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("plain", "normed", "masked", "nothing", "gone", "wrapped")})
+    model = nn.ModuleDict(
+        {name: nn.Linear(8, 8) for name in ("plain", "normed", "masked", "nothing", "gone", "wrapped")}
+    )
     model["lazy"], model["last"] = nn.LazyLinear(12), nn.Linear(8, 8)
     nn.utils.parametrizations.weight_norm(model["normed"])
     prune.l1_unstructured(model["masked"], "weight", 0.5)

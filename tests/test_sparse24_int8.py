@@ -92,8 +92,8 @@ def test_rounding_is_half_to_even():
 
 
 def tiny_rows():
-    """Rows whose largest entry is about the smallest that int8 can express with a normal scale, 127 * 2 ** -126, and far
-    below, down to the smallest number there is; and what becomes of them: itself, about, or zeros."""
+    """Rows whose largest entry is about the smallest that int8 can express with a normal scale, 127 * 2 ** -126, and
+    far below, down to the smallest number there is; and which of them become zeros."""
     smallest, unit = 2.0**-149, 127 * 2.0**-126
     rows = torch.tensor([
         [0.0, smallest, -smallest, 0.0], [0.0, 180 * smallest, 0.0, -0.0], [1e-40, 0.0, -3e-41, 0.0],

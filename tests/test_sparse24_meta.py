@@ -8,7 +8,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 
 from pyvtk import backends, sparse24
-from pyvtk.ops import sparse24 as ops
 from pyvtk.reference import sparse24 as reference
 
 WITHOUT_KERNELS = backends.why_not("sparse24_linear", "compiled", "cpu")
@@ -100,9 +99,10 @@ def test_a_layer_of_fake_tensors(options):
 @pytest.mark.parametrize("place", ("device", "context"))
 def test_layers_for_inference(place):
     layer = sparse24.Sparse24Linear(of_numbers(torch.int8), torch.randn(12), x_scale="row")
-    context, device = places()[place]
-    with context:
-        empty = sparse24.Sparse24Linear(of_numbers(torch.int8).to("meta"), torch.zeros(12, device="meta"), x_scale="row")
+    with places()[place][0]:
+        empty = sparse24.Sparse24Linear(
+            of_numbers(torch.int8).to("meta"), torch.zeros(12, device="meta"), x_scale="row"
+        )
     x = torch.randn(3, 16)
     copied = copy.deepcopy(empty).to_empty(device="cpu")
     assert copied.state_dict()["format_version"].tolist() == [1]
@@ -156,7 +156,7 @@ def test_load_sparsified_into_meta_is_all_or_nothing():
     del state["2.bias"]
     empty = dense_model(device="meta")
     before = dict(empty.named_parameters())
-    with pytest.raises(RuntimeError, match="2.bias"):
+    with pytest.raises(RuntimeError, match=r"2\.bias"):
         sparse24.load_sparsified_(empty, state)
     assert all(tensor is before[name] for name, tensor in empty.named_parameters()) and type(empty[0]) is nn.Linear
 
@@ -174,7 +174,10 @@ def test_sparsify_of_a_model_partly_on_meta(monkeypatch):
             reports = sparse24.sparsify_(changed, rows=1)
         assert [(r.converted, r.reason) for r in reports] == [(True, None), (False, "its weight is on the meta device")]
         assert changed[0](torch.ones(1, 16, device="cpu")).device.type == "cpu"
-    assert sparse24.sparsify_(model, rows=1)[2].reason == "its weight is a FakeTensor, which is more than a matrix of numbers"
+    assert (
+        sparse24.sparsify_(model, rows=1)[2].reason
+        == "its weight is a FakeTensor, which is more than a matrix of numbers"
+    )
 
 
 # Functions

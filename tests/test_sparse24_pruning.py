@@ -127,7 +127,9 @@ def test_a_kept_zero_that_becomes_an_entry():
     assert both.transposed is None and (dense != 0).sum(0).tolist() == [1, 3, 2, 2]
     (grad,) = torch.autograd.grad(sparse24.linear(x, both).sum(), x)
     torch.testing.assert_close(grad, dense.sum(0).expand(3, 4))
-    with pytest.raises(ValueError, match="2:4 along out_features too, got 3 entries other than 0 in column 1, rows 0 to 3"):
+    with pytest.raises(
+        ValueError, match="2:4 along out_features too, got 3 entries other than 0 in column 1, rows 0 to 3"
+    ):
         both.with_transpose()
 
 

@@ -1,4 +1,4 @@
-"""sparse24's own gradients under torch.func, vmap, forward mode and twice, against plain torch; or an error that says so."""
+"""sparse24's own gradients under torch.func, vmap, forward mode and twice, against plain torch; or a clear error."""
 
 import pytest
 import torch
@@ -79,8 +79,8 @@ FORWARD = {
 }
 
 
-# sr_ste adds its decay once for each backward pass that reaches the weight, so a derivative of the gradient has it, too,
-# and a batch, which is one pass, has it once, where the oracle's loss of each sample has it
+# sr_ste adds its decay once for each backward pass that reaches the weight: a derivative of the gradient has it too,
+# and a batch, which is one pass, has it once, where the oracle has it in the loss of each sample
 ONCE = ("grad", "vmap of grad", "vmap of grad, other axis", "vmap of vmap of grad", "jacrev", "vjp", "hessian of x")
 
 
@@ -113,7 +113,7 @@ def test_sr_ste_has_no_forward_mode():
     x = torch.randn(3, 8)
     with pytest.raises(RuntimeError, match="Linear24: method 'sr_ste' has no forward-mode derivative"):
         jvp(lambda p: ours(p, x), (parameters,), (parameters,))
-    actual, expected = (jvp(lambda x: f(parameters, x), (x,), (x,))[1] for f in (ours, theirs))
+    actual, expected = (jvp(lambda x, f=f: f(parameters, x), (x,), (x,))[1] for f in (ours, theirs))
     torch.testing.assert_close(actual, expected)  # of x there is one
 
 
@@ -137,7 +137,11 @@ def test_several_layers_at_once(name):
     """vmap over weights, masks and x, as of an ensemble."""
     modules = [trained(name)[0] for _ in range(3)]
     stacked = [
-        {key: torch.stack([dict(part(m))[key].detach() for m in modules]) for key in dict(part(modules[0])) if key != "steps"}
+        {
+            key: torch.stack([dict(part(m))[key].detach() for m in modules])
+            for key in dict(part(modules[0]))
+            if key != "steps"
+        }
         for part in (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers)
     ]
     x = torch.randn(3, 5, 8)
@@ -166,7 +170,7 @@ def plain_rounding(x, scale):
 def test_rounding(transform):
     scale = torch.tensor([0.01])
     losses = [
-        lambda p, x, f=f: (f(x, scale).square().sum() + (f(p["weight"], scale) * x.sum()).square().sum())
+        lambda p, x, f=f: f(x, scale).square().sum() + (f(p["weight"], scale) * x.sum()).square().sum()
         for f in (sparse24.fake_quantize, plain_rounding)
     ]
     x = torch.randn(3, 2, 8) if "vmap of vmap" in transform else torch.randn(3, 8)
@@ -238,8 +242,9 @@ def test_who_wants_a_gradient():
     x, leaf = torch.randn(3), torch.randn(3, requires_grad=True)
     for f, argument, expected in (
         (look, x, False), (look, leaf, True), (vmap(look), x[:, None], False), (vmap(look), leaf[:, None], True),
-        (grad(look), x, True), (vmap(grad(look)), x[:, None], True), (grad(lambda x: vmap(look)(x[:, None]).sum()), x, True),
-        (lambda x: jvp(look, (x,), (x,)), x, True), (lambda x: vmap(lambda x: jvp(look, (x,), (x,)))(x[:, None]), x, True),
+        (grad(look), x, True), (vmap(grad(look)), x[:, None], True),
+        (grad(lambda x: vmap(look)(x[:, None]).sum()), x, True), (lambda x: jvp(look, (x,), (x,)), x, True),
+        (lambda x: vmap(lambda x: jvp(look, (x,), (x,)))(x[:, None]), x, True),
         (lambda x: jvp(lambda _: look(x), (torch.ones(()),), (torch.ones(()),)), x, False),
     ):  # fmt: skip
         f(argument)

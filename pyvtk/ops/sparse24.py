@@ -294,7 +294,8 @@ def linear_int8(
     """:func:`linear` with int8 values and x rounded to int8 too: exact sums of whole numbers, times both scales.
 
     x becomes clamp(round(x / s), -127, 127), half to even; s is x_scale (float32 [1], of the whole tensor), or of each
-    row max |x| / 127 (1 for a row of zeros, and for one below 1.5e-36, which becomes zeros). Not differentiable: :func:`pyvtk.sparse24.fake_quantize` is for training.
+    row max |x| / 127 (1 for a row of zeros, and for one below 1.5e-36, which becomes zeros). Not differentiable:
+    :func:`pyvtk.sparse24.fake_quantize` is for training.
 
     Returns, raises: as :func:`linear`; ValueError too if a gradient is asked for.
     """

@@ -122,9 +122,9 @@ def linear(
 def quantize_rows(x: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """x as whole numbers in -127..127 (in x's wide dtype) and the scale they are multiples of.
 
-    The scale is x_scale [1], or of each row max |x| / 127, and 1 where that is below the smallest normal number: a row of
-    zeros, or of numbers so small that they become zeros. A NaN makes its row NaN, and so does
-    an infinity without x_scale.
+    The scale is x_scale [1], or of each row max |x| / 127, and 1 where that is below the smallest normal number: a row
+    of zeros, or of numbers so small that they become zeros. A NaN makes its row NaN, and so does an infinity without
+    x_scale.
     """
     x = x.to(_wide(x.dtype))
     if x_scale is None:
@@ -183,8 +183,8 @@ _TRANSPOSABLE = tuple(
 
 
 def transposable_patterns() -> Tensor:
-    """bool [90, 4, 4], on the CPU: all 4x4 patterns with two entries in every row and column, in ascending order of their
-    kept positions."""
+    """bool [90, 4, 4], on the CPU: all 4x4 patterns with two entries in every row and column, in ascending order of
+    their kept positions."""
     numbers = torch.tensor(_TRANSPOSABLE, dtype=torch.int64, device="cpu")
     bits = numbers[:, None] >> torch.arange(15, -1, -1, device="cpu") & 1
     return bits.bool().reshape(-1, 4, 4)

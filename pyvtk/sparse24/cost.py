@@ -598,7 +598,8 @@ def _refuse_unwritable(op: str, path: Path) -> None:
             file.flush()
     except OSError as error:
         raise type(error)(
-            f"{op}: its table must go to {path}, which cannot be written (PYVTK_CACHE names another folder), got {error}"
+            f"{op}: its table must go to {path}, which cannot be written (PYVTK_CACHE names another folder), "
+            f"got {error}"
         ) from error
     finally:
         for folder in missing:

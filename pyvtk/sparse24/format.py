@@ -37,11 +37,12 @@ class Sparse24Weight:
             for few rows below 8 (on CUDA 33), the one for many from there.
 
     Beside these a weight may hold copies of itself, ``dense``, ``vendor`` and ``transposed``, each None unless it was
-    made and nothing was written since to values, metadata or scales, or put in their place. **What torch does not count
-    is not seen**: after a write through ``.data`` (``values.data.mul_(2)``), by the replay of a CUDA graph or by another
-    library that shares the memory, call :meth:`drop_copies`. Where torch counts nothing, there are no copies: of a weight
-    made in inference mode, and of one whose values ask for a gradient (fused optimizers write uncounted; a product drops
-    the copies that it finds). Copies stay behind in copy, deepcopy, pickle, dataclasses.replace and the state dict.
+    made and nothing was written since to values, metadata or scales, or put in their place. **What torch does not
+    count is not seen**: after a write through ``.data`` (``values.data.mul_(2)``), by the replay of a CUDA graph or by
+    another library that shares the memory, call :meth:`drop_copies`. Where torch counts nothing, there are no copies:
+    of a weight made in inference mode, and of one whose values ask for a gradient (fused optimizers write uncounted; a
+    product drops the copies that it finds). Copies stay behind in copy, deepcopy, pickle, dataclasses.replace and the
+    state dict.
 
     A pytree of values, metadata and scales, so it passes through torch.export as well; these alone are part of the
     format and of :meth:`state_dict`.
@@ -148,8 +149,8 @@ class Sparse24Weight:
         """The same weight that holds its compressed transpose too, for the gradient of x.
 
         Only what is not 0 counts: of four neighbours along out_features two at most (:func:`prune` with
-        ``transposable=True`` makes such weights). After a write to the weight the transpose is gone, and the gradient of
-        x right without it; call this again.
+        ``transposable=True`` makes such weights). After a write to the weight the transpose is gone, and the gradient
+        of x right without it; call this again.
 
         ValueError: the weight is not 2:4 along out_features, with the place. RuntimeError: as of :meth:`cache_dense`.
         """

@@ -22,7 +22,9 @@ LARGEST = 127  # of int8; -128 is not used, so that the range is symmetric
 def caller_of(function: type[Function]):
     """``function.apply``, by a twin of it where the Function itself costs too much or is not understood."""
     # torch binds arguments of a Function with a setup_context by its signature, for longer than a small kernel takes
-    plain = type(function.__name__, (Function,), {name: staticmethod(getattr(function, name)) for name in ("backward", "jvp")})
+    plain = type(
+        function.__name__, (Function,), {name: staticmethod(getattr(function, name)) for name in ("backward", "jvp")}
+    )
 
     def forward(ctx, *arguments):
         output = function.forward(*arguments)
@@ -31,7 +33,9 @@ def caller_of(function: type[Function]):
 
     plain.forward = staticmethod(forward)
     # torch.compile traces no Function that has a jvp
-    traced = type(function.__name__, (function,), {"jvp": staticmethod(Function.jvp), "__module__": function.__module__})
+    traced = type(
+        function.__name__, (function,), {"jvp": staticmethod(Function.jvp), "__module__": function.__module__}
+    )
 
     def call(*arguments):
         if torch.compiler.is_compiling():
@@ -238,8 +242,8 @@ class Decay(Function):
     @staticmethod
     def jvp(ctx, *_):
         raise RuntimeError(
-            "Linear24: method 'sr_ste' has no forward-mode derivative: it adds to the gradient what is the derivative of "
-            "nothing; take method 'ste', or the gradient of reverse mode"
+            "Linear24: method 'sr_ste' has no forward-mode derivative: it adds to the gradient what is the derivative "
+            "of nothing; take method 'ste', or the gradient of reverse mode"
         )
 
 

@@ -32,7 +32,8 @@ def row_scales(weight: Tensor) -> Tensor:
 
 def quantize(weight: Sparse24Weight) -> Sparse24Weight:
     """The weight with int8 values and one scale per output channel: value = clamp(round(w / scale), -127, 127), half to
-    even, scale = max |w| / 127 of the channel (1 for a channel of zeros, and for one below 1.5e-36, which becomes zeros).
+    even, scale = max |w| / 127 of the channel (1 for a channel of zeros, and for one below 1.5e-36, which becomes
+    zeros).
 
     Args:
         weight: of floating values, all finite.

@@ -192,7 +192,9 @@ def linear(
     if dense is not None or vendor is not None:
         if torch.compiler.is_compiling() and backends.pick("sparse24_linear", backend, x, x.dtype) == "compiled":
             ops.check_call(op, x, values, weight.metadata, weight.scales, bias, mul, activation)
-            rows, mul = (None if t is None else t.reshape(ops.count_rows(t), t.shape[-1]).contiguous() for t in (x, mul))
+            rows, mul = (
+                None if t is None else t.reshape(ops.count_rows(t), t.shape[-1]).contiguous() for t in (x, mul)
+            )
             parts = (values, weight.metadata, weight.scales, dense, bias, mul, activation, choice, vendor)
             y = torch.ops.pyvtk.sparse24_linear_by_copy(rows, *parts)
             return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -104,11 +104,12 @@ class Linear24(nn.Module):
         x_scale: float32 [1], for ``int8``: one scale for all x (:func:`calibrate_activations`). None: one for each row.
 
     State dict: weight, bias, mask, steps (and x_scale). Loading one whose mask has not the pattern of its step is a
-    ValueError. Products trust a mask that was chosen or verified here, so that no step waits for the host but those that
-    choose a mask. Where something else wrote to it or put another in its place (averaging, a broadcast of buffers, an
-    edit), the next product looks, and waits, once: a mask that has not the pattern is a ValueError, never a weight less;
-    :meth:`refresh` makes it right. A write through ``mask.data``, which torch does not count, is not seen: call
-    :meth:`refresh` after it.
+    ValueError. Products trust a mask that was chosen or verified here, so that no step waits for the host but those
+    that choose a mask. Where something else wrote to it or put another in its place (averaging, a broadcast of buffers,
+    an edit), the next product looks, and waits, once: a mask that has not the pattern is a ValueError, never a weight
+    less; :meth:`refresh` makes it right. A write through ``mask.data``, which torch does not count, is not seen: call
+    :meth:`refresh` after it. (Compiled code, whose error is a RuntimeError, looks each time until the layer is called
+    plainly, or :meth:`refresh` is.)
 
     Averages of weights: AveragedModel as it is (``use_buffers=False``) gives the average the mask of the model. With
     ``use_buffers=True`` masks are averaged too, which makes none: call :meth:`refresh` on each Linear24 of the average
