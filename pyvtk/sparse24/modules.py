@@ -76,11 +76,16 @@ def _made(weight: Sparse24Weight, x: Tensor) -> tuple[Tensor | None, Tensor | No
     return (copy, None) if kernel == DENSE else (None, copy)
 
 
+def _exporting() -> bool:
+    # not is_exporting(), which torch 2.11 answers with True in all compiled code
+    return torch.compiler._is_exporting_flag
+
+
 def _held(weight: Sparse24Weight, differentiable: tuple) -> tuple[Tensor | None, Tensor | None]:
     """For torch.compile: copies that are there, whether they are current or not, which the operator finds out at each
     call. None for a program that is exported, or a gradient, which would be of an old copy."""
     copies = weight._copies
-    if copies is None or torch.compiler.is_exporting() or any(wants_gradient(t) for t in differentiable):
+    if copies is None or _exporting() or any(wants_gradient(t) for t in differentiable):
         return None, None
     return copies.dense, copies.vendor
 
@@ -128,7 +133,7 @@ def _transpose_for(x, weight: Sparse24Weight, backend: str | None) -> Sparse24We
     if not wants_gradient(x) or wants_gradient(weight.values):
         return None
     transposed = weight._copies.transposed if torch.compiler.is_compiling() else weight.transposed
-    if transposed is None or torch.compiler.is_exporting() or not transposed.dtype == x.dtype == weight.dtype:
+    if transposed is None or _exporting() or not transposed.dtype == x.dtype == weight.dtype:
         return None
     return transposed if backends.pick("sparse24_linear", backend, x, x.dtype) == "compiled" else None
 
