@@ -5,6 +5,7 @@ The format (values, metadata, scales) is described byte by byte in ``pyvtk/refer
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -270,7 +271,7 @@ def linear(
     check_choice(op, choice, dense, vendor)
     differentiable = (x, values, bias, mul)
     if backends.pick("sparse24_linear", backend, x, x.dtype, differentiable) == "reference":
-        with _full_precision(x):
+        with full_precision(x):
             return reference.linear(x, values, metadata, scales, dense, bias, mul, activation, choice)
     operator = torch.ops.pyvtk.sparse24_linear
     rest = (values, metadata, scales, dense, bias)
@@ -298,7 +299,8 @@ def linear_int8(
     """:func:`linear` with int8 values and x rounded to int8 too: exact sums of whole numbers, times both scales.
 
     x becomes clamp(round(x / s), -127, 127), half to even; s is x_scale (float32 [1], of the whole tensor), or of each
-    row max |x| / 127 (1 for a row of zeros). Not differentiable: :func:`pyvtk.sparse24.fake_quantize` is for training.
+    row max |x| / 127 (1 for a row of zeros, and for one below 1.5e-36, which becomes zeros). Not differentiable:
+    :func:`pyvtk.sparse24.fake_quantize` is for training.
 
     Returns, raises: as :func:`linear`; ValueError too if a gradient is asked for.
     """
@@ -314,7 +316,7 @@ def linear_int8(
     if transforms.wants_gradient(x, bias, mul):
         raise ValueError(f"{op}: x, bias and mul must not ask for a gradient (rounding has none), got one that does")
     if backends.pick("sparse24_linear_int8", backend, x, x.dtype) == "reference":
-        with _full_precision(x):
+        with full_precision(x):
             return reference.linear_int8(x, values, metadata, scales, x_scale, bias, mul, activation)
     mul = None if mul is None else _rows(mul)
     rest = (values, metadata, scales, x_scale, bias, mul, activation)
@@ -322,13 +324,18 @@ def linear_int8(
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], values.shape[0])
 
 
-def _full_precision(x: Tensor):
+def full_precision(x: Tensor):
     """Autocast would round inside the reference, too."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if backends.autocasts(device) else nullcontext()
 
 
+def count_rows(x: Tensor) -> int:
+    """Of x [..., columns]. Not numel() of its shape, which torch.export takes for a fixed number."""
+    return math.prod(x.shape[:-1])
+
+
 def _rows(x: Tensor) -> Tensor:
     """x as a matrix with a contiguous last dimension; a view where its strides allow."""
-    x = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    x = x if x.dim() == 2 else x.reshape(count_rows(x), x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
