@@ -11,7 +11,7 @@ mutation     the version counter of what is written to grows, so that autograd s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,23 +45,32 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
         return False
     if torch.compiler.is_compiling() or has_tangent(tensors):  # a wrapper that is traced does not open
         return True
-    functorch = torch._C._functorch
-    for x in tensors:
-        while x is not None and functorch.is_functorch_wrapped_tensor(x):
-            x = functorch.get_unwrapped(x)
-            if x.requires_grad and torch.is_grad_enabled():
-                return True
-    return False
+    return torch.is_grad_enabled() and any(inside.requires_grad for x in tensors for inside in _wrapped(x))
+
+
+def is_mapped_over(x: Tensor) -> bool:
+    """Whether torch.vmap maps over ``x``, so that the host cannot look at its values."""
+    return any(torch._C._functorch.is_batchedtensor(inside) for inside in _wrapped(x))
 
 
 def has_tangent(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether forward mode differentiates any of these (of torch.func's jvp: whether one is at work)."""
+    """Whether forward mode may differentiate any of these."""
     if forward_ad._current_level < 0:
         return False
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    if any(layer.key() == torch._C._functorch.TransformType.Jvp for layer in stack):
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         return True
-    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    # torch.func shows only the tangents of its innermost transform, and wraps whatever has one.
+    functorch = torch._C._functorch
+    if all(layer.key() != functorch.TransformType.Jvp for layer in functorch.get_interpreter_stack() or ()):
+        return False
+    return any(x is not None and functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+
+
+def _wrapped(x: Tensor | None) -> Iterator[Tensor]:
+    """``x`` and what torch.func's wrappers hold, from the outermost in."""
+    while x is not None:
+        yield x
+        x = torch._C._functorch.get_unwrapped(x) if torch._C._functorch.is_functorch_wrapped_tensor(x) else None
 
 
 def write(op, written: Sequence[Tensor], *arguments) -> None:

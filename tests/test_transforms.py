@@ -13,6 +13,7 @@ import pyvtk
 from pyvtk import backends, sparse24, transforms
 
 EVERY = pytest.mark.parametrize("name", CASES)
+TRACED = pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.on_host])
 OPERATORS = [*backends._compiled_dtypes, *(f"{name}_triton" for name in backends._triton_modules)]
 
 
@@ -42,28 +43,38 @@ def test_forward_mode(name):
     probes.forward_mode(CASES[name])
 
 
-@EVERY
+@TRACED
 def test_vmap(name):
     probes.vmap(CASES[name])
 
 
-@EVERY
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.on_host])
+def test_vmap_is_refused_where_the_host_looks(name):
+    case = CASES[name]
+    function = name.split()[0]
+    with pytest.raises(RuntimeError, match=f"{function}: .* must not be mapped by torch.vmap"):
+        torch.vmap(case.flat)(*case.tensors(lead=(3,)))
+    with pytest.raises(RuntimeError, match=f"{function}: .* must not be mapped by torch.vmap"):
+        torch.vmap(torch.func.grad(case.total))(*case.tensors(lead=(3,)))
+
+
+@TRACED
 def test_vmap_and_gradient(name):
     probes.vmap_and_gradient(CASES[name])
 
 
 @pytest.mark.compile
-@EVERY
+@TRACED
 def test_compile(name):
     probes.compiled(CASES[name])
 
 
-@EVERY
+@TRACED
 def test_export(name):
     probes.exported(CASES[name])
 
 
-@EVERY
+@TRACED
 def test_traced(name):
     probes.traced(CASES[name])
 

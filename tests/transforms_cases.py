@@ -19,11 +19,13 @@ class Case(NamedTuple):
         function: of the tensors, in float32 or float64.
         shapes: of the tensors.
         backends: that it can be asked for; the first is the one that has kernels.
+        on_host: the host looks at values of the tensors: nothing maps over them, and nothing traces the call.
     """
 
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     shapes: tuple[tuple[int, ...], ...]
     backends: tuple[str | None, ...] = ("compiled", "reference")
+    on_host: bool = False
 
     def tensors(self, dtype: torch.dtype = torch.float32, seed: int = 0, lead: tuple[int, ...] = ()) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -160,7 +162,7 @@ CASES = {
         ((2, 3, 8), (4, 4), (2, 3, 4)),
     ),
     "sparse24.fake_quantize": Case(lambda x, *, backend: sparse24.fake_quantize(x), ((3, 8),), (None,)),
-    "sparse24.compress": Case(lambda w, *, backend: sparse24.compress(w, MASK24).values, ((4, 8),), (None,)),
+    "sparse24.compress": Case(lambda w, *, backend: sparse24.compress(w, MASK24).values, ((4, 8),), (None,), True),
 }
 
 # Public functions that have no derivative, and why.

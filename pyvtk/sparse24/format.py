@@ -14,6 +14,7 @@ from pyvtk.ops import sparse24 as ops
 from pyvtk.reference import sparse24 as reference
 from pyvtk.sparse24 import vendor as cusparselt
 from pyvtk.sparse24.copies import Copies, has_values, why_not_sealed
+from pyvtk.transforms import active, is_mapped_over
 
 FORMAT_VERSION = 1
 FEW, MANY, DENSE, VENDOR = range(4)  # kernels, as in ``choice``
@@ -297,7 +298,10 @@ torch.serialization.add_safe_globals([Sparse24Weight])
 
 
 def refuse_nan(op: str, name: str, value: Tensor) -> None:
-    """ValueError that names the first NaN. The host waits once. (Without numbers, nothing to see.)"""
+    """ValueError that names the first NaN. The host waits once. (Without numbers, nothing to see.) RuntimeError if the
+    host cannot look: torch.vmap maps over the value."""
+    if not torch.compiler.is_compiling() and active() and is_mapped_over(value):
+        raise RuntimeError(f"{op}: {name} must not be mapped by torch.vmap, since the host looks at it, got one that is")
     if value.is_floating_point() and has_values(value) and value.isnan().any():
         where = tuple(value.isnan().nonzero()[0].tolist())
         raise ValueError(f"{op}: {name} must not hold NaN, got one at {where}")

@@ -47,26 +47,6 @@ def caller_of(function: type[Function]):
     return call
 
 
-def wants_gradient(tensor: Tensor | None) -> bool:
-    """Whether a gradient or a tangent is asked of this tensor, by autograd or inside of torch.func's wrappers."""
-    if tensor is None:
-        return False
-    if torch.compiler.is_compiling():
-        return torch.is_grad_enabled() and tensor.requires_grad
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        return True
-    forward = torch.autograd.forward_ad._current_level >= 0
-    functorch = torch._C._functorch
-    while True:
-        if forward and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-            return True
-        if not functorch.is_functorch_wrapped_tensor(tensor):
-            return False
-        tensor = functorch.get_unwrapped(tensor)
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            return True
-
-
 # Products
 
 

@@ -19,7 +19,8 @@ from pyvtk.sparse24.format import (
     check_metadata,
     check_version,
 )
-from pyvtk.sparse24.functions import transposed_product, wants_gradient
+from pyvtk.sparse24.functions import transposed_product
+from pyvtk.transforms import wants_gradient
 
 FALLBACKS = ("cache", "never")
 
@@ -85,7 +86,7 @@ def _held(weight: Sparse24Weight, differentiable: tuple) -> tuple[Tensor | None,
     """For torch.compile: copies that are there, whether they are current or not, which the operator finds out at each
     call. None for a program that is exported, or a gradient, which would be of an old copy."""
     copies = weight._copies
-    if copies is None or _exporting() or any(wants_gradient(t) for t in differentiable):
+    if copies is None or _exporting() or wants_gradient(*differentiable):
         return None, None
     return copies.dense, copies.vendor
 
