@@ -198,7 +198,7 @@ class AttentionPlan:
         i, j = there.nonzero(as_tuple=True)
         in_sequence[rows[0][i], rows[1][j]] = seen[i, j]
         blocks, counts = self.key_blocks[batch].cpu(), self.key_counts[batch].cpu()
-        tiles = torch.zeros(blocks.shape)
+        tiles = torch.zeros(blocks.shape, dtype=torch.float32, device="cpu")
         for query, (full, visits) in enumerate(counts.tolist()):
             tiles[query, blocks[query, :full].long()] = 2
             tiles[query, blocks[query, full:visits].long()] = 1

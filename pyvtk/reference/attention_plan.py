@@ -86,7 +86,7 @@ def _boxes(slots: Tensor, block: int, regions: int) -> _Boxes:
     membership = None
     if regions:
         region = torch.where(visual, slots[:, REGION], regions).long()
-        membership = torch.zeros((*region.shape[:2], regions + 1), device=slots.device)
+        membership = torch.zeros((*region.shape[:2], regions + 1), dtype=torch.float32, device=slots.device)
         membership = membership.scatter(2, region, 1.0)[..., :regions]
     return _Boxes(
         least(place, visual[:, None]), most(place, visual[:, None]), least(position, visual), most(position, visual),

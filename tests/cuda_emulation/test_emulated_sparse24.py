@@ -188,6 +188,18 @@ def test_int8_rows_that_are_not_numbers(x_scale):
     assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
 
 
+def test_int8_rows_too_small_for_a_scale_become_zeros():
+    """As in every backend: a scale of 0, or a subnormal one, is none."""
+    smallest, unit = 2.0**-149, 127 * 2.0**-126
+    x = torch.zeros(5, 64)
+    x[:, 3] = torch.tensor([smallest, 180 * smallest, 0.999 * unit, unit, 1e-30])
+    values, metadata, _ = weights(16, 64, torch.int8, torch.Generator().manual_seed(0))
+    scales = torch.ones(16)
+    actual, _ = kernels.linear(x, values, metadata, scales, None, None, "none", few=True, int8=True)
+    assert (actual[:3] == 0).all() and (actual[3:] != 0).any(1).all()
+    assert torch.equal(actual, reference.linear_int8(x, values, metadata, scales, None, None, None, "none"))
+
+
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.int8])
 def test_large_sums_are_exact(dtype, few):
