@@ -229,28 +229,3 @@ def test_a_transpose_in_a_gradient_penalty(with_transpose):
         (first,) = torch.autograd.grad(f(x).pow(3).sum(), x, create_graph=True)
         penalties.append(torch.autograd.grad(first.square().sum(), x)[0])
     torch.testing.assert_close(*penalties, rtol=1e-4, atol=1e-3)
-
-
-def test_who_wants_a_gradient():
-    wants = functions.wants_gradient
-    seen = []
-
-    def look(x):
-        seen.append(wants(x))
-        return x.sum()
-
-    x, leaf = torch.randn(3), torch.randn(3, requires_grad=True)
-    for f, argument, expected in (
-        (look, x, False), (look, leaf, True), (vmap(look), x[:, None], False), (vmap(look), leaf[:, None], True),
-        (grad(look), x, True), (vmap(grad(look)), x[:, None], True),
-        (grad(lambda x: vmap(look)(x[:, None]).sum()), x, True), (lambda x: jvp(look, (x,), (x,)), x, True),
-        (lambda x: vmap(lambda x: jvp(look, (x,), (x,)))(x[:, None]), x, True),
-        (lambda x: jvp(lambda _: look(x), (torch.ones(()),), (torch.ones(()),)), x, False),
-    ):  # fmt: skip
-        f(argument)
-        assert seen.pop() == expected
-    with torch.no_grad():
-        assert not wants(leaf)
-        with torch.autograd.forward_ad.dual_level():
-            assert wants(torch.autograd.forward_ad.make_dual(x, x)) and not wants(x)
-    assert not wants(None)

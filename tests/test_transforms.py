@@ -286,19 +286,28 @@ def test_transforms_within_each_other(name):
 
 
 def test_wants_gradient_sees_through_wrappers():
-    x = torch.ones(2, 3)
-    assert not transforms.wants_gradient(x, None) and transforms.wants_gradient(x, x.clone().requires_grad_())
     seen = []
 
-    def look(y):
-        seen.append(transforms.wants_gradient(y))
-        return y.sum()
+    def look(x):
+        seen.append(transforms.wants_gradient(x))
+        return x.sum()
 
-    torch.vmap(look)(x)
-    torch.vmap(look)(x.clone().requires_grad_())
-    torch.func.grad(look)(x)
-    torch.func.jvp(look, (x,), (x,))
-    torch.vmap(torch.func.grad(look))(x)
+    vmap, grad, jvp = torch.vmap, torch.func.grad, torch.func.jvp
+    x, leaf = torch.randn(3), torch.randn(3, requires_grad=True)
+    for f, argument, expected in (
+        (look, x, False), (look, leaf, True), (vmap(look), x[:, None], False), (vmap(look), leaf[:, None], True),
+        (grad(look), x, True), (vmap(grad(look)), x[:, None], True),
+        (grad(lambda x: vmap(look)(x[:, None]).sum()), x, True), (lambda x: jvp(look, (x,), (x,)), x, True),
+        (lambda x: vmap(lambda x: jvp(look, (x,), (x,)))(x[:, None]), x, True),
+        (lambda x: jvp(lambda _: look(x), (torch.ones(()),), (torch.ones(()),)), x, False),
+        (lambda x: jvp(grad(look), (x,), (x,)), x, True),
+    ):  # fmt: skip
+        f(argument)
+        assert seen.pop() == expected
     with torch.no_grad():
-        torch.vmap(look)(x.clone().requires_grad_())
-    assert seen == [False, True, True, True, True, False]
+        assert not transforms.wants_gradient(leaf)
+        vmap(look)(leaf[:, None])
+        assert not seen.pop()
+        with forward_ad.dual_level():
+            assert transforms.wants_gradient(forward_ad.make_dual(x, x)) and not transforms.wants_gradient(x)
+    assert not transforms.wants_gradient(None)

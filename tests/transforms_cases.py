@@ -19,6 +19,7 @@ class Case(NamedTuple):
         function: of the tensors, in float32 or float64.
         shapes: of the tensors.
         backends: that it can be asked for; the first is the one that has kernels.
+        straight_through: its derivative is by intent not that of the function.
         on_host: the host looks at values of the tensors: nothing maps over them, and nothing traces the call.
     """
 
@@ -26,6 +27,7 @@ class Case(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     backends: tuple[str | None, ...] = ("compiled", "reference")
     on_host: bool = False
+    straight_through: bool = False
 
     def tensors(self, dtype: torch.dtype = torch.float32, seed: int = 0, lead: tuple[int, ...] = ()) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -161,7 +163,9 @@ CASES = {
         ),
         ((2, 3, 8), (4, 4), (2, 3, 4)),
     ),
-    "sparse24.fake_quantize": Case(lambda x, *, backend: sparse24.fake_quantize(x), ((3, 8),), (None,)),
+    "sparse24.fake_quantize": Case(
+        lambda x, *, backend: sparse24.fake_quantize(x), ((3, 8),), (None,), straight_through=True
+    ),
     "sparse24.compress": Case(lambda w, *, backend: sparse24.compress(w, MASK24).values, ((4, 8),), (None,), True),
 }
 

@@ -301,7 +301,9 @@ def refuse_nan(op: str, name: str, value: Tensor) -> None:
     """ValueError that names the first NaN. The host waits once. (Without numbers, nothing to see.) RuntimeError if the
     host cannot look: torch.vmap maps over the value."""
     if not torch.compiler.is_compiling() and active() and is_mapped_over(value):
-        raise RuntimeError(f"{op}: {name} must not be mapped by torch.vmap, since the host looks at it, got one that is")
+        raise RuntimeError(
+            f"{op}: {name} must not be mapped by torch.vmap, since the host looks at it, got one that is"
+        )
     if value.is_floating_point() and has_values(value) and value.isnan().any():
         where = tuple(value.isnan().nonzero()[0].tolist())
         raise ValueError(f"{op}: {name} must not hold NaN, got one at {where}")
