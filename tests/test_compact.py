@@ -1,5 +1,8 @@
 """compact, restore, compact_kv_: compiled against the reference, gradients, compile, errors, edges."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -125,19 +128,40 @@ def test_layouts():
         both(pyvtk.compact, sel, x, dim=dim, batch_dim=batch_dim, pad_value=7, packed=True)
 
 
-def test_memory_of_a_freed_result_is_used_again():
-    sel, x = selection((1,), 64, 64, counts=torch.tensor([60], dtype=torch.int32)), random((1, 64, 1024))
-    first, second = pyvtk.compact(sel, x, x, pad_value=(0, 1))
-    address, held = first.data_ptr(), second.clone()
-    assert first.untyped_storage().nbytes() == first.nbytes and address % 64 == 0
-    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
-    view = first[:, 3:]
-    del first
-    third = both(pyvtk.compact, sel, -x)
-    assert third.data_ptr() != address  # a view still holds it
-    del view
-    assert pyvtk.compact(sel, x).data_ptr() == address
-    same(second, held)
+@pytest.mark.parametrize("channels", (4, 1024, 200_000))  # 1 KiB, 240 KiB and 46 MiB
+def test_results_are_resizable(channels):
+    """As fully sharded training and offloading of activations free a tensor's memory and bring it back."""
+    sel, x = selection((1,), 64, 60), random((1, 64, channels))
+    result = pyvtk.compact(sel, x)
+    kept, storage = result.clone(), result.untyped_storage()
+    assert storage.resizable() and storage.nbytes() == result.nbytes
+    storage.resize_(0)
+    storage.resize_(kept.nbytes)
+    result.copy_(kept)
+    same(result, kept)
+    wide = torch.ones(1, 70, channels)
+    with pytest.warns(UserWarning, match="An output with one or more elements was resized"):
+        torch.add(wide, wide, out=result)
+    same(result, wide + wide)
+
+
+def huge_pages() -> bool:
+    """Whether the system gives huge pages on request."""
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return switch.is_file() and "[never]" not in switch.read_text()
+
+
+@pytest.mark.skipif(not huge_pages(), reason="needs transparent huge pages")
+def test_large_results_take_huge_pages():
+    sel, x = selection((1,), 64, 60), random((1, 64, 400_000))
+    faults = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        result = pyvtk.compact(sel, x)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        assert result.nbytes > 32 * 2**20
+        del result
+    assert min(faults) < 60 * 400_000 * 4 / 4096 / 4
 
 
 def test_large_outputs_are_streamed():
