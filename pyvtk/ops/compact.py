@@ -421,7 +421,7 @@ def restore(
         backend: "compiled", "reference", or None for the best one.
 
     Returns:
-        A tensor like ``base``. Where a token was selected twice, the last slot replaces; with a gate, both add.
+        A tensor like ``base`` (under autocast in the wider dtype of base and update). Where a token was selected twice, the last slot replaces; with a gate, both add.
 
     Raises:
         TypeError, ValueError: an argument that does not fit. RuntimeError: an index outside the token axis, on the
@@ -443,6 +443,7 @@ def restore(
         )
     if base is not None:
         checks.tensor("restore", "base", base)
+        update, base = backends.widest([update, base])
         checks.dtype("restore", "base", base, (update.dtype,))
         checks.same_device("restore", "base", base, update, "update")
         expected = list(update.shape)[packed:]

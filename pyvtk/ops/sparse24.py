@@ -5,7 +5,6 @@ The format (values, metadata, scales) is described byte by byte in ``pyvtk/refer
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -265,8 +264,7 @@ def linear(
         checks.same_device(op, "vendor", vendor, x, "x")
     check_choice(op, choice, dense, vendor)
     if backends.pick("sparse24_linear", backend, x, x.dtype) == "reference":
-        with _full_precision(x):
-            return reference.linear(x, values, metadata, scales, dense, bias, mul, activation, choice)
+        return reference.linear(x, values, metadata, scales, dense, bias, mul, activation, choice)
     operator = torch.ops.pyvtk.sparse24_linear
     rest = (values, metadata, scales, dense, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias, mul)):
@@ -309,18 +307,11 @@ def linear_int8(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, mul)):
         raise ValueError(f"{op}: x, bias and mul must not ask for a gradient (rounding has none), got one that does")
     if backends.pick("sparse24_linear_int8", backend, x, x.dtype) == "reference":
-        with _full_precision(x):
-            return reference.linear_int8(x, values, metadata, scales, x_scale, bias, mul, activation)
+        return reference.linear_int8(x, values, metadata, scales, x_scale, bias, mul, activation)
     mul = None if mul is None else _rows(mul)
     rest = (values, metadata, scales, x_scale, bias, mul, activation)
     out = backends.call(torch.ops.pyvtk.sparse24_linear_int8, (), _rows(x), *rest)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], values.shape[0])
-
-
-def _full_precision(x: Tensor):
-    """Autocast would round inside the reference, too."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if backends.autocasts(device) else nullcontext()
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyvtk.reference._exact import exact
+
 
 def _valid(indices: Tensor, counts: Tensor, align_right: bool) -> Tensor:
     """bool, shaped like indices."""
@@ -36,6 +38,7 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(*values.shape, *([1] * (like.dim() - values.dim())))
 
 
+@exact
 def compact(
     indices: Tensor,
     counts: Tensor,
@@ -88,6 +91,7 @@ def _flat_targets(indices: Tensor, valid: Tensor, num_tokens: int, packed_source
     return (where + torch.arange(where.shape[0], device=where.device)[:, None] * (num_tokens + 1)).flatten()
 
 
+@exact
 def restore(
     indices: Tensor,
     counts: Tensor,
@@ -139,6 +143,7 @@ def restore(
     return out.movedim(list(range(lead + 1)), [*range(lead), dim]).contiguous()
 
 
+@exact
 def compact_kv_(indices: Tensor, counts: Tensor, caches: list[Tensor]) -> None:
     """cache[b, h, :capacity] = the kept rows in order, then zeros. Later rows stay as they are."""
     capacity = indices.shape[-1]

@@ -26,6 +26,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyvtk.reference._exact import exact
+
 
 def _sample_numbers(cu_seqlens: Tensor, total: int) -> Tensor:
     """Which sample each entry of a packed axis belongs to."""
@@ -66,6 +68,7 @@ def _reduce_heads(values: Tensor, head_reduce: str, kv_heads: int) -> Tensor:
     return grouped.sum(2) if kind == "sum" else grouped.mean(2)
 
 
+@exact
 def attention_scores(
     q: Tensor,
     k: Tensor,
