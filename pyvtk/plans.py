@@ -193,12 +193,12 @@ class AttentionPlan:
         rows = self.query_slots[batch, ROW].long().cpu(), self.key_slots[batch, ROW].long().cpu()
         seen = visible(self.query_slots[batch, None], self.key_slots[batch, None], self.rule(), self.routes[batch:][:1])
         seen = seen[0].cpu()
-        in_sequence = torch.zeros((self.num_queries, self.num_keys), dtype=torch.bool)
+        in_sequence = torch.zeros((self.num_queries, self.num_keys), dtype=torch.bool, device="cpu")
         there = (rows[0] >= 0)[:, None] & (rows[1] >= 0)
         i, j = there.nonzero(as_tuple=True)
         in_sequence[rows[0][i], rows[1][j]] = seen[i, j]
         blocks, counts = self.key_blocks[batch].cpu(), self.key_counts[batch].cpu()
-        tiles = torch.zeros(blocks.shape)
+        tiles = torch.zeros(blocks.shape, device="cpu")
         for query, (full, visits) in enumerate(counts.tolist()):
             tiles[query, blocks[query, :full].long()] = 2
             tiles[query, blocks[query, full:visits].long()] = 1

@@ -179,10 +179,10 @@ def prune_n_of_m(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
 def transposable_patterns() -> Tensor:
     """bool [90, 4, 4]: all 4x4 patterns with two entries in every row and column, in ascending order of their kept
     positions."""
-    rows = torch.zeros(6, 4, dtype=torch.bool)
+    rows = torch.zeros(6, 4, dtype=torch.bool, device="cpu")
     for row, pair in enumerate(combinations(range(4), 2)):
         rows[row, list(pair)] = True
-    every = torch.cartesian_prod(*[torch.arange(6)] * 4)
+    every = torch.cartesian_prod(*[torch.arange(6, device="cpu")] * 4)
     blocks = rows[every]
     return blocks[(blocks.sum(1) == 2).all(-1)]
 
