@@ -18,6 +18,11 @@ DTYPES = (
     *FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64,
     torch.complex128, torch.float8_e4m3fn,
 )  # fmt: skip
+# of which torch knows little more than the size
+RARE = (
+    torch.uint16, torch.uint32, torch.uint64, torch.complex32, torch.float8_e4m3fn, torch.float8_e4m3fnuz,
+    torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2,
+)  # fmt: skip
 OPS = torch.ops.pyvtk
 
 
@@ -70,6 +75,44 @@ def test_every_dtype(dtype):
     assert (out[~sel.valid].to(torch.complex128) == pad).all()
     both(pyvtk.compact, sel, x, packed=True, total=7, pad_value=pad)
     both(pyvtk.restore, sel, out, x)
+
+
+def bits(shape, dtype):
+    """Every bit at random."""
+    return torch.randint(0, 256, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8).view(dtype)
+
+
+@pytest.mark.parametrize("backend", ("compiled", "reference"))
+@pytest.mark.parametrize("dtype", RARE, ids=str)
+def test_rare_dtypes_move_as_bits(dtype, backend):
+    sel, x, base = ascending(), bits((2, 9, 6), dtype), bits((2, 9, 6), dtype)
+    cache = bits((2, 3, 9, 4), dtype)
+
+    def equal(actual, expected):
+        assert actual.dtype == dtype
+        assert torch.equal(actual.view(torch.uint8), expected)
+
+    size, raw = dtype.itemsize, x.view(torch.uint8)
+    for pad in (0,) if dtype == torch.float4_e2m1fn_x2 else (0, 2, 2**63) if dtype == torch.uint64 else (0, 2):
+        filler = torch.full((1,), pad, dtype=dtype).view(torch.uint8) if pad else torch.zeros(size, dtype=torch.uint8)
+        expected = torch.where(sel.valid[..., None], raw.gather(1, along(sel, 6 * size)), filler.repeat(6))
+        short = pyvtk.compact(sel, x, pad_value=pad, backend=backend)
+        equal(short, expected)
+        packed = pyvtk.compact(sel, x, pad_value=pad, packed=True, total=12, backend=backend)
+        rows = expected[sel.valid]
+        equal(packed, torch.cat([rows, filler.repeat(12 - len(rows), 6)]))
+    back = pyvtk.restore(sel, short, base, backend=backend)
+    equal(back, torch.where(sel.mask()[..., None], raw, base.view(torch.uint8)))
+    before = cache.view(torch.uint8).clone()
+    moved = before.gather(2, along(sel, 4 * size)[:, None].expand(-1, 3, -1, -1))
+    before[:, :, :5] = torch.where(sel.valid[:, None, :, None], moved, 0)
+    pyvtk.compact_kv_(sel, cache, backend=backend)
+    equal(cache, before)
+
+
+def along(sel, width):
+    """Indices to gather rows of ``width`` with."""
+    return sel.indices.clamp(min=0)[..., None].expand(-1, -1, width)
 
 
 def bundle(batch=2, tokens=9):

@@ -78,13 +78,16 @@ def test_make_fx(entry: EntryPoint, mode):
     same_values(graph(*[x.clone() for x in tensors]), run(*[x.clone() for x in tensors]))
 
 
+@pytest.mark.parametrize("backend", (None, "reference"))
 @every
-def test_default_device(entry: EntryPoint):
+def test_default_device(entry: EntryPoint, backend):
     """Another default device changes nothing for tensors that are given."""
+    if backend is not None and not entry.backends:
+        pytest.skip("takes no backend")
     inputs = entry.inputs()
-    expected = entry(*tree_map_only(torch.Tensor, torch.clone, inputs))
+    expected = entry(*tree_map_only(torch.Tensor, torch.clone, inputs), backend=backend)
     with torch.device("meta"):
-        result = entry(*inputs)
+        result = entry(*inputs, backend=backend)
     same_values(result, expected)
 
 

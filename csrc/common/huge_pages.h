@@ -1,8 +1,8 @@
 // Fresh memory of large results, in pages of 2 MiB where the system gives them on request. Torch-free.
 //
-// The allocator of Linux gives blocks beyond 32 MiB back to the system when they are freed, so each new one is paid with
-// a page fault per 4 KiB: more than moving tokens into it. Asked for huge pages it is a fault per 2 MiB. Smaller blocks
-// stay with the allocator, which hands them out again as they are.
+// The allocator of Linux gives blocks beyond 32 MiB back to the system when they are freed, so each new one is paid
+// with a page fault per 4 KiB: more than moving tokens into it. Asked for huge pages it is a fault per 2 MiB. Smaller
+// blocks stay with the allocator, which hands them out again as they are.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -182,9 +182,10 @@ def neighbor_attention(
         backend: "compiled", "triton", "reference", or None for the first that can run.
 
     Returns:
-        out, shaped like q, in q's dtype (under autocast its dtype, which q, k and v take) and memory order; with return_lse (out, lse), lse float32 [batch, heads,
+        out, shaped like q, in q's dtype and memory order; with return_lse (out, lse), lse float32 [batch, heads,
         queries] (packed: [heads, tokens]), natural logarithm, differentiable. Queries that see nothing, and padding:
-        out 0, lse -inf. Differentiable in q, k, v and k_bias; 16-bit inputs are added up in float32.
+        out 0, lse -inf. Differentiable in q, k, v and k_bias; 16-bit inputs are added up in float32. Under autocast q,
+        k and v take its dtype.
 
     Raises:
         TypeError, ValueError: an argument that does not fit. RuntimeError: the backend cannot run.
@@ -278,8 +279,8 @@ def merge_attention(
         backend: "compiled", "reference", or None for the first that can run.
 
     Returns:
-        (out, lse): out in the dtype of outs (under autocast the widest of theirs), lse over all groups, -inf where no group saw a key. Differentiable in
-        outs, lses and coefficients; summed in float32.
+        (out, lse): out in the dtype of outs (under autocast the widest of theirs), lse over all groups, -inf where no
+        group saw a key. Differentiable in outs, lses and coefficients; summed in float32.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.

@@ -441,7 +441,8 @@ def restore(
         backend: "compiled", "reference", or None for the best one.
 
     Returns:
-        A tensor like ``base`` (under autocast in the wider dtype of base and update). Where a token was selected twice, the last slot replaces; with a gate, both add.
+        A tensor like ``base`` (under autocast in the wider dtype of base and update). Where a token was selected twice,
+        the last slot replaces; with a gate, both add.
 
     Raises:
         TypeError, ValueError: an argument that does not fit. RuntimeError: an index outside the token axis, on the
