@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/huge_pages.h"
 #include "common/poison.h"
 #include "common/types.h"
 
@@ -88,6 +89,10 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape, S
                                like.get_device_index(), &handle));
   Tensor tensor(handle);
 #ifndef __CUDACC__
+  constexpr int64_t kMany = 1024 * 1024;  // fewer elements are no large result, whatever their dtype
+  if (elements >= kMany && tensor.numel() > 0) {
+    advise_huge_pages(tensor.mutable_data_ptr(), static_cast<size_t>(elements) * tensor.element_size());
+  }
   if (poisons_new_memory() && tensor.numel() > 0) {
     std::memset(tensor.mutable_data_ptr(), 0xff, static_cast<size_t>(elements) * tensor.element_size());
   }

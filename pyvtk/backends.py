@@ -13,6 +13,8 @@ part. Implementations:
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -211,6 +213,14 @@ def why_not_cusparselt(device: str) -> str | None:
     return None
 
 
+# Under autocast there are two kinds of operators. Products take their floating inputs in its dtype (autocast()), as
+# torch.matmul does; biases, weights of heads and lse stay what they are. Moves and sums never round: where two tensors
+# meet they take the wider dtype (widest()), as in torch.cat; else each keeps its own.
+
+# Whether autocast is on for any device: one cheap question, so that a call without it pays nothing.
+any_autocast = torch._C._is_any_autocast_enabled
+
+
 def autocasts(device: str) -> bool:
     """Whether autocast is on for this device type."""
     return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
@@ -221,6 +231,21 @@ def autocast(x):
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x.device.type) else x
+
+
+def without_autocast(device: str):
+    """A context in which autocast has no say: it has done its part."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
+
+
+def widest(tensors: list) -> list:
+    """Floating ``tensors`` in the widest of their dtypes where autocast is on; else, and what is none, as they are."""
+    if not any_autocast() or not all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in tensors):
+        return tensors
+    if not autocasts(tensors[0].device.type):
+        return tensors
+    dtype = functools.reduce(torch.promote_types, [x.dtype for x in tensors])
+    return [x.to(dtype) for x in tensors]
 
 
 def info() -> dict:

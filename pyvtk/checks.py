@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def tensor(op: str, name: str, value, dim: int | tuple[int, ...] | None = None) -> None:
@@ -63,6 +64,18 @@ def outside_inference(op: str, name: str, tensors, differentiable) -> None:
             f"{op}: {name} must be made outside of torch.inference_mode where a gradient is wanted (torch.no_grad will "
             f"do), got one made inside"
         )
+
+
+def valueless(value: Tensor) -> bool:
+    """Whether ``value`` has a shape but no numbers: on the meta device, or under fake tensors."""
+    return value.is_meta or isinstance(value, FakeTensor)
+
+
+def on_host(op: str, name: str, value: Tensor) -> int:
+    """``value``, for which the host waits: what argument ``name`` would have told."""
+    if not torch.compiler.is_compiling() and valueless(value):
+        raise ValueError(f"{op}: {name} must be given for tensors without values (meta, fake), got none")
+    return int(value)
 
 
 INTEGERS = (torch.int64, torch.int32)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyvtk import checks
 from pyvtk.ops.compact import compact
@@ -226,7 +227,7 @@ class TokenLayout:
             images: spans, in any order; images of one sample are numbered by their start.
             padding: "right" or "left", the side on which shorter samples are padded.
             packed: lay the samples one after the other instead; padding is ignored.
-            device: of the result.
+            device: of the result; None: the default device.
 
         Raises:
             ValueError: a span that overlaps another one, leaves its sample, has an empty grid or names no sample.
@@ -251,7 +252,7 @@ class TokenLayout:
             spans[span.batch].append(span)
         rows = []
         for length, of_sample in zip(lengths, spans):
-            row = torch.zeros((length, 4), dtype=torch.int32)
+            row = torch.zeros((length, 4), dtype=torch.int32, device="cpu")
             row[:, 0] = -1
             end = 0
             for number, span in enumerate(sorted(of_sample, key=lambda s: s.start)):
@@ -264,14 +265,14 @@ class TokenLayout:
                 row[span.start : end] = _cells(span, number)
             rows.append(row)
         if packed:
-            flat = torch.cat(rows) if rows else torch.zeros((0, 4), dtype=torch.int32)
-            ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            flat = torch.cat(rows) if rows else torch.zeros((0, 4), dtype=torch.int32, device="cpu")
+            ends = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(torch.int32)
             image_id, coords, ends = _on(device, flat[:, 0], flat[:, 1:], ends)
             return TokenLayout._of(image_id, coords, None, None, ends, None)
         longest = max(lengths, default=0)
-        table = torch.zeros((len(lengths), longest, 4), dtype=torch.int32)
+        table = torch.zeros((len(lengths), longest, 4), dtype=torch.int32, device="cpu")
         table[..., 0] = -1
-        mask = torch.zeros((len(lengths), longest), dtype=torch.bool)
+        mask = torch.zeros((len(lengths), longest), dtype=torch.bool, device="cpu")
         for sample, (length, row) in enumerate(zip(lengths, rows)):
             first = 0 if padding == "right" else longest - length
             table[sample, first : first + length] = row
@@ -362,7 +363,8 @@ class TokenLayout:
 
 def require(condition: Tensor, message: str) -> None:
     """Checks a value: raises on the CPU; on CUDA, and in a graph that is traced, it becomes a check on the device."""
-    if condition.is_cpu and type(condition) is Tensor and not torch.compiler.is_compiling():
+    real = condition.is_cpu and type(condition) is Tensor
+    if real and not torch.compiler.is_compiling() and get_proxy_mode() is None:
         if not condition:
             raise ValueError(message)
     else:
@@ -391,7 +393,7 @@ def _checked_grids(op: str, grids) -> Tensor:
             raise TypeError(f"{op}: grids must be (t, h, w) of ints, got {grid!r}")
         if len(grid) != 3:
             raise ValueError(f"{op}: grids must be (t, h, w) of ints, got {grid!r}")
-    return torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
+    return torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 3)
 
 
 def _checked_span(name: str, image) -> ImageSpan:
@@ -415,20 +417,21 @@ def _checked_span(name: str, image) -> ImageSpan:
 
 
 def _on(device, *tensors: Tensor) -> list[Tensor]:
-    """Tensors of the host, on a device, without waiting for it."""
+    """Tensors of the host, on a device (None: the default one), without waiting for it."""
+    device = torch.get_default_device() if device is None else device
     return [x.to(device, non_blocking=True) for x in tensors]
 
 
 def _cells(span: ImageSpan, number: int) -> Tensor:
     """int32 [length, 4]: (image, t, y, x) of the tokens of a span; image -1 for newlines."""
     t, h, w = span.grid
-    cells = torch.zeros((t, h, w + span.newline, 4), dtype=torch.int32)
+    cells = torch.zeros((t, h, w + span.newline, 4), dtype=torch.int32, device="cpu")
     cells[..., 0] = number
-    cells[..., 1] = torch.arange(t)[:, None, None]
-    cells[..., 2] = torch.arange(h)[:, None]
-    cells[..., 3] = torch.arange(w + span.newline)
+    cells[..., 1] = torch.arange(t, device="cpu")[:, None, None]
+    cells[..., 2] = torch.arange(h, device="cpu")[:, None]
+    cells[..., 3] = torch.arange(w + span.newline, device="cpu")
     if span.newline:
-        cells[:, :, w] = torch.tensor([-1, 0, 0, 0], dtype=torch.int32)
+        cells[:, :, w] = torch.tensor([-1, 0, 0, 0], dtype=torch.int32, device="cpu")
     return cells.reshape(-1, 4)
 
 

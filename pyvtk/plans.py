@@ -193,7 +193,7 @@ class AttentionPlan:
         rows = self.query_slots[batch, ROW].long().cpu(), self.key_slots[batch, ROW].long().cpu()
         seen = visible(self.query_slots[batch, None], self.key_slots[batch, None], self.rule(), self.routes[batch:][:1])
         seen = seen[0].cpu()
-        in_sequence = torch.zeros((self.num_queries, self.num_keys), dtype=torch.bool)
+        in_sequence = torch.zeros((self.num_queries, self.num_keys), dtype=torch.bool, device="cpu")
         there = (rows[0] >= 0)[:, None] & (rows[1] >= 0)
         i, j = there.nonzero(as_tuple=True)
         in_sequence[rows[0][i], rows[1][j]] = seen[i, j]

@@ -128,7 +128,7 @@ class Selection:
 
     def trim(self) -> Selection:
         """The same selection with the smallest capacity that holds every row. Synchronises with the host once."""
-        longest = int(self.counts.max()) if self.counts.numel() else 0
+        longest = checks.on_host("Selection.trim", "capacity", self.counts.max()) if self.counts.numel() else 0
         start = 0 if self.align == "left" else self.capacity - longest
         return _replace(self, indices=self.indices[..., start : start + longest].contiguous())
 
@@ -157,7 +157,7 @@ class Selection:
         num_tokens = mask.shape[-1]
         total = mask.sum(-1, dtype=torch.int32)
         if capacity == "exact":
-            capacity = int(total.max()) if total.numel() else 0
+            capacity = checks.on_host("Selection.from_mask", "capacity", total.max()) if total.numel() else 0
         elif capacity is None:
             capacity = num_tokens
         checks.integer("Selection.from_mask", "capacity", capacity)

@@ -218,6 +218,25 @@ def test_public_function_and_memory_order():
     assert torch.equal(out, again)
 
 
+@kernels
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_keys_that_a_bias_hides_may_hold_anything(value):
+    plan = neighbors(pictures())
+    q, k, v = (random(plan, h, 40, 16, SINGLE) for h in (2, 1, 1))
+    bias = torch.zeros(2, 40, device=DEVICE)
+    bias[:, [2, 6, 30]] = float("-inf")
+    hidden = bias.isinf()[:, None, :, None]
+
+    def results(filler: float) -> list[Tensor]:
+        inputs = leaves(q, k.masked_fill(hidden, filler), v.masked_fill(hidden, filler))
+        out, lse = pyvtk.neighbor_attention(*inputs, plan, k_bias=bias, return_lse=True, backend="triton")
+        seen = lse.masked_fill(lse.isinf(), 0)
+        return [out, lse, *torch.autograd.grad(out.square().sum() + seen.sum(), inputs)]
+
+    for actual, expected in zip(results(value), results(0)):
+        assert torch.equal(actual, expected)
+
+
 def apart(x: Tensor, gap: int, offset: int) -> Tensor:
     """x, its rows ``gap`` numbers apart and the first one ``offset`` numbers behind an aligned address."""
     memory = x.new_empty(*x.shape[:-1], x.shape[-1] + gap)

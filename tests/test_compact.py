@@ -1,5 +1,8 @@
 """compact, restore, compact_kv_: compiled against the reference, gradients, compile, errors, edges."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +17,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPES = (
     *FLOATS, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64,
     torch.complex128, torch.float8_e4m3fn,
+)  # fmt: skip
+# of which torch knows little more than the size
+RARE = (
+    torch.uint16, torch.uint32, torch.uint64, torch.complex32, torch.float8_e4m3fn, torch.float8_e4m3fnuz,
+    torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2,
 )  # fmt: skip
 OPS = torch.ops.pyvtk
 
@@ -67,6 +75,44 @@ def test_every_dtype(dtype):
     assert (out[~sel.valid].to(torch.complex128) == pad).all()
     both(pyvtk.compact, sel, x, packed=True, total=7, pad_value=pad)
     both(pyvtk.restore, sel, out, x)
+
+
+def bits(shape, dtype):
+    """Every bit at random."""
+    return torch.randint(0, 256, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8).view(dtype)
+
+
+@pytest.mark.parametrize("backend", ("compiled", "reference"))
+@pytest.mark.parametrize("dtype", RARE, ids=str)
+def test_rare_dtypes_move_as_bits(dtype, backend):
+    sel, x, base = ascending(), bits((2, 9, 6), dtype), bits((2, 9, 6), dtype)
+    cache = bits((2, 3, 9, 4), dtype)
+
+    def equal(actual, expected):
+        assert actual.dtype == dtype
+        assert torch.equal(actual.view(torch.uint8), expected)
+
+    size, raw = dtype.itemsize, x.view(torch.uint8)
+    for pad in (0,) if dtype == torch.float4_e2m1fn_x2 else (0, 2, 2**63) if dtype == torch.uint64 else (0, 2):
+        filler = torch.full((1,), pad, dtype=dtype).view(torch.uint8) if pad else torch.zeros(size, dtype=torch.uint8)
+        expected = torch.where(sel.valid[..., None], raw.gather(1, along(sel, 6 * size)), filler.repeat(6))
+        short = pyvtk.compact(sel, x, pad_value=pad, backend=backend)
+        equal(short, expected)
+        packed = pyvtk.compact(sel, x, pad_value=pad, packed=True, total=12, backend=backend)
+        rows = expected[sel.valid]
+        equal(packed, torch.cat([rows, filler.repeat(12 - len(rows), 6)]))
+    back = pyvtk.restore(sel, short, base, backend=backend)
+    equal(back, torch.where(sel.mask()[..., None], raw, base.view(torch.uint8)))
+    before = cache.view(torch.uint8).clone()
+    moved = before.gather(2, along(sel, 4 * size)[:, None].expand(-1, 3, -1, -1))
+    before[:, :, :5] = torch.where(sel.valid[:, None, :, None], moved, 0)
+    pyvtk.compact_kv_(sel, cache, backend=backend)
+    equal(cache, before)
+
+
+def along(sel, width):
+    """Indices to gather rows of ``width`` with."""
+    return sel.indices.clamp(min=0)[..., None].expand(-1, -1, width)
 
 
 def bundle(batch=2, tokens=9):
@@ -125,19 +171,40 @@ def test_layouts():
         both(pyvtk.compact, sel, x, dim=dim, batch_dim=batch_dim, pad_value=7, packed=True)
 
 
-def test_memory_of_a_freed_result_is_used_again():
-    sel, x = selection((1,), 64, 64, counts=torch.tensor([60], dtype=torch.int32)), random((1, 64, 1024))
-    first, second = pyvtk.compact(sel, x, x, pad_value=(0, 1))
-    address, held = first.data_ptr(), second.clone()
-    assert first.untyped_storage().nbytes() == first.nbytes and address % 64 == 0
-    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
-    view = first[:, 3:]
-    del first
-    third = both(pyvtk.compact, sel, -x)
-    assert third.data_ptr() != address  # a view still holds it
-    del view
-    assert pyvtk.compact(sel, x).data_ptr() == address
-    same(second, held)
+@pytest.mark.parametrize("channels", (4, 1024, 200_000))  # 1 KiB, 240 KiB and 46 MiB
+def test_results_are_resizable(channels):
+    """As fully sharded training and offloading of activations free a tensor's memory and bring it back."""
+    sel, x = selection((1,), 64, 60), random((1, 64, channels))
+    result = pyvtk.compact(sel, x)
+    kept, storage = result.clone(), result.untyped_storage()
+    assert storage.resizable() and storage.nbytes() == result.nbytes
+    storage.resize_(0)
+    storage.resize_(kept.nbytes)
+    result.copy_(kept)
+    same(result, kept)
+    wide = torch.ones(1, 70, channels)
+    with pytest.warns(UserWarning, match="An output with one or more elements was resized"):
+        torch.add(wide, wide, out=result)
+    same(result, wide + wide)
+
+
+def huge_pages() -> bool:
+    """Whether the system gives huge pages on request."""
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return switch.is_file() and "[never]" not in switch.read_text()
+
+
+@pytest.mark.skipif(not huge_pages(), reason="needs transparent huge pages")
+def test_large_results_take_huge_pages():
+    sel, x = selection((1,), 64, 60), random((1, 64, 400_000))
+    faults = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        result = pyvtk.compact(sel, x)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        assert result.nbytes > 32 * 2**20
+        del result
+    assert min(faults) < 60 * 400_000 * 4 / 4096 / 4
 
 
 def test_large_outputs_are_streamed():

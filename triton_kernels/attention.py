@@ -196,10 +196,12 @@ def neighbor_attention_kernel(
             k_slot = tl.load(key_blocks + step // tiles) * BLOCK_K + (step % tiles) * TILE_K + tl.arange(0, TILE_K)
             key, k_image, k_t, k_y, k_x, k_position, k_region = _slots(key_slots, key_length, k_slot)
             here = k_image >= -1
+            if k_bias is not None:
+                bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0)
+                here &= bias != float("-inf")  # which nobody sees, whatever it holds
             k1, k2 = load_rows(k, key.to(tl.int64) * k_row, here, D, D1, D2)
             logits = products(q1, q2, k1, k2, D2, PRECISION)
             if k_bias is not None:
-                bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0)
                 logits = logits * scale + (bias * LOG2_E)[None, :]
             if PARTIAL:
                 seen = _visible(
@@ -333,11 +335,13 @@ def neighbor_attention_query_grad_kernel(
             k_slot = tl.load(key_blocks + step // tiles) * BLOCK_K + (step % tiles) * TILE_K + tl.arange(0, TILE_K)
             key, k_image, k_t, k_y, k_x, k_position, k_region = _slots(key_slots, key_length, k_slot)
             here = k_image >= -1
+            if k_bias is not None:
+                bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0)
+                here &= bias != float("-inf")  # which nobody sees, whatever it holds
             k1, k2 = load_rows(k, key.to(tl.int64) * k_row, here, D, D1, D2)
             v1, v2 = load_rows(v, key.to(tl.int64) * v_row, here, D, D1, D2)
             logits = products(q1, q2, k1, k2, D2, PRECISION) * scale
             if k_bias is not None:
-                bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0)
                 logits += (bias * LOG2_E)[None, :]
             p = tl.exp2(logits - bound[:, None])
             if PARTIAL:
@@ -393,6 +397,10 @@ def neighbor_attention_key_grad_kernel(
     facts = key_slots + batch * _FACTS * key_length
     key, k_image, k_t, k_y, k_x, k_position, k_region = _slots(facts, key_length, k_slot)
     here = k_image >= -1
+    if k_bias is not None:
+        bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0) * LOG2_E
+        here &= bias != float("-inf")  # which nobody sees, whatever it holds
+        grad_bias = tl.zeros([TILE_K], tl.float32)
     wide = key.to(tl.int64)
     k1, k2 = load_rows(k + batch * k_batch + kv_head.to(tl.int64) * k_head, wide * k_row, here, D, D1, D2)
     v1, v2 = load_rows(v + batch * v_batch + kv_head.to(tl.int64) * v_head, wide * v_row, here, D, D1, D2)
@@ -401,9 +409,6 @@ def neighbor_attention_key_grad_kernel(
     grad_v1 = tl.zeros([TILE_K, D1], tl.float32)
     grad_k2 = tl.zeros([TILE_K, D2 if D2 else 16], tl.float32)
     grad_v2 = tl.zeros([TILE_K, D2 if D2 else 16], tl.float32)
-    if k_bias is not None:
-        bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0) * LOG2_E
-        grad_bias = tl.zeros([TILE_K], tl.float32)
     q += batch * q_batch
     grad_out += batch * grad_batch
     lse += batch * heads * GROUP * query_rows

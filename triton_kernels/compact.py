@@ -254,7 +254,8 @@ def compact(indices, counts, align_right, tensors, dims, batch_dims, pads, total
         outs.append(out)
         if out.numel() == 0:
             continue
-        value = _plain(torch.full((1,), pad if x.is_floating_point() or x.is_complex() else int(pad), dtype=x.dtype))
+        pad = pad if x.is_floating_point() or x.is_complex() else int(pad)
+        value = _plain(torch.full((1,), pad, dtype=x.dtype, device="cpu"))
         value = _integers(value.flatten()).tolist()
         source, target = (_rows_apart(_integers(_plain(y)), heads) for y in (x, out))
         programs, arguments = _move_arguments(source, target, (dim, place), (batch_dim, batch_place), count, _MOVED)

@@ -167,6 +167,8 @@ inline void attention_keys(const AttentionProblem& p, int64_t b, int64_t tile, A
     for (int64_t slot = blocks[i] * p.block_k; slot < (blocks[i] + 1) * p.block_k; ++slot) {
       const KeyToken key = key_token(p, b, slot);
       if (key.image == kInvalidToken || key.row < 0) continue;
+      // nobody sees it, whatever it holds: NaN is not hidden by adding -inf
+      if (p.k_bias && p.k_bias[b * p.keys + key.row] == -std::numeric_limits<float>::infinity()) continue;
       sorter.add(key.row, full ? q.valid : seen_by(p, b, q, key), q.valid, key.image >= 0);
     }
   }

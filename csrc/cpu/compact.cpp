@@ -6,7 +6,6 @@
 
 #include "binding.h"
 #include "common/compact_binding.h"
-#include "cpu/compact_memory.h"
 #include "cpu/merge_binding.h"
 
 namespace pyvtk {
@@ -106,29 +105,14 @@ void compact_into(const Selected& selected, const std::vector<Tensor>& tensors, 
   run(jobs, [&](const Gather& job, int64_t item) { cpu::gather(job, selected.rows, item); });
 }
 
-// A result of compact: large ones in memory of earlier results. Each is a storage of its own.
-Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape) {
-  int64_t elements = 1;
-  for (const int64_t size : shape) elements *= size;
-  size_t bytes = static_cast<size_t>(elements) * like.element_size();
-  if (bytes < cpu::KeptMemory::kLargeBytes) return new_empty(like, shape, like.scalar_type());
-  std::vector<int64_t> strides(shape.size());
-  int64_t stride = 1;
-  for (size_t dim = shape.size(); dim-- > 0; stride *= shape[dim]) strides[dim] = stride;
-  void* memory = cpu::kept_memory().take(bytes);
-  if (poisons_new_memory()) std::memset(memory, 0xff, bytes);
-  const torch::stable::Device cpu_device(torch::headeronly::DeviceType::CPU);
-  return torch::stable::from_blob(memory, shape, strides, cpu_device, like.scalar_type(),
-                                  [bytes](void* data) { cpu::kept_memory().give(data, bytes); });
-}
-
 std::vector<Tensor> compact(Tensor indices, Tensor counts, bool align_right, std::vector<Tensor> tensors,
                             std::vector<int64_t> dims, std::vector<int64_t> batch_dims, std::vector<double> pads,
                             std::optional<int64_t> total) {
   const Selected selected(indices, counts, align_right, common_tokens(tensors, dims), total);
   std::vector<Tensor> outs;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    outs.push_back(new_result(tensors[i], compacted_shape(tensors[i], selected, dims[i], batch_dims[i], total)));
+    const auto shape = compacted_shape(tensors[i], selected, dims[i], batch_dims[i], total);
+    outs.push_back(new_empty(tensors[i], shape, tensors[i].scalar_type()));
   }
   compact_into(selected, tensors, outs, dims, batch_dims, pads, total);
   return outs;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -204,7 +203,8 @@ def neighbor_attention(
     Returns:
         out, shaped like q, in q's dtype and memory order; with return_lse (out, lse), lse float32 [batch, heads,
         queries] (packed: [heads, tokens]), natural logarithm, differentiable. Queries that see nothing, and padding:
-        out 0, lse -inf. Differentiable in q, k, v and k_bias; 16-bit inputs are added up in float32.
+        out 0, lse -inf. Differentiable in q, k, v and k_bias; 16-bit inputs are added up in float32. Under autocast q,
+        k and v take its dtype.
 
     Raises:
         TypeError, ValueError: an argument that does not fit. RuntimeError: the backend cannot run.
@@ -225,10 +225,7 @@ def neighbor_attention(
     differentiable = (q, k, v, k_bias)
     chosen = backends.pick("neighbor_attention", backend, q, q.dtype, differentiable)
     if chosen == "reference":
-        device = q.device.type
-        # autocast would round inside, too
-        with torch.autocast(device, enabled=False) if backends.autocasts(device) else nullcontext():
-            out, lse = reference.neighbor_attention(q, k, v, k_bias, visual_heads, *options)
+        out, lse = reference.neighbor_attention(q, k, v, k_bias, visual_heads, *options)
         out = _in_order_of(q, out.to(q.dtype))
     else:
         k_bias = None if k_bias is None else k_bias.float().contiguous()
@@ -306,8 +303,8 @@ def merge_attention(
         backend: "compiled", "reference", or None for the first that can run.
 
     Returns:
-        (out, lse): out in the dtype of outs, lse over all groups, -inf where no group saw a key. Differentiable in
-        outs, lses and coefficients; summed in float32.
+        (out, lse): out in the dtype of outs (under autocast the widest of theirs), lse over all groups, -inf where no
+        group saw a key. Differentiable in outs, lses and coefficients; summed in float32.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
@@ -328,6 +325,7 @@ def merge_attention(
         if len(coefficients) != len(outs):
             raise ValueError(f"{op}: coefficients must be as many as outs, {len(outs)}, got {len(coefficients)}")
     checks.boolean(op, "renormalize", renormalize)
+    outs = backends.widest(outs)
     for number, out in enumerate(outs):
         checks.tensor(op, f"outs[{number}]", out, (3, 4))
         checks.dtype(op, f"outs[{number}]", out, checks.FLOATS)

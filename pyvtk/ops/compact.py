@@ -277,6 +277,8 @@ def _check_pad(value, dtype: torch.dtype) -> float:
         raise TypeError(f"compact: pad_value must be a number, got {type(value).__name__}")
     if value == 0:
         return 0.0
+    if dtype == torch.float4_e2m1fn_x2:
+        raise ValueError(f"compact: pad_value must be 0 for dtype float4_e2m1fn_x2, two numbers in one, got {value}")
     if not (dtype.is_floating_point or dtype.is_complex):
         low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
         if not low <= value <= high or value != int(value) or int(float(value)) != value:
@@ -305,14 +307,26 @@ def _plan(rows, num_tokens: int, packed_source: bool, shapes, dtypes, dim, batch
 _plan_again = lru_cache(maxsize=1024, typed=True)(_plan)
 
 
+def _address(x: Tensor) -> int | None:
+    """Where ``x`` begins; None if it has no memory: meta, fake, traced, or wrapped by torch.func."""
+    if checks.valueless(x):
+        return None
+    try:
+        return x.data_ptr() or None
+    except RuntimeError:
+        return None
+
+
 def _check_apart(op: str, name: str, written, read=()) -> None:
-    """No tensor of ``written`` shares memory with another one. Traced tensors have no address to compare."""
+    """No tensor of ``written`` shares memory with another one, as far as they have any."""
     if torch.compiler.is_compiling():
         return
     spans = []
     for writes, group in ((True, written), (False, read)):
         for x in group:
-            start = x.data_ptr()
+            start = _address(x)
+            if start is None:
+                continue
             if x.is_contiguous():
                 spans.append((start, start + x.nbytes, writes))
             elif x.numel() > 0:
@@ -398,8 +412,7 @@ def compact(
             checks.same_device("compact", f"tensors[{i}]", x, indices, "selection")
         shapes.append(x.shape)
         dtypes.append(x.dtype)
-    plan = _plan if torch.compiler.is_compiling() else _plan_again
-    dims, batch_dims, pads = plan(
+    facts = (
         counts.shape,
         selection.num_tokens,
         selection.source_cu_seqlens is not None,
@@ -409,13 +422,20 @@ def compact(
         tuple(batch_dim) if isinstance(batch_dim, list) else batch_dim,
         tuple(pad_value) if isinstance(pad_value, list) else pad_value,
     )
+    plan = None
+    if not torch.compiler.is_compiling():
+        try:
+            plan = _plan_again(*facts)
+        except TypeError:  # symbolic sizes, which have no hash; or an argument of the wrong type, of which _plan tells
+            pass
+    dims, batch_dims, pads = _plan(*facts) if plan is None else plan
     if not packed:
         if total is not None:
             raise ValueError(f"compact: total must be None unless packed=True, got {total}")
     elif indices.dim() == 3:
         raise ValueError("compact: packed must be False for a selection with a head axis, got True")
     elif total is None:
-        total = int(counts.sum())
+        total = checks.on_host("compact", "total", counts.sum())
     else:
         checks.integer("compact", "total", total)
 
@@ -464,7 +484,8 @@ def restore(
         backend: "compiled", "reference", or None for the best one.
 
     Returns:
-        A tensor like ``base``. Where a token was selected twice, the last slot replaces; with a gate, both add.
+        A tensor like ``base`` (under autocast in the wider dtype of base and update). Where a token was selected twice,
+        the last slot replaces; with a gate, both add.
 
     Raises:
         TypeError, ValueError: an argument that does not fit. RuntimeError: an index outside the token axis, on the
@@ -486,6 +507,7 @@ def restore(
         )
     if base is not None:
         checks.tensor("restore", "base", base)
+        update, base = backends.widest([update, base])
         checks.dtype("restore", "base", base, (update.dtype,))
         checks.same_device("restore", "base", base, update, "update")
         expected = list(update.shape)[packed:]

@@ -97,9 +97,13 @@ def merge_tokens(
         checks.dtype(op, name, value, checks.FLOATS)
         checks.shape(op, name, value, tuple(x.shape[:2]), "[batch, tokens]")
         checks.same_device(op, name, value, x, "x")
-        factors = value.to(wide) if factors is None else factors * value.to(wide)
+        value = value.to(wide)
+        if weights is not None and sizes is not None:
+            # of what is left out the gradient of their product is 0, times whatever the other one holds
+            value = value.masked_fill(assignment < 0, 0)
+        factors = value if factors is None else factors * value
     if num_groups is None:
-        num_groups = max(int(assignment.max()) + 1, 0) if assignment.numel() else 0
+        num_groups = max(checks.on_host(op, "num_groups", assignment.max()) + 1, 0) if assignment.numel() else 0
     checks.integer(op, "num_groups", num_groups)
 
     rest = (x, assignment.long(), factors, num_groups, reduce == "mean")

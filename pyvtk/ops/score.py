@@ -463,7 +463,7 @@ def attention_scores(
     Args:
         q: [batch, q_heads, queries, dim], only the scoring queries, after RoPE; packed [total_q, q_heads, dim].
             float32, bfloat16, float16 (float64: reference only). dim a multiple of 8 up to 256. Any strides with a
-            contiguous last dimension, so a view of the last row costs nothing.
+            contiguous last dimension, so a view of the last row costs nothing. Under autocast q and k take its dtype.
         k: [batch, kv_heads, keys, dim]; packed [total_k, kv_heads, dim]. q_heads is a multiple of kv_heads; query head
             h reads key head h // (q_heads / kv_heads).
         causal: a key is seen if its position is at most the query's.
@@ -498,6 +498,8 @@ def attention_scores(
         TypeError, ValueError: an argument of the wrong type, dtype, device or shape; the message names it.
         RuntimeError: the named backend cannot run, or cu_seqlens do not ascend to the total.
     """
+    if backends.any_autocast():
+        q, k = backends.autocast(q), backends.autocast(k)
     options = resolve(
         "attention_scores", q, k, causal=causal, q_positions=q_positions, k_positions=k_positions, q_mask=q_mask,
         k_mask=k_mask, k_bias=k_bias, key_range=key_range, denominator=denominator, lse=lse, scale=scale,

@@ -152,6 +152,8 @@ def score_and_select(
         TypeError, ValueError: an argument of the wrong type, dtype, device or shape; the message names it.
         RuntimeError: the named backend cannot run.
     """
+    if backends.any_autocast():
+        q, k = backends.autocast(q), backends.autocast(k)
     options = score.resolve(
         OP, q, k, causal=causal, q_positions=q_positions, k_positions=k_positions, q_mask=q_mask, k_mask=k_mask,
         k_bias=k_bias, key_range=key_range, denominator=denominator, lse=lse, scale=scale, query_reduce=query_reduce,

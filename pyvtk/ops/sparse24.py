@@ -6,7 +6,6 @@ The format (values, metadata, scales) is described byte by byte in ``pyvtk/refer
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -271,8 +270,7 @@ def linear(
     check_choice(op, choice, dense, vendor)
     differentiable = (x, values, bias, mul)
     if backends.pick("sparse24_linear", backend, x, x.dtype, differentiable) == "reference":
-        with full_precision(x):
-            return reference.linear(x, values, metadata, scales, dense, bias, mul, activation, choice)
+        return reference.linear(x, values, metadata, scales, dense, bias, mul, activation, choice)
     operator = torch.ops.pyvtk.sparse24_linear
     rest = (values, metadata, scales, dense, bias)
     if transforms.wants_gradient(*differentiable):
@@ -316,18 +314,11 @@ def linear_int8(
     if transforms.wants_gradient(x, bias, mul):
         raise ValueError(f"{op}: x, bias and mul must not ask for a gradient (rounding has none), got one that does")
     if backends.pick("sparse24_linear_int8", backend, x, x.dtype) == "reference":
-        with full_precision(x):
-            return reference.linear_int8(x, values, metadata, scales, x_scale, bias, mul, activation)
+        return reference.linear_int8(x, values, metadata, scales, x_scale, bias, mul, activation)
     mul = None if mul is None else _rows(mul)
     rest = (values, metadata, scales, x_scale, bias, mul, activation)
     out = transforms.call(torch.ops.pyvtk.sparse24_linear_int8, (), _rows(x), *rest)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], values.shape[0])
-
-
-def full_precision(x: Tensor):
-    """Autocast would round inside the reference, too."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if backends.autocasts(device) else nullcontext()
 
 
 def count_rows(x: Tensor) -> int:

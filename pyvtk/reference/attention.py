@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyvtk.reference._exact import exact
+
 
 def visible(queries: Tensor, keys: Tensor, rule: list[int], routes: Tensor) -> Tensor:
     """bool [batch, queries, keys]: which keys each query sees.
@@ -40,6 +42,7 @@ def in_rows(slots: Tensor, rows: int) -> Tensor:
     return slots.new_zeros((*slots.shape[:2], rows + 1)).scatter(2, where, slots)[..., :rows]
 
 
+@exact
 def neighbor_attention(
     q: Tensor, k: Tensor, v: Tensor, k_bias: Tensor | None, visual_heads: Tensor | None, plan: list[Tensor],
     rule: list[int], scale: float, keep_mass: bool, zero_rows: bool,
@@ -104,6 +107,7 @@ def weighed_attention(
     return total
 
 
+@exact
 def group_weights(
     lses: list[Tensor], coefficients: list[Tensor] | None, renormalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,6 +130,7 @@ def group_weights(
     return weights, seen, lse
 
 
+@exact
 def weigh_groups(outs: list[Tensor], weights: Tensor, seen: Tensor) -> Tensor:
     """sum_g weights_g out_g over groups that saw a key; outs [batch, heads, queries, channels], weights and seen
     [groups, batch, heads, queries]. A weight of 0 hides what is not finite. 16-bit outs are added in float32."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyvtk.reference._exact import exact
+
 
 def _valid(indices: Tensor, counts: Tensor, align_right: bool) -> Tensor:
     """bool, shaped like indices."""
@@ -26,9 +28,16 @@ def _tokens_first(x: Tensor, dim: int, batch_dim: int, heads: bool, rows: tuple[
     return x.expand(*rows, *x.shape[len(rows) :])
 
 
-def _is_byte_float(x: Tensor) -> bool:
-    """8-bit floats, for which torch has hardly any kernels: they travel as uint8."""
-    return x.dtype.itemsize == 1 and x.dtype.is_floating_point
+_ORDINARY = (
+    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128, torch.bool,
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
+_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(x: Tensor) -> Tensor:
+    """A view of ``x`` to move: torch has hardly any kernels for the other dtypes (8-bit floats, unsigned integers)."""
+    return x if x.dtype in _ORDINARY else x.view(_OF_SIZE[x.dtype.itemsize])
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
@@ -36,6 +45,7 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(*values.shape, *([1] * (like.dim() - values.dim())))
 
 
+@exact
 def compact(
     indices: Tensor,
     counts: Tensor,
@@ -54,18 +64,17 @@ def compact(
     rows = tuple(indices.shape[:-1])
     valid = _valid(indices, counts, align_right)
     outs = []
-    for x, dim, batch_dim, pad in zip(tensors, dims, batch_dims, pads):
-        if _is_byte_float(x):
-            pad = int(torch.tensor(pad).to(x.dtype).view(torch.uint8)) if pad else 0
-            x = x.view(torch.uint8)
+    for x, dim, batch_dim, value in zip(tensors, dims, batch_dims, pads):
+        dtype, x = x.dtype, _bits(x)
+        # 0 is no bit set, also in dtypes without a zero
+        pad = _bits(torch.full((1,), value, dtype=dtype, device=x.device)) if value else x.new_zeros(1)
         table = _tokens_first(x, dim, batch_dim, len(rows) == 2, rows)
         where = _column(torch.where(valid, indices, 0), table)
         if table.shape[len(rows)] > 0:
             out = table.gather(len(rows), where.expand(*indices.shape, *table.shape[len(rows) + 1 :]))
         else:
             out = x.new_zeros((*indices.shape, *table.shape[len(rows) + 1 :]))
-        pad = pad if x.dtype.is_floating_point or x.dtype.is_complex else int(pad)
-        out = out.masked_fill(~_column(valid, out), pad)
+        out = torch.where(_column(valid, out), out, pad)
         first = max(batch_dim, 0)
         if total is None:
             place = dim + 1 if batch_dim < 0 else dim
@@ -73,7 +82,7 @@ def compact(
             continue
         # The order of valid slots; padding goes to one slot past the end, which is cut off.
         target = torch.where(valid.flatten(), valid.flatten().cumsum(0) - 1, total).clamp(max=total)
-        packed = x.new_full((total + 1, *out.shape[2:]), pad).index_put((target,), out.flatten(0, 1))[:total]
+        packed = pad.expand(total + 1, *out.shape[2:]).index_put((target,), out.flatten(0, 1))[:total]
         outs.append(packed.movedim(0, first - (0 <= dim < first)).contiguous())
     # A view in the own dtype would cut the graph.
     return [out if out.dtype == x.dtype else out.view(x.dtype) for out, x in zip(outs, tensors)]
@@ -88,6 +97,7 @@ def _flat_targets(indices: Tensor, valid: Tensor, num_tokens: int, packed_source
     return (where + torch.arange(where.shape[0], device=where.device)[:, None] * (num_tokens + 1)).flatten()
 
 
+@exact
 def restore(
     indices: Tensor,
     counts: Tensor,
@@ -104,9 +114,9 @@ def restore(
     With ``gate`` [batch, (heads,) capacity]: base + gate * update there, every slot adding its own, summed in float32
     for 16-bit tensors and rounded once.
     """
-    if _is_byte_float(update):
-        base = None if base is None else base.view(torch.uint8)
-        update, dtype = update.view(torch.uint8), update.dtype
+    if update.dtype not in _ORDINARY:
+        base = None if base is None else _bits(base)
+        update, dtype = _bits(update), update.dtype
         out = restore(indices, counts, align_right, update, base, gate, dim, num_tokens, packed_source)
         return out.view(dtype)
     lead = indices.dim() - 1
@@ -131,7 +141,10 @@ def restore(
         out = table.index_put((torch.where(winner, where, num_tokens),), source)
     else:
         wide = torch.float64 if table.dtype == torch.float64 else torch.float32
-        added = source.to(wide) * _column(gate.to(wide).flatten(), source)
+        # Padding may hold NaN, which a product with a gradient of 0 would spread.
+        padding = ~valid.flatten()
+        gate = gate.to(wide).flatten().masked_fill(padding, 0)
+        added = source.to(wide).masked_fill(_column(padding, source), 0) * _column(gate, source)
         out = table.to(wide).index_add(0, where, added).to(table.dtype)
     out = out.unflatten(0, (*rows, num_tokens + 1)).narrow(len(rows), 0, num_tokens)
     if packed_source:
@@ -148,12 +161,13 @@ def weighed_restore(
     return (out * grad).sum()
 
 
+@exact
 def compact_kv_(indices: Tensor, counts: Tensor, caches: list[Tensor]) -> None:
     """cache[b, h, :capacity] = the kept rows in order, then zeros. Later rows stay as they are."""
     capacity = indices.shape[-1]
     for cache in caches:
-        cache = cache.view(torch.uint8) if _is_byte_float(cache) else cache
+        cache = _bits(cache)
         kept = indices if indices.dim() == 3 else indices[:, None].expand(-1, cache.shape[1], -1)
         valid = _valid(kept, counts if indices.dim() == 3 else counts[:, None].expand(-1, cache.shape[1]), False)
         rows = cache.gather(2, torch.where(valid, kept, 0)[..., None].expand(*kept.shape, cache.shape[3]))
-        cache[:, :, :capacity] = rows.masked_fill(~valid[..., None], 0)
+        cache[:, :, :capacity] = torch.where(valid[..., None], rows, 0)

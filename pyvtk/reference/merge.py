@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyvtk.reference._exact import exact
 
+
+@exact
 def merge_tokens(
     x: Tensor, assignment: Tensor, weights: Tensor | None, num_groups: int, mean: bool
 ) -> tuple[Tensor, Tensor]:
@@ -17,14 +20,18 @@ def merge_tokens(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, tokens, channels = x.shape
     # One group more per sample collects what is left out.
-    group = torch.where(assignment < 0, num_groups, assignment)
-    values = x.to(wide)
+    hidden = assignment < 0
+    group = torch.where(hidden, num_groups, assignment)
     weights = torch.ones_like(group, dtype=wide) if weights is None else weights
-    values = values * weights.to(wide).unsqueeze(-1)
+    totals = torch.zeros((batch, num_groups + 1), dtype=torch.float64, device=x.device)
+    totals = totals.scatter_add(1, group, weights.double().masked_fill(hidden, 0))
+    if mean:
+        hidden = hidden | (totals.gather(1, group) == 0)
+    totals = totals[:, :num_groups]
+    # What counts for nothing may hold NaN, which a product with a gradient of 0 would spread.
+    values = x.to(wide).masked_fill(hidden.unsqueeze(-1), 0) * weights.to(wide).masked_fill(hidden, 0).unsqueeze(-1)
     where = group.unsqueeze(-1).expand(batch, tokens, channels)
     sums = values.new_zeros((batch, num_groups + 1, channels)).scatter_add(1, where, values)[:, :num_groups]
-    totals = torch.zeros((batch, num_groups + 1), dtype=torch.float64, device=x.device)
-    totals = totals.scatter_add(1, group, weights.double())[:, :num_groups]
     if mean:
         empty = (totals == 0).unsqueeze(-1)
         divisor = totals.unsqueeze(-1).to(wide).masked_fill(empty, 1)

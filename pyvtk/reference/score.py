@@ -28,6 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyvtk.reference._exact import exact
+
 
 def _sample_numbers(cu_seqlens: Tensor, total: int) -> Tensor:
     """Which sample each entry of a packed axis belongs to."""
@@ -77,6 +79,7 @@ class _Values(NamedTuple):
     lse: Tensor  # [batch, q_heads, queries]
 
 
+@exact
 def _values(
     q: Tensor, k: Tensor, q_positions: Tensor | None, k_positions: Tensor | None, q_mask: Tensor | None,
     k_mask: Tensor | None, k_bias: Tensor | None, head_weights: Tensor | None, lse: Tensor | None,
@@ -150,6 +153,7 @@ def _values(
     return _Values(values, seen, valid, lse)
 
 
+@exact
 def attention_scores(
     q: Tensor,
     k: Tensor,

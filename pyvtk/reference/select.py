@@ -32,6 +32,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyvtk.reference._exact import exact
+
 
 def _weights(scores: Tensor, candidate: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """int64 [tokens]: the integer mass of each score."""
@@ -47,6 +49,7 @@ def _weights(scores: Tensor, candidate: Tensor, group: Tensor, num_groups: int) 
     return torch.where(largest.isinf(), scores.isinf().long(), weights)
 
 
+@exact
 def select(
     scores: Tensor,
     num_keep: int,

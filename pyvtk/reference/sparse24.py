@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyvtk.reference._exact import exact
+
 # Nibble of a group behind the last one: positions 0 and 1, so that whoever decodes it sees a legal group.
 _PADDING = 0b0100
 
@@ -94,6 +96,7 @@ def activate(z: Tensor, activation: str) -> Tensor:
     return F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
+@exact
 def linear(
     x: Tensor,
     values: Tensor,
@@ -135,6 +138,7 @@ def quantize_rows(x: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return (x / scale).round().clamp(-127, 127), scale
 
 
+@exact
 def linear_int8(
     x: Tensor,
     values: Tensor,

@@ -116,12 +116,10 @@ def _check(op: str, weight) -> None:
 
 
 def _cast(x: Tensor, bias: Tensor | None, mul: Tensor | None):
-    """x, bias and mul as autocast wants them."""
-    before, x = getattr(x, "dtype", None), backends.autocast(x)
-    if isinstance(x, Tensor) and x.dtype != before:
-        mul = mul.to(x.dtype) if isinstance(mul, Tensor) else mul
-        bias = bias.to(x.dtype) if isinstance(bias, Tensor) and bias.dtype != torch.float32 else bias
-    return x, bias, mul
+    """x, bias and mul as autocast wants them; a float32 bias stays."""
+    if isinstance(bias, Tensor) and bias.dtype != torch.float32:
+        bias = backends.autocast(bias)
+    return backends.autocast(x), bias, backends.autocast(mul)
 
 
 def _transpose_for(x, weight: Sparse24Weight, backend: str | None) -> Sparse24Weight | None:
@@ -181,9 +179,7 @@ def linear(
     _check(op, weight)
     checks.choice(op, "dense_fallback", dense_fallback, FALLBACKS)
     x, bias, mul = _cast(x, bias, mul)
-    values = weight.values
-    if backends.autocasts(values.device.type) and weight.scales is None and isinstance(x, Tensor):
-        values = values.to(x.dtype)
+    values = backends.autocast(weight.values)
     dense, vendor, choice = None, None, ()
     if isinstance(x, Tensor) and x.dim():
         dense, vendor, choice = _copies(weight, x, dense_fallback, (x, bias, mul))

@@ -301,7 +301,7 @@ class Linear24(nn.Module):
             x = fake_quantize(x, self.x_scale)
             # what is pruned may lie beyond the range of what is kept, and still gets its gradient
             weight = rounded(weight, row_scales(self.masked_weight()), False)
-        with ops.full_precision(x):  # autocast has done its part
+        with backends.without_autocast(x.device.type):
             if self.sparse:
                 y = masked_product(x, weight, mask, self.transposable)
             else:
