@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyvtk import backends, checks
-from pyvtk.ops import sparse24 as ops
 from pyvtk.reference import sparse24 as reference
 from pyvtk.sparse24.copies import Seal, has_values, seal_mask, why_not_sealed
 from pyvtk.sparse24.format import Sparse24Weight, compress, refuse_nan
