@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from pyvtk import checks
+from pyvtk import _pytree, checks
 from pyvtk.ops.compact import compact
 from pyvtk.selection import Selection
 
@@ -107,6 +106,7 @@ class TokenLayout:
             positions = torch.arange(shape[-1], dtype=torch.int32, device=image_id.device).expand(shape)
         image_id, coords, positions = (x.to(torch.int32) for x in (image_id, coords, positions))
         self._set(image_id, coords, positions, mask, cu_seqlens, None)
+        object.__setattr__(self, "extent", self._measure())
 
     def _set(self, image_id, coords, positions, mask, cu_seqlens, extent) -> None:
         set_field = object.__setattr__  # the way into a frozen dataclass
@@ -115,7 +115,7 @@ class TokenLayout:
         set_field(self, "positions", positions)
         set_field(self, "mask", mask)
         set_field(self, "cu_seqlens", cu_seqlens)
-        set_field(self, "extent", self._measure() if extent is None else extent)
+        set_field(self, "extent", extent)
 
     @staticmethod
     def _of(image_id, coords, positions, mask, cu_seqlens, extent) -> TokenLayout:
@@ -414,13 +414,10 @@ def _cells(span: ImageSpan, number: int) -> Tensor:
     return cells.reshape(-1, 4)
 
 
-_FIELDS = ("image_id", "coords", "positions", "mask", "cu_seqlens", "extent")
-
-pytree.register_pytree_node(
+_pytree.register(
     TokenLayout,
-    lambda layout: ([getattr(layout, name) for name in _FIELDS], None),
-    lambda tensors, _: TokenLayout._of(*tensors),
-    serialized_type_name="pyvtk.TokenLayout",
-    flatten_with_keys_fn=lambda layout: ([(pytree.GetAttrKey(n), getattr(layout, n)) for n in _FIELDS], None),
+    ("image_id", "coords", "positions", "mask", "cu_seqlens", "extent"),
+    (),
+    TokenLayout._of,
 )
-torch.serialization.add_safe_globals([TokenLayout])
+_pytree.register_named_tuple(ImageSpan)

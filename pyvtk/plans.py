@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from pyvtk import backends, checks
+from pyvtk import _pytree, backends, checks
 from pyvtk.layout import MAX_COORDINATE, TokenLayout, require
 from pyvtk.reference import attention_plan as reference
 from pyvtk.reference.attention import visible
@@ -66,7 +65,7 @@ class AttentionPlan:
         added_keys: whether ``tail`` lets text that was added be seen: not by plans of visual keys. None: it refuses to
             add keys, since a mask said which there are.
 
-    A pytree, so it passes through torch.compile.
+    A pytree, so it passes through torch.compile, torch.export and checkpointing.
     """
 
     query_slots: Tensor
@@ -90,6 +89,11 @@ class AttentionPlan:
     def tensors(self) -> list[Tensor]:
         """What operators take as ``plan``, in their order."""
         return [getattr(self, name) for name in _TENSORS]
+
+    @property
+    def _row_axes(self) -> Tensor:
+        """num_queries and num_keys as the pytree's leaf: dynamic sizes in an exported program."""
+        return _pytree.axis(self, self.query_slots, 2, self.num_queries, self.num_keys)
 
     def rule(self) -> list[int]:
         """What operators take as ``rule``: tokens in a block of queries and of keys, radius, two flags."""
@@ -217,19 +221,17 @@ _TENSORS = (
     "query_slots", "key_slots", "key_blocks", "key_counts", "query_order", "query_blocks", "query_counts", "key_order",
     "routes",
 )  # fmt: skip
-_NUMBERS = ("num_queries", "num_keys", "block", "radius", "causal_window", "cross_image", "packed", "added_keys")
+_RULE = ("block", "radius", "causal_window", "cross_image", "packed", "added_keys")
 
-pytree.register_pytree_node(
-    AttentionPlan,
-    lambda plan: ([getattr(plan, n) for n in _TENSORS], tuple(getattr(plan, n) for n in _NUMBERS)),
-    lambda tensors, numbers: AttentionPlan(*tensors, *numbers),
-    serialized_type_name="pyvtk.AttentionPlan",
-    flatten_with_keys_fn=lambda plan: (
-        [(pytree.GetAttrKey(n), getattr(plan, n)) for n in _TENSORS],
-        tuple(getattr(plan, n) for n in _NUMBERS),
-    ),
-)
-torch.serialization.add_safe_globals([AttentionPlan])
+
+def _unflatten(*parts) -> AttentionPlan:
+    *tensors, row_axes = parts[: -len(_RULE)]
+    fields = dict(zip((*_TENSORS, *_RULE), (*tensors, *parts[-len(_RULE) :])))
+    return _pytree.with_axis(AttentionPlan, row_axes, fields, "num_queries", "num_keys")
+
+
+_pytree.register(AttentionPlan, (*_TENSORS, "_row_axes"), _RULE, _unflatten)
+_pytree.register_named_tuple(Density)
 
 
 # Facts: int32 [batch, 8, rows], what query_slots hold, in the order of rows -------------------------------------------
