@@ -325,7 +325,7 @@ class TokenLayout:
         images = grids.shape[0]
         image = torch.searchsorted(ends, number, right=True)
         require(flat.sum() == sizes.prod(1).sum(), f"{op}: input_ids must hold as many visual tokens as grids / merge")
-        require((grids[:, 1:] % merge == 0).all(), f"{op}: grids must be multiples of merge={merge}")
+        require((grids[:, 1:] % merge == 0).all(), f"{op}: grids must be multiples of merge={{merge}}", merge=merge)
         if images == 0:
             return TokenLayout(
                 torch.full_like(input_ids, -1), input_ids.new_zeros((*input_ids.shape, 3)), mask=mask,
@@ -352,13 +352,17 @@ class TokenLayout:
         return layout
 
 
-def require(condition: Tensor, message: str) -> None:
-    """Checks a value: raises on the CPU; on CUDA, and in a graph that is traced, it becomes a check on the device."""
-    if condition.is_cpu and type(condition) is Tensor and not torch.compiler.is_compiling():
-        if not condition:
-            raise ValueError(message)
-    else:
+def require(condition: Tensor, message: str, **numbers: int) -> None:
+    """Checks a value: raises on the CPU; on CUDA, and in a graph that is traced, it becomes a check on the device.
+
+    ``numbers`` are put in the places that the message has for them; a graph may leave numbers open, and keeps the names.
+    """
+    if torch.compiler.is_compiling():
         torch._assert_async(condition, message)
+    elif not (condition.is_cpu and type(condition) is Tensor):
+        torch._assert_async(condition, message.format(**numbers))
+    elif not condition:
+        raise ValueError(message.format(**numbers))
 
 
 def _checked_grids(op: str, grids) -> Tensor:

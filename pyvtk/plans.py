@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyvtk import _pytree, backends, checks
+from pyvtk import _numbers, _pytree, backends, checks
 from pyvtk.layout import MAX_COORDINATE, TokenLayout, require
 from pyvtk.reference import attention_plan as reference
 from pyvtk.reference.attention import visible
@@ -135,7 +135,7 @@ class AttentionPlan:
             checks.shape(op, "k_lengths", k_lengths, (batch,), "[batch]")
             checks.same_device(op, "k_lengths", k_lengths, self.query_slots, "the plan")
             in_range = ((k_lengths >= 0) & (k_lengths <= num_keys)).all()
-            require(in_range, f"{op}: k_lengths must be at most the {num_keys} rows of k")
+            require(in_range, f"{op}: k_lengths must be at most the {{num_keys}} rows of k", num_keys=num_keys)
             ends = torch.where(queries[:, POSITION] == PADDING, 0, place[: self.num_keys] + 1)
             first = _most(ends, 0)
         position = (_most(queries[:, POSITION], -1) + 1 + place - first).expand(batch, num_keys)
@@ -162,7 +162,7 @@ class AttentionPlan:
         queries = _with(queries, ROW, own)
 
         def curve(facts: Tensor) -> list[Tensor]:
-            return [facts[:, REGION].long(), _strips(facts, self.block[0], self.radius, None)]
+            return [facts[:, REGION].long(), _curve(facts, self.block[0], self.radius, None)]
 
         return _build(
             queries, keys, curve, None, self.routes, num_queries, num_keys, self.block, self.radius,
@@ -264,6 +264,23 @@ def _by_row(slots: Tensor, rows: int) -> Tensor:
     return slots.new_empty((slots.shape[0], _FACTS, rows + 1)).scatter(2, where, slots)[:, :, :rows]
 
 
+def _curve(facts: Tensor, block: int, radius: tuple[int, int, int], extent: Tensor | None) -> Tensor:
+    """:func:`_strips`, as an operator where torch.compile leaves the radius open: the shape of strips is chosen by
+    comparisons, each outcome of which would be a program of its own."""
+    strips = _opaque_strips if _numbers.is_open(*radius) else _strips
+    return strips(facts, block, radius, extent)
+
+
+@torch.library.custom_op("pyvtk::strips", mutates_args=())
+def _opaque_strips(facts: Tensor, block: int, radius: Sequence[int], extent: Tensor | None) -> Tensor:
+    return _strips(facts, block, radius, extent)
+
+
+@_opaque_strips.register_fake
+def _(facts, block, radius, extent):
+    return facts.new_empty((facts.shape[0], facts.shape[2]), dtype=torch.int64)
+
+
 def _strip_shape(block: int, radius: tuple[int, int, int], flat: bool) -> tuple[int, int]:
     """How many frames and lines a strip has: a block of tokens then covers a box of it whose surroundings, which
     kernels visit, are smallest. A flat image has a single frame."""
@@ -329,7 +346,7 @@ def _plan_fake(query_facts, key_facts, query_curve, key_curve, cu_seqlens, route
 backends.define(
     "attention_plan",
     "(Tensor query_facts, Tensor key_facts, Tensor query_curve, Tensor key_curve, Tensor? cu_seqlens, Tensor routes, "
-    "int[] rule) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "SymInt[] rule) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_plan_fake,
 )
 
@@ -448,7 +465,7 @@ def neighbor_plan(
     extent = None if layout.packed else layout.extent
 
     def curve(some: Tensor) -> list[Tensor]:
-        return [_strips(some, block[0], radius, extent)]
+        return [_curve(some, block[0], radius, extent)]
 
     return _build(
         queries, facts, curve, layout.cu_seqlens, _no_routes(layout), layout.num_tokens, layout.num_tokens, block,
@@ -541,8 +558,9 @@ def routed_plan(
         t, y, x = (facts[:, axis].long() // length for axis, length in zip((T, Y, X), size))
         number = (t * count[1] + y) * count[2] + x
     seen = facts[:, IMAGE] >= 0
-    require((~seen | ((number >= 0) & (number < regions))).all(), f"{op}: region must be 0 to {regions - 1}")
-    require((table < regions).all(), f"{op}: table must hold regions below {regions}")
+    there = (~seen | ((number >= 0) & (number < regions))).all()
+    require(there, f"{op}: region must be 0 to {{last}}", last=regions - 1)
+    require((table < regions).all(), f"{op}: table must hold regions below {{regions}}", regions=regions)
     routes = torch.zeros((samples, regions, regions + 1), dtype=torch.int32, device=layout.device)
     routes = routes.scatter(2, torch.where(table < 0, regions, table).long(), 1)[..., :regions].contiguous()
     if layout.packed:

@@ -8,14 +8,14 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from pyvtk import backends, checks
+from pyvtk import _numbers, backends, checks
 from pyvtk.plans import AttentionPlan
 from pyvtk.reference import attention as reference
 
 # In every schema: ``plan`` and ``rule`` are those of pyvtk/plans.py (AttentionPlan.tensors() and rule()); k_bias is
 # float32 [batch, keys]; visual_heads bool [heads], False where visual keys get no weight: after the softmax with
 # keep_mass, else before it; zero_rows: these heads' visual queries see nothing.
-_OPTIONS = "Tensor[] plan, int[] rule, float scale, bool keep_mass, bool zero_rows"
+_OPTIONS = "Tensor[] plan, SymInt[] rule, float scale, bool keep_mass, bool zero_rows"
 _SCHEMA = f"(Tensor q, Tensor k, Tensor v, Tensor? k_bias, Tensor? visual_heads, {_OPTIONS}) -> (Tensor, Tensor)"
 _BACKWARD_SCHEMA = (
     "(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? k_bias, Tensor? visual_heads, "
@@ -71,7 +71,9 @@ def _register_gradient(name: str, backward_name: str) -> None:
         )
         return *grads, None if k_bias is None else bias, None, none, None, None, None, None
 
-    torch.library.register_autograd(f"pyvtk::{name}", backward, setup_context=_setup_context)
+    _numbers.leave_open(backward_name, "scale")
+    for operator in (f"pyvtk::{name}", _numbers.leave_open(name, "scale")):
+        torch.library.register_autograd(operator, backward, setup_context=_setup_context)
 
 
 _register_gradient("neighbor_attention", "neighbor_attention_backward")
@@ -201,18 +203,21 @@ def neighbor_attention(
         k_bias = None if k_bias is None else k_bias[None]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    options = (plan.tensors(), plan.rule(), scale, visual_mass == "keep", visual_rows == "zero")
+    flags = (visual_mass == "keep", visual_rows == "zero")
     chosen = backends.pick("neighbor_attention", backend, q, q.dtype)
     if chosen == "reference":
         device = q.device.type
         # autocast would round inside, too
         with torch.autocast(device, enabled=False) if backends.autocasts(device) else nullcontext():
-            out, lse = reference.neighbor_attention(q, k, v, k_bias, visual_heads, *options)
+            out, lse = reference.neighbor_attention(
+                q, k, v, k_bias, visual_heads, plan.tensors(), plan.rule(), scale, *flags
+            )
         out = _in_order_of(q, out.to(q.dtype))
     else:
         k_bias = None if k_bias is None else k_bias.float().contiguous()
         name = {"compiled": "neighbor_attention", "triton": "neighbor_attention_triton"}[chosen]
         operator = getattr(torch.ops.pyvtk, name)
+        options = (plan.tensors(), plan.rule(), _numbers.argument(scale), *flags)
         out, lse = backends.call(operator, (q, k, v, k_bias), q, k, v, k_bias, visual_heads, *options)
     if plan.packed:
         out, lse = out[0].transpose(0, 1), lse[0]

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pyvtk import backends, checks
+from pyvtk import _numbers, backends, checks
 from pyvtk.reference import compact as reference
 from pyvtk.selection import Selection
 
@@ -145,7 +145,9 @@ def _register_compact(suffix: str) -> None:
         result = forward(*ctx.saved_tensors, align_right, grads, dims, batch_dims, pads, total)
         return None, None, None, list(result), None, None, None, None, None
 
-    torch.library.register_autograd(f"pyvtk::{name}", grad, setup_context=_compact_setup)
+    _numbers.leave_open(f"compact_forward{suffix}", "pads")
+    for operator in (f"pyvtk::{name}", _numbers.leave_open(name, "pads")):
+        torch.library.register_autograd(operator, grad, setup_context=_compact_setup)
     torch.library.register_autograd(f"pyvtk::{backward_name}", grad_of_grad, setup_context=_compact_backward_setup)
 
 
@@ -234,13 +236,11 @@ def _check_pad(value, dtype: torch.dtype) -> float:
     """``value`` as a float that ``dtype`` can hold: integers are passed that way too."""
     if not isinstance(value, (bool, int, float)):
         raise TypeError(f"compact: pad_value must be a number, got {type(value).__name__}")
-    if value == 0:
-        return 0.0
     if not (dtype.is_floating_point or dtype.is_complex):
         low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
         if not low <= value <= high or value != int(value) or int(float(value)) != value:
             raise ValueError(f"compact: pad_value must fit dtype {str(dtype).removeprefix('torch.')}, got {value}")
-    return float(value)
+    return float(value) + 0.0  # -0.0 is 0.0
 
 
 def _plan(rows, num_tokens: int, packed_source: bool, shapes, dtypes, dim, batch_dim, pad_value):
@@ -357,8 +357,8 @@ def compact(
             checks.same_device("compact", f"tensors[{i}]", x, indices, "selection")
         shapes.append(x.shape)
         dtypes.append(x.dtype)
-    plan = _plan if torch.compiler.is_compiling() else _plan_again
-    dims, batch_dims, pads = plan(
+    compiling = torch.compiler.is_compiling()
+    dims, batch_dims, pads = (_plan if compiling else _plan_again)(
         counts.shape,
         selection.num_tokens,
         selection.source_cu_seqlens is not None,
@@ -368,6 +368,8 @@ def compact(
         tuple(batch_dim) if isinstance(batch_dim, list) else batch_dim,
         tuple(pad_value) if isinstance(pad_value, list) else pad_value,
     )
+    if compiling:
+        pads = _numbers.arguments(pads)
     if not packed:
         if total is not None:
             raise ValueError(f"compact: total must be None unless packed=True, got {total}")
@@ -383,10 +385,11 @@ def compact(
     call = (indices, counts, selection.align == "right", tensors, dims, batch_dims, pads, total)
     if out is not None:
         outs = _check_out(out, indices, tensors, dims, batch_dims, total)
-        if chosen == "compiled":
+        if chosen == "compiled" and type(pads) is list:
             ops.compact_out.default(*call, outs)
         else:
-            results = ops.compact_forward_triton(*call) if chosen == "triton" else reference.compact(*call)
+            forward = {"compiled": ops.compact_forward, "triton": ops.compact_forward_triton}
+            results = forward.get(chosen, reference.compact)(*call)
             for target, result in zip(outs, results):
                 target.copy_(result)
         return out
@@ -395,7 +398,7 @@ def compact(
     elif torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
         results = ops.compact(*call) if chosen == "compiled" else ops.compact_triton(*call)
     elif chosen == "compiled":
-        results = ops.compact_forward.default(*call)
+        results = ops.compact_forward(*call)
     else:
         results = ops.compact_forward_triton(*call)
     return results[0] if count == 1 else tuple(results)
@@ -457,7 +460,7 @@ def restore(
             checks.same_device("restore", "gate", gate, update, "update")
             gate = gate.to(wide)
         elif isinstance(gate, (int, float)) and not isinstance(gate, bool):
-            gate = torch.full(indices.shape, float(gate), dtype=wide, device=indices.device)
+            gate = _numbers.full(indices.shape, float(gate), dtype=wide, device=indices.device)
         else:
             raise TypeError(f"restore: gate must be a number or a tensor, got {type(gate).__name__}")
 

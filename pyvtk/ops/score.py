@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from pyvtk import backends, checks
+from pyvtk import _numbers, backends, checks
 from pyvtk.reference import score as reference
 
 QUERY_REDUCES = ("mean", "sum", "max", "visible_mean")
@@ -96,8 +96,9 @@ backends.define(
     dtypes=backends.HALF_AND_SINGLE,
 )
 _plain = torch.ops.pyvtk.attention_scores_plain.default
-_compiled = torch.ops.pyvtk.attention_scores.default
-_triton = torch.ops.pyvtk.attention_scores_triton.default
+# not .default: an open scale (pyvtk/_numbers.py) has an overload of its own
+_compiled = torch.ops.pyvtk.attention_scores
+_triton = torch.ops.pyvtk.attention_scores_triton
 _BEYOND_PLAIN = ("q_positions", "k_positions", "q_mask", "k_mask", "k_bias", "head_weights", "lse", "cu_seqlens_q")
 
 
@@ -184,7 +185,9 @@ def _backward(operator: str, ctx, grad_scores, grad_lse, *_):
 def _register_gradient(name: str, backward_name: str) -> None:
     """Let operator ``backward_name`` form the gradients of ``name``."""
     backward = functools.partial(_backward, backward_name)
-    torch.library.register_autograd(f"pyvtk::{name}", backward, setup_context=_setup_context)
+    _numbers.leave_open(backward_name, "scale")
+    for operator in (f"pyvtk::{name}", _numbers.leave_open(name, "scale")):
+        torch.library.register_autograd(operator, backward, setup_context=_setup_context)
 
 
 _register_gradient("attention_scores", "attention_scores_backward")
@@ -355,6 +358,7 @@ def kernel_arguments(options: dict) -> tuple:
     for name, dtype in _KERNEL_DTYPES.items():
         if converted[name] is not None:
             converted[name] = converted[name].to(dtype)
+    converted["scale"] = _numbers.argument(converted["scale"])
     converted["query_reduce"] = ",".join(converted["query_reduce"])
     return tuple(converted.values())
 

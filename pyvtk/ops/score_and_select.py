@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyvtk import backends, checks
+from pyvtk import _numbers, backends, checks
 from pyvtk.ops import score, select
 from pyvtk.reference import score as scoring
 from pyvtk.reference import score_and_select as reference
@@ -45,7 +45,7 @@ backends.define(
     fake=_fake,
     dtypes=backends.HALF_AND_SINGLE,
 )
-_operator = torch.ops.pyvtk.score_and_select.default
+_operator = torch.ops.pyvtk.score_and_select
 
 
 def _fake_top(q, k, num_keep, causal, scale, query_reduce, head_reduce):
@@ -75,7 +75,8 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output)
 
 
-torch.library.register_autograd(f"pyvtk::{OP}", lambda ctx, *grads: (None,) * 34, setup_context=_setup_context)
+for _name in (f"pyvtk::{OP}", _numbers.leave_open(OP, "scale")):
+    torch.library.register_autograd(_name, lambda ctx, *grads: (None,) * 34, setup_context=_setup_context)
 
 
 def _serves(q: Tensor, packed: bool, backend: str | None) -> bool:
@@ -215,7 +216,7 @@ def score_and_select(
             operator = (
                 torch.ops.pyvtk.attention_scores if how == "compiled" else torch.ops.pyvtk.attention_scores_triton
             )
-            scores = backends.call(operator.default, differentiable, q, k, *score.kernel_arguments(options), False)[0]
+            scores = backends.call(operator, differentiable, q, k, *score.kernel_arguments(options), False)[0]
         chosen_scores = score.shape_scores(scores.detach(), packed, False, head_reduce)
         key_start, key_stop = (0, keys) if packed else (options["key_start"], options["key_stop"])
         whole = reference.whole_axis(chosen_scores, keys, key_start)

@@ -31,6 +31,16 @@ def _is_byte_float(x: Tensor) -> bool:
     return x.dtype.itemsize == 1 and x.dtype.is_floating_point
 
 
+def _in_dtype_of(x: Tensor, pad: float | Tensor):
+    """``pad`` as what stands for it in ``x``: a number, or a tensor [] where torch.compile leaves the number open."""
+    if isinstance(pad, Tensor):
+        pad = pad.to(x.dtype)
+        return pad.view(torch.uint8) if _is_byte_float(x) else pad
+    if _is_byte_float(x):
+        return int(torch.tensor(pad).to(x.dtype).view(torch.uint8)) if pad else 0
+    return pad if x.dtype.is_floating_point or x.dtype.is_complex else int(pad)
+
+
 def _column(values: Tensor, like: Tensor) -> Tensor:
     """``values`` with axes of size 1 behind, so that it broadcasts with ``like``."""
     return values.reshape(*values.shape, *([1] * (like.dim() - values.dim())))
@@ -43,7 +53,7 @@ def compact(
     tensors: list[Tensor],
     dims: list[int],
     batch_dims: list[int],
-    pads: list[float],
+    pads: list[float] | Tensor,
     total: int | None,
 ) -> list[Tensor]:
     """out[b, slot] = x[b, indices[b, slot]] where valid, else pad, for every tensor, with its axes where they were.
@@ -55,8 +65,8 @@ def compact(
     valid = _valid(indices, counts, align_right)
     outs = []
     for x, dim, batch_dim, pad in zip(tensors, dims, batch_dims, pads):
+        pad = _in_dtype_of(x, pad)
         if _is_byte_float(x):
-            pad = int(torch.tensor(pad).to(x.dtype).view(torch.uint8)) if pad else 0
             x = x.view(torch.uint8)
         table = _tokens_first(x, dim, batch_dim, len(rows) == 2, rows)
         where = _column(torch.where(valid, indices, 0), table)
@@ -64,7 +74,6 @@ def compact(
             out = table.gather(len(rows), where.expand(*indices.shape, *table.shape[len(rows) + 1 :]))
         else:
             out = x.new_zeros((*indices.shape, *table.shape[len(rows) + 1 :]))
-        pad = pad if x.dtype.is_floating_point or x.dtype.is_complex else int(pad)
         out = out.masked_fill(~_column(valid, out), pad)
         first = max(batch_dim, 0)
         if total is None:
@@ -73,7 +82,7 @@ def compact(
             continue
         # The order of valid slots; padding goes to one slot past the end, which is cut off.
         target = torch.where(valid.flatten(), valid.flatten().cumsum(0) - 1, total).clamp(max=total)
-        packed = x.new_full((total + 1, *out.shape[2:]), pad).index_put((target,), out.flatten(0, 1))[:total]
+        packed = x.new_empty((total + 1, *out.shape[2:])).fill_(pad).index_put((target,), out.flatten(0, 1))[:total]
         outs.append(packed.movedim(0, first - (0 <= dim < first)).contiguous())
     # A view in the own dtype would cut the graph.
     return [out if out.dtype == x.dtype else out.view(x.dtype) for out, x in zip(outs, tensors)]
