@@ -1,10 +1,11 @@
 """Numbers that torch.compile leaves open, so that a new value does not compile a program again.
 
-Schemas of operators have symbolic integers (SymInt), but no symbolic floats: where a Python float reaches an operator as
-``float``, torch.compile makes it a constant and compiles for each value. It can follow a float into a tensor, by
+Schemas of operators have symbolic integers (SymInt), but no symbolic floats: where a Python float reaches an operator
+as ``float``, torch.compile makes it a constant and compiles for each value. It can follow a float into a tensor, by
 operations that torch's pass ``tensorify_python_scalars`` knows: a product is one, ``torch.full`` is not. So an open
 number becomes a float64 tensor without dimensions, on the host, and goes to an overload of the operator that takes it
-so, where reading it waits for nobody. A number that is settled stays one: a CUDA graph takes no tensor of the host.
+so, where reading it waits for nobody. A number that is settled stays one: a CUDA graph takes no tensor of the host. For
+CUDA graphs (mode="reduce-overhead") torch.compile leaves no float open.
 """
 
 from __future__ import annotations

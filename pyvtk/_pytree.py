@@ -57,8 +57,8 @@ def _with_tuples(context):
 
 
 def axis(value, like: Tensor, inner: int, *sizes: int) -> Tensor:
-    """A tensor [..., *sizes, 0] without elements, which carries the sizes of ``value`` behind all but the ``inner`` last
-    dimensions of ``like``, so that the batch is where it is in the other leaves."""
+    """A tensor [..., *sizes, 0] without elements, which carries the sizes of ``value`` behind all but the ``inner``
+    last dimensions of ``like``, so that the batch is where it is in the other leaves."""
     carrier = getattr(value, "_axis", None)  # torch.export tells leaves apart by identity: one for each value
     if carrier is None:
         carrier = _carrier(like, inner, sizes)

@@ -355,7 +355,7 @@ class TokenLayout:
 def require(condition: Tensor, message: str, **numbers: int) -> None:
     """Checks a value: raises on the CPU; on CUDA, and in a graph that is traced, it becomes a check on the device.
 
-    ``numbers`` are put in the places that the message has for them; a graph may leave numbers open, and keeps the names.
+    ``numbers`` stand in for their names in the message; a graph may leave numbers open, and keeps the names.
     """
     if torch.compiler.is_compiling():
         torch._assert_async(condition, message)

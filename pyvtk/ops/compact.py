@@ -398,7 +398,8 @@ def compact(
     elif torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
         results = ops.compact(*call) if chosen == "compiled" else ops.compact_triton(*call)
     elif chosen == "compiled":
-        results = ops.compact_forward(*call)
+        forward = ops.compact_forward if compiling else ops.compact_forward.default
+        results = forward(*call)
     else:
         results = ops.compact_forward_triton(*call)
     return results[0] if count == 1 else tuple(results)
