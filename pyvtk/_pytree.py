@@ -59,18 +59,20 @@ def _with_tuples(context):
 def axis(value, like: Tensor, inner: int, *sizes: int) -> Tensor:
     """A tensor [..., *sizes, 0] without elements, which carries the sizes of ``value`` behind all but the ``inner``
     last dimensions of ``like``, so that the batch is where it is in the other leaves."""
-    carrier = getattr(value, "_axis", None)  # torch.export tells leaves apart by identity: one for each value
+    carrier = getattr(value, "_axis", None)
     if carrier is None:
         carrier = _carrier(like, inner, sizes)
-        object.__setattr__(value, "_axis", carrier)
+        if not torch.compiler.is_dynamo_compiling():  # there, it would be a side effect
+            object.__setattr__(value, "_axis", carrier)  # torch.export tells leaves apart by identity
     return carrier
 
 
 def _carrier(like, inner: int, sizes: tuple):
     if not isinstance(like, Tensor):  # the value was unflattened with something else than tensors
         return sizes[0]
-    # Tensors are made fake under a fake mode, which takes no others: taking a value apart must not count as using it.
-    apart = type(like) is Tensor and not torch.compiler.is_compiling()
+    # Taking a value apart is no use of it: what a mode would make of this tensor, a fake one, must not get into a real
+    # value, and a mode that takes fake tensors only must not refuse it.
+    apart = type(like) is Tensor and not torch.compiler.is_dynamo_compiling()
     with _disable_current_modes() if apart else nullcontext():
         return like.new_empty((*like.shape[: like.dim() - inner], *sizes, 0))
 

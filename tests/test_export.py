@@ -119,7 +119,7 @@ def dynamic(value, batch: int, tokens: int, fixed_tokens: bool):
         if leaf is None:
             return None
         if fixed_tokens:
-            return dict.fromkeys(range(leaf.dim()), Dim.AUTO)
+            return {0: Dim.AUTO} if leaf is value else dict.fromkeys(range(leaf.dim()), Dim.AUTO)
         return {i: named[size] for i, size in enumerate(leaf.shape) if size in named}
 
     return of(value) if isinstance(value, Tensor) else [of(leaf) for leaf in pytree.tree_leaves(value)]
@@ -181,6 +181,29 @@ def test_a_plan_of_another_rule_is_refused():
     other = pyvtk.neighbor_plan(layout_of(6, 25), 2)
     with pytest.raises((ValueError, RuntimeError), match="tree spec"):
         program(other, heads_of(6, 25))
+
+
+@pytest.mark.parametrize("strict", (False, True))
+def test_a_value_that_a_module_holds(strict):
+    """Its tensors are constants of the program, and it is itself as before."""
+
+    class Holds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.selection = pyvtk.select(scores_of(2, 25), 5)
+
+        def forward(self, x):
+            return pyvtk.compact(self.selection, x), self.selection.complement(3), self.selection
+
+    module, x = Holds(), scores_of(2, 25)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(module, (x,), strict=strict), file)
+    file.seek(0)
+    short, gone, kept = torch.export.load(file).module()(x)
+    torch.testing.assert_close(short, x.gather(1, module.selection.indices))
+    assert_same(gone, module.selection.complement(3))
+    assert_same(kept, module.selection)
+    assert all(type(leaf) is Tensor for leaf in pytree.tree_leaves(module.selection) if leaf is not None)
 
 
 # Values ---------------------------------------------------------------------------------------------------------------

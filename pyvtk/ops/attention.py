@@ -202,22 +202,19 @@ def neighbor_attention(
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         k_bias = None if k_bias is None else k_bias[None]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    flags = (visual_mass == "keep", visual_rows == "zero")
+    scale = q.shape[-1] ** -0.5 if scale is None else _numbers.argument(float(scale))
+    options = (plan.tensors(), plan.rule(), scale, visual_mass == "keep", visual_rows == "zero")
     chosen = backends.pick("neighbor_attention", backend, q, q.dtype)
     if chosen == "reference":
         device = q.device.type
         # autocast would round inside, too
         with torch.autocast(device, enabled=False) if backends.autocasts(device) else nullcontext():
-            out, lse = reference.neighbor_attention(
-                q, k, v, k_bias, visual_heads, plan.tensors(), plan.rule(), scale, *flags
-            )
+            out, lse = reference.neighbor_attention(q, k, v, k_bias, visual_heads, *options)
         out = _in_order_of(q, out.to(q.dtype))
     else:
         k_bias = None if k_bias is None else k_bias.float().contiguous()
         name = {"compiled": "neighbor_attention", "triton": "neighbor_attention_triton"}[chosen]
         operator = getattr(torch.ops.pyvtk, name)
-        options = (plan.tensors(), plan.rule(), _numbers.argument(scale), *flags)
         out, lse = backends.call(operator, (q, k, v, k_bias), q, k, v, k_bias, visual_heads, *options)
     if plan.packed:
         out, lse = out[0].transpose(0, 1), lse[0]

@@ -315,6 +315,8 @@ def resolve(
         scale = dim**-0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: scale must be a number or None, got {type(scale).__name__}")
+    else:
+        scale = _numbers.argument(float(scale))
 
     if isinstance(query_reduce, str):
         checks.choice(op, "query_reduce", query_reduce, QUERY_REDUCES)
@@ -347,7 +349,7 @@ def resolve(
         "q_positions": q_positions, "k_positions": k_positions, "q_mask": q_mask, "k_mask": k_mask, "k_bias": k_bias,
         "head_weights": head_weights, "lse": lse, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
         "causal": causal, "key_start": key_start, "key_stop": key_stop, "range_denominator": denominator == "range",
-        "scale": float(scale), "query_reduce": reduces, "head_reduce": head_reduce,
+        "scale": scale, "query_reduce": reduces, "head_reduce": head_reduce,
         "heads_first": reduce_order == "heads_first", "logit": quantity == "logit",
     }  # fmt: skip
 
@@ -358,7 +360,6 @@ def kernel_arguments(options: dict) -> tuple:
     for name, dtype in _KERNEL_DTYPES.items():
         if converted[name] is not None:
             converted[name] = converted[name].to(dtype)
-    converted["scale"] = _numbers.argument(converted["scale"])
     converted["query_reduce"] = ",".join(converted["query_reduce"])
     return tuple(converted.values())
 
