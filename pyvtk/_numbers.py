@@ -15,8 +15,6 @@ import re
 import torch
 from torch import Tensor
 
-OVERLOAD = "open"
-
 
 def is_open(*numbers: float) -> bool:
     """Whether torch.compile is at work and leaves one of the numbers open."""
@@ -52,17 +50,17 @@ def leave_open(name: str, number: str) -> str:
     """Give operator ``pyvtk::name`` an overload that takes its argument ``number`` as a tensor on the host.
 
     The argument is ``float`` or ``float[]``, the tensor float64 [] or [numbers]. Calls of ``torch.ops.pyvtk.name`` find
-    the overload by what they are given. Its gradient is registered as that of the operator.
+    the overload by what they are given.
 
     Returns:
-        The name of the overload, for torch.library.
+        The overload, ``name.open``.
     """
     operator = getattr(torch.ops.pyvtk, name).default
     place = [argument.name for argument in operator._schema.arguments].index(number)
     schema = str(operator._schema).removeprefix(f"pyvtk::{name}")
-    qualified = f"pyvtk::{name}.{OVERLOAD}"
+    overload = f"{name}.open"
     schema = re.sub(rf"\bfloat(\[\])? {number}\b", f"Tensor {number}", schema)
-    torch.library.define(qualified, schema, tags=tuple(operator.tags))
+    torch.library.define(f"pyvtk::{overload}", schema, tags=tuple(operator.tags))
 
     def run(*given):
         return operator(*given[:place], given[place].tolist(), *given[place + 1 :])
@@ -71,6 +69,11 @@ def leave_open(name: str, number: str) -> str:
         any_number = 1.0 if given[place].dim() == 0 else [1.0] * given[place].shape[0]  # sizes do not depend on it
         return operator(*given[:place], any_number, *given[place + 1 :])
 
-    torch.library.impl(qualified, ("cpu", "cuda"), run)
-    torch.library.register_fake(qualified)(fake)
-    return qualified
+    torch.library.impl(f"pyvtk::{overload}", ("cpu", "cuda"), run)
+    torch.library.register_fake(f"pyvtk::{overload}")(fake)
+    return overload
+
+
+def overloads(name: str) -> list[str]:
+    """Operator ``name``, and its overload where it has one."""
+    return [name, f"{name}.open"] if "open" in getattr(torch.ops.pyvtk, name).overloads() else [name]

@@ -16,11 +16,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
-from pyvtk import _cuda
+from pyvtk import _cuda, _numbers, transforms
 
 BACKENDS = ("compiled", "triton", "reference")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,16 +73,37 @@ def define(
     dtypes: tuple[torch.dtype, ...] | None = None,
     tags=(),
     triton: str | None = None,
+    vmap: transforms.Fold | Callable | None = None,
+    constant: bool = False,
+    lean: bool = False,
+    leave_open: str | None = None,
 ) -> None:
     """Declare operator ``pyvtk::name``: its schema, its fake kernel, and the dtypes that its kernels take.
+
+    ``vmap`` is how a mapped axis is folded (:func:`pyvtk.transforms.batch`; None: a call for each element);
+    ``constant`` says that results carry no gradient. A gradient is registered by :func:`pyvtk.transforms.gradient`.
+    ``lean`` is for the short form of an operator, which pages call where nobody wants a derivative: it has no layer
+    for autograd, which is Python and takes as long as the call itself (torch warns whoever differentiates it).
+
+    ``leave_open`` names a float (or list of floats) of which torch.compile is to make no constant: an overload takes it
+    as a tensor (:mod:`pyvtk._numbers`), with the same answers to all else.
 
     With ``triton``, a module of :mod:`pyvtk.triton_kernels`, also ``pyvtk::name_triton``, which calls that module's
     function ``name``. The module is imported when the operator first runs, since Triton may be missing.
     """
-    _define(name, schema, fake, tags)
     _compiled_dtypes[name] = dtypes
+    for twin in (name,) if triton is None else (name, f"{name}_triton"):
+        torch.library.define(f"pyvtk::{twin}", schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        torch.library.register_fake(f"pyvtk::{twin}")(fake)
+        for each in (twin,) if leave_open is None else (twin, _numbers.leave_open(twin, leave_open)):
+            transforms.batch(each, vmap)
+            if constant:
+                transforms.constant(each)
+            elif lean:
+                transforms.lean(each)
+        if getattr(torch.ops.pyvtk, twin).default._schema.is_mutable:
+            transforms.mutation(twin)
     if triton is not None:
-        _define(f"{name}_triton", schema, fake, tags)
         _triton_modules[name] = triton
 
         def launch(*arguments):
@@ -89,16 +112,12 @@ def define(
         torch.library.impl(f"pyvtk::{name}_triton", ("cpu", "cuda"), launch)
 
 
-def _define(name: str, schema: str, fake, tags) -> None:
-    torch.library.define(f"pyvtk::{name}", schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-    torch.library.register_fake(f"pyvtk::{name}")(fake)
-
-
 def complete() -> None:
     """Record which operators have which kernels. Called once, when every page is imported.
 
     The answers are looked up in a dict later because torch.compile cannot trace a question to the dispatcher.
     """
+    transforms.complete([*_compiled_dtypes, *(f"{name}_triton" for name in _triton_modules)])
     no_triton = _no_triton()
     for name in _compiled_dtypes:
         for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
@@ -149,19 +168,28 @@ def why_not(name: str, backend: str, device: str | torch.device, dtype: torch.dt
     return error
 
 
-def pick(name: str, backend: str | None, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+def pick(
+    name: str, backend: str | None, tensor: torch.Tensor, dtype: torch.dtype | None = None, differentiable: tuple = ()
+) -> str:
     """The backend that runs operator ``name`` on ``tensor``.
+
+    Forward mode (torch.func.jvp, dual numbers) of one of the ``differentiable`` arguments only the reference has.
 
     Args:
         name: operator, without its namespace.
         backend: what the caller asked for; None takes the first usable of :data:`BACKENDS`.
         tensor: decides the device.
         dtype: the dtype that matters to the kernels, if they are particular about it.
+        differentiable: arguments that have a derivative.
 
     Raises:
         ValueError: ``backend`` is not a backend's name.
         RuntimeError: the named backend cannot run; the message says why.
     """
+    if forward_ad._current_level >= 0 and transforms.has_tangent(differentiable):
+        if backend in (None, "reference"):
+            return "reference"
+        raise RuntimeError(f"{name}: backend {backend!r} cannot run: only the reference has forward-mode derivatives")
     if backend is None and tensor.is_cpu and (name, dtype) in _on_cpu:
         return "compiled"
     if backend is not None and backend not in BACKENDS:
@@ -186,22 +214,6 @@ def why_not_cusparselt(device: str) -> str | None:
     if torch.version.cuda is None or not torch.backends.cusparselt.is_available():
         return f"torch {torch.__version__} is a build without cuSPARSELt"
     return None
-
-
-def call(op, differentiable: tuple, *arguments):
-    """Call an operator; if none of the ``differentiable`` arguments wants a gradient, without torch's autograd layer.
-
-    That layer, written in Python by torch.library.register_autograd, costs more than a small kernel (tens of
-    microseconds with twenty arguments). torch.compile removes it on its own and cannot trace the shortcut.
-    """
-    if torch.compiler.is_compiling():
-        return op(*arguments)
-    if torch.is_grad_enabled():
-        for tensor in differentiable:
-            if tensor is not None and tensor.requires_grad:
-                return op(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
 
 
 def autocasts(device: str) -> bool:

@@ -54,5 +54,35 @@ def boolean(op: str, name: str, value) -> None:
         raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
 
 
+def outside_inference(op: str, name: str, tensors, differentiable) -> None:
+    """What ``name`` holds can be saved for a gradient, if one of ``differentiable`` (None is none) wants one."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if any(x is not None and x.requires_grad for x in differentiable) and any(x.is_inference() for x in tensors):
+        raise ValueError(
+            f"{op}: {name} must be made outside of torch.inference_mode where a gradient is wanted (torch.no_grad will "
+            f"do), got one made inside"
+        )
+
+
 INTEGERS = (torch.int64, torch.int32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# Integers of a caller as the int32 of kernels: nothing wraps around to another legal number ---------------------------
+
+
+def to_int32(value: Tensor) -> Tensor:
+    """``value`` as int32. What lies beyond becomes int32's extreme on that side, so the order stays and a check of the
+    range sees it."""
+    return value if value.dtype == torch.int32 else value.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+
+
+def ranks(among: Tensor, *values: Tensor) -> list[Tensor]:
+    """int32, shaped like each of ``values``: how many numbers of ``among`` are smaller.
+
+    For x anywhere and y one of ``among``, x <= y exactly if rank(x) <= rank(y). Ranks are 0 to the number of entries of
+    ``among``, however large those are, so int32's extremes are free for what kernels mark by them.
+    """
+    in_order = among.long().flatten().sort().values
+    return [torch.searchsorted(in_order, x.long().contiguous(), out_int32=True) for x in values]

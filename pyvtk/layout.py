@@ -15,6 +15,8 @@ from pyvtk.selection import Selection
 
 # Coordinates stay below this, so that plans can sort by all three at once.
 MAX_COORDINATE = 2**16
+# Positions in int32 stay within this on either side, so that plans can count on from them, and mark what is absent.
+MAX_POSITION = 2**30
 
 
 class ImageSpan(NamedTuple):
@@ -46,11 +48,12 @@ class TokenLayout:
     tensors are [tokens]. Nothing here waits for the device.
 
     Args:
-        image_id: int [batch, tokens] or [tokens]; negative for text. Numbers tell images of one sample apart; tokens
-            with the same number need not be neighbours in the sequence (newline tokens may stand between them).
+        image_id: int [batch, tokens] or [tokens]; negative for text. Numbers (any int64) tell images of one sample
+            apart; tokens with the same number need not be neighbours in the sequence (newline tokens may stand between
+            them).
         coords: int [..., 3], (t, y, x) of visual tokens in their image's grid, 0 to 65535; ignored for text.
-        positions: int, shaped like image_id; the original place in the sequence, by which causality is decided.
-            None: the order of tokens as given.
+        positions: int, shaped like image_id; the original place in the sequence, by which causality is decided. int64
+            may be any, int32 is -2**30 to 2**30. None: the order of tokens as given.
         mask: bool, shaped like image_id; False for padding. None: there is none.
         cu_seqlens: int32 [samples + 1], where each packed sample begins. Tokens after the last sample are padding.
 
@@ -58,7 +61,8 @@ class TokenLayout:
         extent: int32 [samples, 3]; the largest coordinate of each sample + 1, per axis. ``take`` keeps it.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype, shape or device.
+        TypeError, ValueError: an argument of the wrong dtype, shape or device; coordinates of a visual token, or
+            positions, that are out of range (on CUDA a device assertion).
     """
 
     image_id: Tensor
@@ -97,29 +101,29 @@ class TokenLayout:
             checks.shape(op, "mask", mask, shape, meaning)
             checks.same_device(op, "mask", mask, image_id, "image_id")
         if cu_seqlens is not None:
-            checks.tensor(op, "cu_seqlens", cu_seqlens, 1)
-            checks.dtype(op, "cu_seqlens", cu_seqlens, (torch.int32,))
-            checks.same_device(op, "cu_seqlens", cu_seqlens, image_id, "image_id")
-            if cu_seqlens.shape[0] < 1:
-                raise ValueError(f"{op}: cu_seqlens must have one entry more than there are samples, got none")
-        if positions is None:
-            positions = torch.arange(shape[-1], dtype=torch.int32, device=image_id.device).expand(shape)
-        image_id, coords, positions = (x.to(torch.int32) for x in (image_id, coords, positions))
-        self._set(image_id, coords, positions, mask, cu_seqlens, None)
-        object.__setattr__(self, "extent", self._measure())
+            _check_offsets(op, cu_seqlens, image_id)
+        self._set(image_id, checks.to_int32(coords), positions, mask, cu_seqlens, None)
+        in_range = ((coords >= 0) & (coords < MAX_COORDINATE)).all(-1)
+        require((in_range | ~self.visual).all(), f"{op}: coords must be 0 to {MAX_COORDINATE - 1} for visual tokens")
+        if positions is not None and positions.dtype == torch.int32:
+            in_range = (positions >= -MAX_POSITION) & (positions <= MAX_POSITION)
+            require((in_range | ~self.valid).all(), f"{op}: positions must be int64 where they leave -2**30 to 2**30")
 
     def _set(self, image_id, coords, positions, mask, cu_seqlens, extent) -> None:
+        if positions is None:
+            token = torch.arange(image_id.shape[-1], dtype=torch.int32, device=image_id.device)
+            positions = token.expand(image_id.shape)
         set_field = object.__setattr__  # the way into a frozen dataclass
         set_field(self, "image_id", image_id)
         set_field(self, "coords", coords)
         set_field(self, "positions", positions)
         set_field(self, "mask", mask)
         set_field(self, "cu_seqlens", cu_seqlens)
-        set_field(self, "extent", extent)
+        set_field(self, "extent", self._measure() if extent is None else extent)
 
     @staticmethod
     def _of(image_id, coords, positions, mask, cu_seqlens, extent) -> TokenLayout:
-        """A layout from checked fields."""
+        """A layout from checked fields; positions and extent may be None, to be made here."""
         layout = object.__new__(TokenLayout)
         layout._set(image_id, coords, positions, mask, cu_seqlens, extent)
         return layout
@@ -261,7 +265,8 @@ class TokenLayout:
         if packed:
             flat = torch.cat(rows) if rows else torch.zeros((0, 4), dtype=torch.int32)
             ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-            return TokenLayout(*_on(device, flat[:, 0], flat[:, 1:]), cu_seqlens=_on(device, ends)[0])
+            image_id, coords, ends = _on(device, flat[:, 0], flat[:, 1:], ends)
+            return TokenLayout._of(image_id, coords, None, None, ends, None)
         longest = max(lengths, default=0)
         table = torch.zeros((len(lengths), longest, 4), dtype=torch.int32)
         table[..., 0] = -1
@@ -272,7 +277,8 @@ class TokenLayout:
             mask[sample, first : first + length] = True
         table, mask = _on(device, table, mask)
         ragged = any(length != longest for length in lengths)
-        return TokenLayout(table[..., 0].contiguous(), table[..., 1:].contiguous(), mask=mask if ragged else None)
+        image_id, coords = table[..., 0].contiguous(), table[..., 1:].contiguous()
+        return TokenLayout._of(image_id, coords, None, mask if ragged else None, None, None)
 
     @staticmethod
     def from_ids(
@@ -312,25 +318,30 @@ class TokenLayout:
         sizes = torch.stack([grids[:, 0], grids[:, 1] // merge, grids[:, 2] // merge], 1)
         visual = torch.zeros_like(input_ids, dtype=torch.bool)
         for token in tokens:
-            visual = visual | (input_ids == token)
+            visual = visual | (input_ids.long() == token)  # against int32, an id beyond it would be cut to one inside
         if mask is not None:
             checks.tensor(op, "mask", mask)
             checks.dtype(op, "mask", mask, (torch.bool,))
             checks.shape(op, "mask", mask, tuple(input_ids.shape), "shaped like input_ids")
             checks.same_device(op, "mask", mask, input_ids, "input_ids")
             visual = visual & mask
+        if cu_seqlens is not None:
+            _check_offsets(op, cu_seqlens, input_ids)
         flat = visual.flatten()
         number = flat.long().cumsum(0) - 1  # of each visual token, over the whole batch
         ends = sizes.prod(1).cumsum(0)
         images = grids.shape[0]
         image = torch.searchsorted(ends, number, right=True)
+        fits = (grids[:, 1:] % merge == 0).all() & ((sizes >= 0) & (sizes <= MAX_COORDINATE)).all()
+        require(
+            fits,
+            f"{op}: grids must be multiples of merge={{merge}}, sides / merge at most {MAX_COORDINATE}",
+            merge=merge,
+        )
         require(flat.sum() == sizes.prod(1).sum(), f"{op}: input_ids must hold as many visual tokens as grids / merge")
-        require((grids[:, 1:] % merge == 0).all(), f"{op}: grids must be multiples of merge={{merge}}", merge=merge)
         if images == 0:
-            return TokenLayout(
-                torch.full_like(input_ids, -1), input_ids.new_zeros((*input_ids.shape, 3)), mask=mask,
-                cu_seqlens=cu_seqlens,
-            )  # fmt: skip
+            image = torch.full_like(input_ids, -1, dtype=torch.int32)
+            return TokenLayout._of(image, image.new_zeros((*image.shape, 3)), None, mask, cu_seqlens, None)
         image = image.clamp(max=images - 1)
         inside = number - (ends - sizes.prod(1))[image]
         _, h, w = sizes[image].unbind(1)
@@ -338,7 +349,7 @@ class TokenLayout:
         coords = torch.stack([inside // (h * w), inside // w % h, inside % w], 1)
         image = torch.where(flat, image, -1).reshape(input_ids.shape)
         coords = torch.where(flat[:, None], coords, 0).reshape(*input_ids.shape, 3)
-        layout = TokenLayout(image, coords, mask=mask, cu_seqlens=cu_seqlens)
+        layout = TokenLayout._of(image.to(torch.int32), coords.to(torch.int32), None, mask, cu_seqlens, None)
         if layout.packed:
             sample = layout.sample
         else:
@@ -363,6 +374,14 @@ def require(condition: Tensor, message: str, **numbers: int) -> None:
         torch._assert_async(condition, message.format(**numbers))
     elif not condition:
         raise ValueError(message.format(**numbers))
+
+
+def _check_offsets(op: str, cu_seqlens, like: Tensor) -> None:
+    checks.tensor(op, "cu_seqlens", cu_seqlens, 1)
+    checks.dtype(op, "cu_seqlens", cu_seqlens, (torch.int32,))
+    checks.same_device(op, "cu_seqlens", cu_seqlens, like, "the token axis")
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{op}: cu_seqlens must have one entry more than there are samples, got none")
 
 
 def _checked_grids(op: str, grids) -> Tensor:
@@ -396,6 +415,8 @@ def _checked_span(name: str, image) -> ImageSpan:
         ("w", w, 1),
     ):
         checks.integer("from_images", f"{name}.{what}", value, least)
+    if max(t, h, w) > MAX_COORDINATE:
+        raise ValueError(f"from_images: {name}.grid must be at most {MAX_COORDINATE} along each axis, got {(t, h, w)}")
     checks.boolean("from_images", f"{name}.newline", span.newline)
     return span
 
@@ -418,10 +439,15 @@ def _cells(span: ImageSpan, number: int) -> Tensor:
     return cells.reshape(-1, 4)
 
 
-_pytree.register(
-    TokenLayout,
-    ("image_id", "coords", "positions", "mask", "cu_seqlens", "extent"),
-    (),
-    TokenLayout._of,
-)
+_FIELDS = ("image_id", "coords", "positions", "mask", "cu_seqlens", "extent")
+
+
+def _unflatten(*tensors) -> TokenLayout:
+    layout = object.__new__(TokenLayout)
+    for name, tensor in zip(_FIELDS, tensors):
+        object.__setattr__(layout, name, tensor)
+    return layout
+
+
+_pytree.register(TokenLayout, _FIELDS, (), _unflatten)
 _pytree.register_named_tuple(ImageSpan)

@@ -240,17 +240,27 @@ _pytree.register_named_tuple(Density)
 def _with(facts: Tensor, which: int, values: Tensor) -> Tensor:
     """``facts`` with one of them replaced."""
     parts = list(facts.unbind(1))
-    parts[which] = values.to(torch.int32)
+    parts[which] = checks.to_int32(values)
     return torch.stack(parts, 1)
 
 
 def _facts(layout: TokenLayout, valid: Tensor) -> Tensor:
-    image = torch.where(valid, layout.image_id.clamp(min=TEXT), INVALID)
+    image = torch.where(layout.image_id < 0, TEXT, _narrow(layout.image_id))
+    image = torch.where(valid, image, INVALID)
     row = torch.arange(layout.num_tokens, dtype=torch.int32, device=layout.device).expand(image.shape)
-    position = torch.where(layout.valid, layout.positions, PADDING)
+    position = torch.where(layout.valid, _narrow(layout.positions), PADDING)
     sample = layout.sample.to(torch.int32) if layout.packed else torch.zeros_like(image)
     facts = torch.stack([row, image, *layout.coords.unbind(-1), position, torch.zeros_like(row), sample], -2)
     return facts[None] if layout.packed else facts
+
+
+def _narrow(numbers: Tensor) -> Tensor:
+    """Numbers of a layout, images or positions, as int32. Those that may be any int64 are numbered anew from 0 on, in
+    their order, equal ones alike: kernels add to positions and mark what is absent by int32's extremes."""
+    if numbers.dtype == torch.int32:
+        return numbers
+    (ranks,) = checks.ranks(numbers, numbers)
+    return ranks
 
 
 def _most(values: Tensor, least: int) -> Tensor:
@@ -402,7 +412,12 @@ def _triple(op: str, name: str, value, minimum: int) -> tuple[int, int, int]:
         raise TypeError(f"{op}: {name} must be an int or a triple (t, y, x), got {value!r}")
     for number in values:
         checks.integer(op, name, number, minimum)
-    return tuple(min(number, EVERYWHERE) for number in values)
+    return tuple(values)
+
+
+def _cut(lengths: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Lengths that reach past every grid, as ones that still fit int32."""
+    return tuple(min(length, EVERYWHERE) for length in lengths)
 
 
 def _checked_layout(op: str, layout) -> TokenLayout:
@@ -443,7 +458,7 @@ def neighbor_plan(
     """
     op = "neighbor_plan"
     layout = _checked_layout(op, layout)
-    radius = _triple(op, "radius", radius, 0)
+    radius = _cut(_triple(op, "radius", radius, 0))
     checks.boolean(op, "causal_window", causal_window)
     checks.boolean(op, "cross_image", cross_image)
     block = _checked_block(op, block, layout.device)
@@ -497,12 +512,15 @@ def window_plan(
     op = "window_plan"
     layout = _checked_layout(op, layout)
     size, shift = _triple(op, "size", size, 1), _triple(op, "shift", shift, 0)
+    # of the numbers as given: those that are cut leave another remainder
+    shift = [offset % length for offset, length in zip(shift, size)]
+    size = _cut(size)
     block = _checked_block(op, block, layout.device)
     facts = _facts(layout, layout.valid)
     inside = _raster(facts)
     for axis, length, offset in zip((T, Y, X), size, shift):
-        # + length - offset % length: keeps the numerator positive, and windows in order
-        facts = _with(facts, axis, (facts[:, axis].long() + (length - offset % length) % length) // length)
+        # + length - offset: keeps the numerator positive, and windows in order
+        facts = _with(facts, axis, (facts[:, axis].long() + (length - min(offset, length)) % length) // length)
 
     def curve(some: Tensor) -> list[Tensor]:
         return [_raster(some), inside]
@@ -552,7 +570,7 @@ def routed_plan(
         checks.same_device(op, "region", region, layout.image_id, "the layout")
         number = (region[None] if layout.packed else region).long()
     else:
-        size = reference.filled(_triple(op, "region", region, 1), layout.device)
+        size = reference.filled(_cut(_triple(op, "region", region, 1)), layout.device)
         count = (layout.extent.long() + size - 1) // size  # regions per axis, [samples, 3]
         count = count[sample[0]].T[:, None] if layout.packed else count.T[..., None]
         t, y, x = (facts[:, axis].long() // length for axis, length in zip((T, Y, X), size))

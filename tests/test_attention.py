@@ -441,6 +441,24 @@ def test_padding_may_hold_anything(name, filling, backend):
             assert not grad[rows.expand(grad.shape) if grad.dim() > 2 else invalid].any()
 
 
+@pytest.mark.parametrize("part", ("k", "v"))
+def test_not_a_number_that_only_later_tokens_see(part, backend):
+    """As the docstring says: it stays away from tiles of queries none of which sees it, and of v it reaches the others;
+    in the reference, as in SDPA, all."""
+    q, k, v = torch.randn(3, 1, 1, 40, 8).unbind()
+    {"k": k, "v": v}[part][:, :, 20] = float("nan")
+    plan = neighbor_plan(TokenLayout.from_images([40]), 1)
+    wrong = neighbor_attention(q, k, v, plan, backend=backend).isnan().any(-1)[0, 0]
+    assert wrong[20:].all()
+    if part == "k":
+        assert not wrong[:20].any()
+    elif backend == "compiled":
+        assert not wrong[:16].any() and wrong[16:20].all()  # a tile has 16 queries
+    else:
+        sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(40, 40).bool().tril())
+        assert wrong.all() and sdpa.isnan().all()
+
+
 def test_blind_rows_of_a_key_group(backend):
     """With visual keys alone, text before the image sees nothing; with a mask of no keys, nobody does."""
     layout = TokenLayout.from_images([30], [ImageSpan(0, 9, (1, 4, 4))])

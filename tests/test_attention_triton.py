@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from fresh import ROOT, run
 from interpreter import DEVICE, in_tf32x3, passed_in_the_interpreter, runs_kernels
-from support import TF32x3, assert_within_budget
+from support import Exponents, TF32x3, assert_within_budget
 from torch import Tensor
 
 import pyvtk
@@ -192,10 +193,8 @@ def test_outputs_and_gradients(name):
         return o, z, *torch.autograd.grad(loss, exact)
 
     oracle, rough = results(reference.neighbor_attention, torch.float64), results(plain, dtype)
-    inexact = oracle
-    if in_tf32x3(dtype):
-        with TF32x3():
-            inexact = results(reference.neighbor_attention, torch.float64)
+    with Exponents(), TF32x3() if in_tf32x3(dtype) else nullcontext():
+        inexact = results(reference.neighbor_attention, torch.float64)
     assert torch.equal(blind, oracle[1].isneginf())
     for actual, right, about, off in zip((out, lse, *grads), oracle, rough, inexact):
         assert_within_budget(actual, right, about, added=TF32x3.added(off, right))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import assert_within_budget
+from support import Exponents, assert_within_budget
 from torch.library import opcheck
 
 import pyvtk
@@ -190,8 +190,9 @@ def gradients(q, k, options, backend):
 
 @pytest.mark.parametrize("number", range(len(ALL)))
 def test_gradient_within_budget(number):
-    """The budget holds for the worst of six draws: the largest error of a few numbers in one draw is mere luck. What
-    each instruction set computes is compared with the same plain results and oracles, which take most of the time."""
+    """The budget holds for the worst of six draws: the largest error of a few numbers in one draw is mere luck, which
+    plain torch has too, so there is room for what rounds the exponents of weights. What each instruction set computes
+    is compared with the same plain results and oracles, which take most of the time."""
     query_reduce, head_reduce, order, quantity = ALL[number]
     queries, keys, dim = [(1, 210, 16), (33, 140, 24)][number % 2]
     drawn = []
@@ -202,17 +203,20 @@ def test_gradient_within_budget(number):
             **extras(number // 2, 2, 4, queries, keys, quantity),
         }  # fmt: skip
         plain = gradients(q, k, options, "reference")
-        oracle = gradients(q.double(), k.double(), in_double(options), "reference")
-        drawn.append((q, k, options, oracle, plain))
+        exact = (q.double(), k.double(), in_double(options), "reference")
+        oracle = gradients(*exact)
+        with Exponents():
+            inexact = gradients(*exact)
+        drawn.append((q, k, options, oracle, plain, inexact))
     before = _C.instruction_set()
     try:
         for instruction_set in _C.instruction_sets():
             _C.use_instruction_set(instruction_set)
-            compiled = [gradients(*inputs_of_draw, "compiled") for *inputs_of_draw, _, _ in drawn]
+            compiled = [gradients(*draw[:3], "compiled") for draw in drawn]
             for name in compiled[0]:
                 actual = torch.stack([result[name] for result in compiled])
-                oracle, plain = (torch.stack([draw[i][name] for draw in drawn]) for i in (3, 4))
-                assert_within_budget(actual, oracle, plain, instruction_set)
+                oracle, plain, inexact = (torch.stack([draw[i][name] for draw in drawn]) for i in (3, 4, 5))
+                assert_within_budget(actual, oracle, plain, instruction_set, Exponents.added(inexact, oracle))
     finally:
         _C.use_instruction_set(before)
 

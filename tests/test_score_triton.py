@@ -146,6 +146,27 @@ def test_positions_over_many_tiles(order):
 
 
 @kernels
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("given", ("both", "queries", "keys"))
+def test_positions_at_the_ends(given, dtype):
+    """No position stands for a masked key, and none wraps around to another."""
+    q, k = inputs(1, 1, 1, 20, 40, 16, HALF)
+    most, least = 2**31 - 1, -(2**31)
+    ends = [least, least + 1, -1, 0, 1, 19, 20, 39, most - 1, most]
+    if dtype == torch.int64:
+        ends += [2**63 - 1, 2**63 - 2, -(2**63), -(2**63) + 1, 2**31, 2**32, least - 1, 2**32 + 19]
+    ends = torch.tensor(ends, dtype=dtype)
+    at_query, at_key = (ends[torch.randint(len(ends), (1, n))] for n in (20, 40))
+    at_query[0, 0], at_key[0, 0] = ends.max(), ends.max()
+    options = {"causal": True, "query_reduce": ("sum", "max", "visible_mean"), "k_mask": torch.rand(1, 40) < 0.6}
+    if given != "keys":
+        options["q_positions"] = at_query
+    if given != "queries":
+        options["k_positions"] = at_key
+    check(q, k, options)
+
+
+@kernels
 @pytest.mark.parametrize(("head_reduce", "order"), ((None, "queries_first"), ("group_max", "heads_first")))
 def test_maxima_over_many_tiles(head_reduce, order):
     q, k = inputs(1, 2, 1, 130, 70, 16, HALF)

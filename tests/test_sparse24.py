@@ -164,9 +164,10 @@ def test_is_a_pytree():
     weight24.choice = (0, 1, 64, 2)
     weight24.cache_dense()
     leaves, spec = pytree.tree_flatten(weight24)
-    assert all(isinstance(leaf, torch.Tensor) for leaf in leaves if leaf is not None)
+    assert [leaf is part for leaf, part in zip(leaves, (weight24.values, weight24.metadata, None))] == [True] * 3
     again = pytree.tree_unflatten(leaves, spec)
-    assert again.choice == weight24.choice and torch.equal(again.transposed.decompress(), dense.T)
+    assert again.choice == weight24.choice and torch.equal(again.decompress(), dense)
+    assert again.transposed is again.dense is None  # copies stay behind
     assert torch.equal(pickle.loads(pickle.dumps(weight24)).decompress(), dense)
 
 
@@ -412,11 +413,11 @@ def test_gradients_equal_those_of_the_dense_layer(activation, backend):
 @needs_kernels
 @pytest.mark.parametrize("activation", (None, "silu"))
 def test_gradient_by_the_compressed_transpose(activation, monkeypatch):
-    from pyvtk.sparse24 import modules
+    from pyvtk.sparse24 import functions
 
     calls = []
-    product = modules.sparse_product
-    monkeypatch.setattr(modules, "sparse_product", lambda *a: calls.append(a[1].shape) or product(*a))
+    product = functions.sparse_product
+    monkeypatch.setattr(functions, "sparse_product", lambda *a: calls.append(a[1].shape) or product(*a))
     dense, weight24 = weight(12, 20, transposable=True)
     both = weight24.with_transpose()
     leaves = [torch.randn(s).requires_grad_() for s in ((2, 5, 20), (12,), (2, 5, 12))]
@@ -615,7 +616,11 @@ WRONG = {
     "sparse24.linear_int8: values must have dtype int8": lambda: ops.linear_int8(X, W.values, W.metadata, None),
     "sparse24.linear_int8: x_scale must be": lambda: sparse24.linear_int8(X, Q, x_scale=torch.ones(3)),
     "sparse24.linear_int8: x, bias and mul must not": lambda: sparse24.linear_int8(X.clone().requires_grad_(), Q),
-    "Sparse24Weight.with_transpose: mask must be": lambda: W.with_transpose(),
+    "Sparse24Weight.with_transpose: weight must have out_features in multiples of 4": lambda: W.with_transpose(),
+    "Sparse24Weight.with_transpose: weight must be 2:4 along out_features too": lambda: sparse24.compress(
+        torch.eye(4, 8).roll(2, 1) + torch.eye(8)[0]
+    ).with_transpose(),
+    "Sparse24Weight.with_transpose: values must be floating": lambda: Q.with_transpose(),
     "sparse24.from_torch: tensor must be": lambda: sparse24.from_torch(X),
     "sparse24.to_torch: layout must be": lambda: sparse24.to_torch(W, "csr"),
     "sparse24.to_torch: weight of torch.float32 must have a shape": lambda: sparse24.to_torch(W),

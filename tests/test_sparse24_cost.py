@@ -1,12 +1,14 @@
 """estimate, calibrate and its cache; sparsify_ and its reports."""
 
 import json
+import os
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from pyvtk import backends, sparse24
 from pyvtk.reference import sparse24 as reference
@@ -309,6 +311,53 @@ def test_calibrate_replaces_a_broken_table():
     assert sparse24.estimate(1, 8, 8).source == "measured"
 
 
+@pytest.mark.parametrize("how", ["a file where the folder should be", "no folder can be made", "a folder in its place"])
+def test_calibrate_that_cannot_write_measures_nothing(how, monkeypatch, tmp_path):
+    """It says so at once, and leaves nothing behind."""
+    folder = {"no folder can be made": "/proc/nowhere"}.get(how, str(tmp_path / "some" / "cache"))
+    monkeypatch.setenv("PYVTK_CACHE", folder)
+    if how.startswith("a file"):
+        (tmp_path / "some").write_text("")
+    elif how.startswith("a folder"):
+        sparse24.table_path().mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(cost, "_measure_shape", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(backends, "why_not", lambda *_: None)
+    with pytest.raises(
+        OSError, match=r"sparse24.calibrate: its table must go to .*, which cannot be written \(PYVTK_C"
+    ):
+        sparse24.calibrate()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to every folder")
+def test_calibrate_in_a_folder_that_is_read_only(monkeypatch, tmp_path):
+    (tmp_path / "cache").mkdir(mode=0o500)
+    monkeypatch.setenv("PYVTK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cost, "_measure_shape", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(backends, "why_not", lambda *_: None)
+    with pytest.raises(PermissionError, match="which cannot be written"):
+        sparse24.calibrate()
+
+
+def test_looking_whether_it_can_write_leaves_nothing(monkeypatch, tmp_path):
+    """Folders neither, if measuring does not come to an end; a table that is there stays."""
+    monkeypatch.setenv("PYVTK_CACHE", str(tmp_path / "some" / "cache"))
+    monkeypatch.setattr(backends, "why_not", lambda *_: None)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cost, "_measure_shape", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sparse24.calibrate()
+    assert not list(tmp_path.iterdir())
+    path = write_table(SPARSE_WINS_FEW)
+    with pytest.raises(KeyboardInterrupt):
+        sparse24.calibrate()
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_linear_measures_nothing(cache):
     weight = torch.randn(16, 16)
     sparse24.linear(torch.randn(3, 16), sparse24.compress(weight, sparse24.prune(weight)))
@@ -434,6 +483,49 @@ def test_sparsify_says_why_not():
     assert reasons["wide"] == "no kernel takes weights of torch.float64"
     (alone,) = sparse24.sparsify_(nn.Linear(8, 8), rows=1)
     assert alone.reason == "it is the model itself, which cannot be replaced in place"
+
+
+@needs_kernels
+def test_sparsify_reports_what_is_no_plain_layer():
+    """Lazy, parametrized, of another class, pruned by torch, without a weight: a line of the report each."""
+    write_table(SPARSE_WINS)
+    scored = []
+    model = nn.ModuleDict(
+        {name: nn.Linear(8, 8) for name in ("plain", "normed", "masked", "nothing", "gone", "wrapped")}
+    )
+    model["lazy"], model["last"] = nn.LazyLinear(12), nn.Linear(8, 8)
+    nn.utils.parametrizations.weight_norm(model["normed"])
+    prune.l1_unstructured(model["masked"], "weight", 0.5)
+    model["nothing"].weight = None
+    del model["gone"].weight
+
+    class Packed(torch.Tensor):
+        pass
+
+    model["wrapped"].weight = nn.Parameter(torch.randn(8, 8).as_subclass(Packed))
+    scores = lambda name, module: scored.append(name) or module.weight.abs()  # noqa: E731
+    reports = {r.name: r for r in sparse24.sparsify_(model, rows=1, scores=scores)}
+    reasons = {name: r.reason for name, r in reports.items()}
+    assert reasons["plain"] is reasons["last"] is None and isinstance(model["plain"], sparse24.Sparse24Linear)
+    assert scored == ["plain", "last"]
+    assert "LazyLinear" in reasons["lazy"] and reports["lazy"].shape == (12, 0) and reports["lazy"].bytes_before == 0
+    assert "ParametrizedLinear" in reasons["normed"] and reports["normed"].shape == (8, 8)
+    assert reasons["masked"] == "it has hooks, which would be lost"
+    assert reasons["nothing"] == reasons["gone"] == "it has no weight" and reports["gone"].shape == (8, 8)
+    assert reasons["wrapped"] == "its weight is a Packed, which is more than a matrix of numbers"
+    assert isinstance(model["lazy"], nn.LazyLinear) and model["lazy"](torch.randn(2, 5)).shape == (2, 12)
+
+
+@needs_kernels
+def test_load_sparsified_into_a_lazy_layer():
+    write_table(SPARSE_WINS)
+    model, lazy = nn.Sequential(nn.Linear(8, 12)), nn.Sequential(nn.LazyLinear(12))
+    sparse24.sparsify_(model, rows=1)
+    sparse24.load_sparsified_(lazy, model.state_dict())
+    x = torch.randn(3, 8)
+    assert torch.equal(lazy(x), model(x))
+    with pytest.raises(ValueError, match=r"layer '0': values must be for a weight of \[13, 8\], got \[12, 8\]"):
+        sparse24.load_sparsified_(nn.Sequential(nn.LazyLinear(13)), model.state_dict())
 
 
 @needs_kernels

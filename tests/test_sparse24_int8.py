@@ -91,6 +91,59 @@ def test_rounding_is_half_to_even():
     assert q.tolist() == [[0, 2, 2, 0, -2, 127, 127]] and scale.tolist() == [1.0]
 
 
+def tiny_rows():
+    """Rows whose largest entry is about the smallest that int8 can express with a normal scale, 127 * 2 ** -126, and
+    far below, down to the smallest number there is; and which of them become zeros."""
+    smallest, unit = 2.0**-149, 127 * 2.0**-126
+    rows = torch.tensor([
+        [0.0, smallest, -smallest, 0.0], [0.0, 180 * smallest, 0.0, -0.0], [1e-40, 0.0, -3e-41, 0.0],
+        [0.999 * unit, 0.0, -0.5 * unit, 0.0], [unit, 0.0, -0.5 * unit, 0.0], [1e-30, 0.0, -3e-31, 0.0],
+        [0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.25, 0.0],
+    ])  # fmt: skip
+    zeros = [True] * 4 + [False] * 2 + [True, False]
+    return rows, torch.tensor(zeros)
+
+
+def check_tiny(actual, rows, zeros):
+    assert not actual.isnan().any()
+    assert (actual[zeros] == 0).all()
+    largest = rows.double().abs().amax(-1, keepdim=True)
+    assert ((actual.double() - rows.double()).abs() <= 1.001 * largest / 254)[~zeros].all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+def test_rows_too_small_for_a_scale_become_zeros(dtype):
+    """And never NaN: a scale of 0, or of a few bits, is none."""
+    rows, zeros = tiny_rows()
+    leaf = rows.to(dtype).requires_grad_()
+    rounded = sparse24.fake_quantize(leaf)
+    if dtype != torch.bfloat16:
+        check_tiny(rounded.detach(), rows, zeros)
+    assert not rounded.isnan().any() and torch.autograd.grad(rounded.sum(), leaf)[0].eq(1).all()
+
+
+@pytest.mark.parametrize("flush", (False, True))
+def test_such_rows_in_every_backend(flush, instruction_set):
+    """Bit for bit: quantize, the reference, the kernels; with denormal numbers flushed by the CPU too."""
+    rows, zeros = tiny_rows()
+    identity = sparse24.compress(torch.eye(4, dtype=torch.int8), scales=torch.ones(4))
+    torch.set_flush_denormal(flush)
+    try:
+        check_tiny(sparse24.quantize(sparse24.compress(rows)).decompress(), rows, zeros)
+        results = [
+            sparse24.linear_int8(rows, identity, backend=backend)
+            for backend in ("reference", *(() if WITHOUT_KERNELS else ("compiled",)))
+        ]
+        observer = sparse24.ActivationObserver()
+        observer.update(rows[0])
+        assert observer.scale() == 1
+    finally:
+        torch.set_flush_denormal(False)
+    for result in results:
+        check_tiny(result, rows, zeros)
+        assert torch.equal(result, results[0])
+
+
 # Activations
 
 

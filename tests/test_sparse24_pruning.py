@@ -95,6 +95,56 @@ def test_the_compressed_transpose():
     assert both.nbytes == 2 * (16 * 12 * 4) + 16 * 3 + 24 * 2
 
 
+# 2:4 along both axes by what is not 0, with fewer than eight entries in the block: no pattern of 90 holds it
+FEWER = torch.tensor([[2.0, 0, 0, 0], [0, 8, 0, 6], [0, 0, 4, 5], [0, 3, 7, 0]])
+
+
+def test_at_most_two_can_be_more_than_exactly_two():
+    """What the docstring of prune says of its optimum."""
+    mask = sparse24.prune(FEWER, transposable=True)
+    assert (mask.sum(0) == 2).all() and (mask.sum(1) == 2).all()
+    assert FEWER[mask].sum().item() == brute_force(FEWER.tolist()) < FEWER.sum().item()
+
+
+@pytest.mark.parametrize("entry", (6.0, -0.0, float("inf")))
+def test_the_transpose_of_what_is_not_zero(entry):
+    """Fillers are no entries."""
+    dense = FEWER.repeat(2, 3).clone()
+    dense[1, 3] = entry
+    both = sparse24.compress(dense).with_transpose()
+    assert torch.equal(both.transposed.decompress(), dense.T)
+    if entry == 6:
+        x = torch.randn(3, 12, requires_grad=True)
+        results = (sparse24.linear(x, both), x @ dense.T)
+        torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x) for y in results))
+
+
+def test_a_kept_zero_that_becomes_an_entry():
+    """Column 0 has room for the filler of row 0 in no way: then the transpose is gone, and the gradient stays right."""
+    both = sparse24.compress(FEWER).with_transpose()
+    both.values[both.values == 0] = 9.0  # the filler of row 0, in column 1
+    dense, x = both.decompress(), torch.randn(3, 4, requires_grad=True)
+    assert both.transposed is None and (dense != 0).sum(0).tolist() == [1, 3, 2, 2]
+    (grad,) = torch.autograd.grad(sparse24.linear(x, both).sum(), x)
+    torch.testing.assert_close(grad, dense.sum(0).expand(3, 4))
+    with pytest.raises(
+        ValueError, match="2:4 along out_features too, got 3 entries other than 0 in column 1, rows 0 to 3"
+    ):
+        both.with_transpose()
+
+
+def test_random_masks_of_at_most_two():
+    """Any weight with at most two in every row and column of each block."""
+    for _ in range(50):
+        dense = torch.randn(8, 12)
+        for _ in range(4):  # thin out until it fits
+            dense *= reference.prune_n_of_m(dense.abs() * torch.rand(8, 12), 2, 4)
+            dense *= reference.prune_n_of_m(dense.abs() * torch.rand(8, 12), 2, 4, dim=0)
+        dense *= torch.rand(8, 12) < 0.8
+        both = sparse24.compress(dense).with_transpose()
+        assert torch.equal(both.transposed.decompress(), dense.T) and torch.equal(both.decompress(), dense)
+
+
 # Scores
 
 

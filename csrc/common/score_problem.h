@@ -23,7 +23,8 @@ struct ScoreProblem {
   int64_t batch, q_heads, kv_heads, queries, keys, dim;  // queries and keys: of all samples together if packed
   int64_t max_queries, max_keys;                         // of one sample, or a bound on it
 
-  // all contiguous and optional (nullptr)
+  // All contiguous and optional (nullptr). Positions leave int32's extremes free: some kernels keep a masked key as one
+  // at the largest, where no query is. pyvtk/ops/score.py brings those of a caller there.
   const int32_t* q_positions;   // [batch, queries], packed [total_q]
   const int32_t* k_positions;   // [batch, keys], packed [total_k]
   const bool* q_mask;           // as q_positions

@@ -1,15 +1,23 @@
 // attention_scores for CPU bindings: arguments whose values are in sight, outputs, and the kernel.
 #pragma once
+#include <algorithm>
+#include <limits>
 #include <tuple>
 
 #include "common/score_binding.h"
 
 namespace pyvtk::cpu {
 
-// make_score_problem, and what only a look at cu_seqlens tells: that they ascend, and the longest sample.
+// make_score_problem, and what only a look at values tells: that no query stands where masked keys are kept, that
+// cu_seqlens ascend, and the longest sample.
 template <class... Arguments>
 ScoreProblem score_problem(const Arguments&... arguments) {
   ScoreProblem p = make_score_problem(arguments...);
+  if (p.q_positions) {
+    const int32_t* end = p.q_positions + (p.packed() ? p.queries : p.batch * p.queries);
+    PYVTK_GUARD(std::find(p.q_positions, end, std::numeric_limits<int32_t>::max()) == end,
+                "q_positions must be below int32's maximum, where masked keys are kept");
+  }
   if (!p.packed()) return p;
   for (const auto& [cu, total, longest, name] : {std::tuple{p.cu_seqlens_q, p.queries, &p.max_queries, "cu_seqlens_q"},
                                                  std::tuple{p.cu_seqlens_k, p.keys, &p.max_keys, "cu_seqlens_k"}}) {

@@ -37,7 +37,8 @@ float quantize_row(const T* x, int64_t columns, const float* call_scale, float* 
     std::fill_n(out, columns, 0.0f);
     return nan;
   }
-  if (scale == 0) scale = 1;
+  // A row of zeros; and one so small that its scale would be subnormal, too coarse to divide by, which becomes zeros.
+  if (scale < std::numeric_limits<float>::min()) scale = 1;
   if (call_scale != nullptr) scale = *call_scale;
   for (int64_t i = 0; i < columns; i += kLanes) {
     vfloat y = columns - i < kLanes ? load_partial(x + i, columns - i) : load(x + i);

@@ -973,7 +973,9 @@ __global__ void __launch_bounds__(512) quantize_kernel(const T* x, int64_t x_str
   largest = __reduce_max_sync(kAllLanes, largest);
   const float most = __uint_as_float(largest);
   float scale = x_scale != nullptr ? *x_scale : most / 127.0f;
-  if (x_scale == nullptr && scale == 0.0f) scale = 1.0f;
+  // a row of zeros; and one so small that its scale would be subnormal, too coarse to divide by, which becomes zeros
+  constexpr float kSmallestNormal = 0x1p-126f;
+  if (x_scale == nullptr && scale < kSmallestNormal) scale = 1.0f;
   constexpr uint32_t kInfinity = 0x7f800000u;
   if (threadIdx.x == 0) {
     const bool lost = largest > kInfinity || (x_scale == nullptr && largest == kInfinity);

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from pyvtk import _numbers, backends, checks
+from pyvtk import _numbers, backends, checks, transforms
 from pyvtk.plans import AttentionPlan
 from pyvtk.reference import attention as reference
 
@@ -42,9 +42,22 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), bias
 
 
-_KERNELS = {"dtypes": backends.HALF_AND_SINGLE, "triton": "attention"}
-backends.define("neighbor_attention", _SCHEMA, fake=_fake, **_KERNELS)
-backends.define("neighbor_attention_backward", _BACKWARD_SCHEMA, fake=_backward_fake, **_KERNELS)
+# torch.vmap goes into the heads, so that all of them share the plan.
+_HEADS = {"q": 1, "k": 1, "v": 1, "visual_heads": 0}
+_GRADIENTS = {"grad_out": 1, "grad_lse": 1, "out": 1, "lse": 1}
+
+
+def _has_bias(arguments: dict, mapped: dict) -> bool:
+    """Whether there is a gradient that is a sum over heads."""
+    return arguments["k_bias"] is not None
+
+
+_KERNELS = {"dtypes": backends.HALF_AND_SINGLE, "triton": "attention", "leave_open": "scale"}
+backends.define("neighbor_attention", _SCHEMA, fake=_fake, vmap=transforms.Fold(_HEADS, (1, 1)), **_KERNELS)
+backends.define(
+    "neighbor_attention_backward", _BACKWARD_SCHEMA, fake=_backward_fake,
+    vmap=transforms.Fold(_HEADS | _GRADIENTS, (1, 1, 1, 1), _has_bias), **_KERNELS,
+)  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -71,9 +84,8 @@ def _register_gradient(name: str, backward_name: str) -> None:
         )
         return *grads, None if k_bias is None else bias, None, none, None, None, None, None
 
-    _numbers.leave_open(backward_name, "scale")
-    for operator in (f"pyvtk::{name}", _numbers.leave_open(name, "scale")):
-        torch.library.register_autograd(operator, backward, setup_context=_setup_context)
+    transforms.gradient(name, backward, setup_context=_setup_context)
+    transforms.second_gradient(backward_name, reference.weighed_attention, ("q", "k", "v", "k_bias"))
 
 
 _register_gradient("neighbor_attention", "neighbor_attention_backward")
@@ -165,13 +177,18 @@ def neighbor_attention(
     out_i = sum_j exp(z_ij - lse_i) v_j with z_ij = scale q_i . k_j + k_bias_j and lse_i = log sum_j exp z_ij, over the
     keys j that query i sees. Which those are: :func:`neighbor_plan` and its siblings.
 
+    A key that nobody sees may hold anything. One that somebody sees must be finite: NaN or infinity in its k or v can
+    reach queries that do not see it, as in torch's SDPA with a mask (0 times NaN is NaN); here those that are worked on
+    together with one that does, as neighbours in the plan's order are, and in the reference all of them.
+
     Args:
         q: [batch, heads, queries, channels], floating; channels a multiple of 8 up to 256. For packed plans
             [tokens, heads, channels], k and v alike. Any strides. The last queries of the plan's sequence may stand
             alone: then they are its tail (decode, chunked prefill).
         k, v: [batch, kv_heads, keys, channels]; heads a multiple of kv_heads, query head h uses h // (heads //
             kv_heads). More keys than the plan has tokens: the additional ones are text.
-        plan: of the layout, made once for all layers.
+        plan: of the layout, made once for all layers. One for training is made outside of ``torch.inference_mode``;
+            ``torch.no_grad`` does no harm (a plan has no gradient).
         scale: of the logits; None: channels ** -0.5.
         k_bias: float [batch, keys] (packed: [tokens]), added to the scaled logits; e.g. log of token sizes (ToMe).
             A key with -inf is seen by nobody.
@@ -198,13 +215,15 @@ def neighbor_attention(
     if k_lengths is not None or queries != plan.num_queries or keys != plan.num_keys:
         _check_tail(plan, queries, keys, k_lengths)
         plan = plan.tail(queries, keys, k_lengths)
+    checks.outside_inference("neighbor_attention", "plan", plan.tensors(), (q, k, v, k_bias))
     if plan.packed:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         k_bias = None if k_bias is None else k_bias[None]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else _numbers.argument(float(scale))
     options = (plan.tensors(), plan.rule(), scale, visual_mass == "keep", visual_rows == "zero")
-    chosen = backends.pick("neighbor_attention", backend, q, q.dtype)
+    differentiable = (q, k, v, k_bias)
+    chosen = backends.pick("neighbor_attention", backend, q, q.dtype, differentiable)
     if chosen == "reference":
         device = q.device.type
         # autocast would round inside, too
@@ -215,7 +234,7 @@ def neighbor_attention(
         k_bias = None if k_bias is None else k_bias.float().contiguous()
         name = {"compiled": "neighbor_attention", "triton": "neighbor_attention_triton"}[chosen]
         operator = getattr(torch.ops.pyvtk, name)
-        out, lse = backends.call(operator, (q, k, v, k_bias), q, k, v, k_bias, visual_heads, *options)
+        out, lse = transforms.call(operator, (q, k, v, k_bias), q, k, v, k_bias, visual_heads, *options)
     if plan.packed:
         out, lse = out[0].transpose(0, 1), lse[0]
     return (out, lse) if return_lse else out
@@ -232,12 +251,14 @@ backends.define(
     "(Tensor[] outs, Tensor weights) -> Tensor",
     fake=lambda outs, weights: _like_queries(outs[0]),
     dtypes=checks.FLOATS,
+    vmap=transforms.Fold({"outs": 0, "weights": 1}, (0,)),
 )
 backends.define(
     "weigh_groups_backward",
     "(Tensor grad, Tensor[] outs, Tensor weights) -> (Tensor[], Tensor)",
     fake=_weigh_backward_fake,
     dtypes=checks.FLOATS,
+    vmap=transforms.Fold({"grad": 0, "outs": 0, "weights": 1}, (0, 1)),
 )
 
 
@@ -252,7 +273,8 @@ def _weigh_backward(ctx, grad):
     return torch.ops.pyvtk.weigh_groups_backward(grad, outs, weights)
 
 
-torch.library.register_autograd("pyvtk::weigh_groups", _weigh_backward, setup_context=_weigh_setup)
+transforms.gradient("weigh_groups", _weigh_backward, setup_context=_weigh_setup)
+transforms.second_gradient("weigh_groups_backward", reference.weighed_groups, ("outs", "weights"))
 
 
 def _in_order_of(q: Tensor, out: Tensor) -> Tensor:
@@ -326,8 +348,9 @@ def merge_attention(
     if packed:
         outs, weights, seen = [out.transpose(0, 1)[None] for out in outs], weights[:, None], seen[:, None]
     outs = [out if out.stride(-1) == 1 else out.contiguous() for out in outs]
-    if backends.pick("weigh_groups", backend, outs[0], outs[0].dtype) == "compiled":
-        out = backends.call(torch.ops.pyvtk.weigh_groups, (*outs, weights), outs, weights)
+    differentiable = (*outs, weights)
+    if backends.pick("weigh_groups", backend, outs[0], outs[0].dtype, differentiable) == "compiled":
+        out = transforms.call(torch.ops.pyvtk.weigh_groups.default, differentiable, outs, weights)
     else:
         out = _in_order_of(outs[0], reference.weigh_groups(outs, weights, seen))
     return (out[0].transpose(0, 1) if packed else out), lse

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pyvtk import _numbers, backends, checks
+from pyvtk import _numbers, backends, checks, transforms
 from pyvtk.reference import compact as reference
 from pyvtk.selection import Selection
 
@@ -70,11 +70,42 @@ def _restore_backward_fake(indices, counts, align_right, grad, update, gate, dim
     return grad_update, grad.new_empty(0, dtype=torch.float32) if gate is None else gate.new_empty(gate.shape)
 
 
+def _fold(size: int, mapped: dict, arguments: dict) -> tuple[dict, tuple] | None:
+    """How torch.vmap goes through compact and its gradient: into the batch, where every tensor has one of its own."""
+    name = "tensors" if "tensors" in arguments else "grads"
+    tensors, dims, batch_dims = arguments[name], mapped[name] or [None] * len(arguments[name]), arguments["batch_dims"]
+    whole = dict(arguments)
+    for given in ("indices", "counts"):
+        whole[given] = transforms.folded(arguments[given], mapped[given], 0, size)
+    rows = whole["counts"].shape[0] // size
+    shared = [batch_size != rows for batch_size in arguments.get("batch_sizes", ())]
+    if arguments["total"] is not None or any(shared) or any(batch_dim < 0 for batch_dim in batch_dims):
+        return None
+    if "batch_sizes" in arguments:
+        whole["batch_sizes"] = [rows * size] * len(tensors)
+    whole[name] = []
+    for x, dim, batch_dim in zip(tensors, dims, batch_dims):
+        x = x if dim is None else x.movedim(dim, 0)
+        axis = batch_dim + (dim is not None)
+        if x.shape[axis] != rows:  # of size 1, it repeats
+            x = x.expand(*x.shape[:axis], rows, *x.shape[axis + 1 :])
+        whole[name].append(transforms.folded(x, None if dim is None else 0, batch_dim, size))
+    return whole, (list(batch_dims),)
+
+
+_ROWS = {"indices": 0, "counts": 0, "update": 0, "gate": 0}
+
+
+def _of_packed_source(arguments: dict, mapped: dict) -> bool:
+    return arguments["packed_source"]
+
+
 _SELECTION = "Tensor indices, Tensor counts, bool align_right"
 _COMPACT = f"({_SELECTION}, Tensor[] tensors, int[] dims, int[] batch_dims, float[] pads, SymInt? total) -> Tensor[]"
-backends.define("compact", _COMPACT, fake=_compact_fake, triton="compact")
+_KERNELS = {"fake": _compact_fake, "triton": "compact", "vmap": _fold, "leave_open": "pads"}
+backends.define("compact", _COMPACT, **_KERNELS)
 # The same without a gradient: torch's autograd wrapper is Python, and costs more than moving a few tokens.
-backends.define("compact_forward", _COMPACT, fake=_compact_fake, triton="compact")
+backends.define("compact_forward", _COMPACT, **_KERNELS, lean=True)
 backends.define(
     "compact_out",
     f"({_SELECTION}, Tensor[] tensors, int[] dims, int[] batch_dims, float[] pads, SymInt? total, "
@@ -87,6 +118,7 @@ backends.define(
     "SymInt? total) -> Tensor[]",
     fake=_compact_backward_fake,
     triton="compact",
+    vmap=_fold,
 )
 # Without update, the rows are cleared.
 backends.define(
@@ -94,11 +126,13 @@ backends.define(
     f"({_SELECTION}, Tensor? update, Tensor? base, Tensor? gate, int dim, SymInt num_tokens, bool packed_source) "
     "-> Tensor",
     fake=_restore_fake,
+    vmap=transforms.Fold(_ROWS | {"base": 0}, (0,), _of_packed_source),
 )
 backends.define(
     "restore_backward",
     f"({_SELECTION}, Tensor grad, Tensor? update, Tensor? gate, int dim, bool packed_source) -> (Tensor, Tensor)",
     fake=_restore_backward_fake,
+    vmap=transforms.Fold(_ROWS | {"grad": 0}, (0, 0), _of_packed_source),
 )
 backends.define(
     "compact_kv_",
@@ -145,10 +179,8 @@ def _register_compact(suffix: str) -> None:
         result = forward(*ctx.saved_tensors, align_right, grads, dims, batch_dims, pads, total)
         return None, None, None, list(result), None, None, None, None, None
 
-    _numbers.leave_open(f"compact_forward{suffix}", "pads")
-    for operator in (f"pyvtk::{name}", _numbers.leave_open(name, "pads")):
-        torch.library.register_autograd(operator, grad, setup_context=_compact_setup)
-    torch.library.register_autograd(f"pyvtk::{backward_name}", grad_of_grad, setup_context=_compact_backward_setup)
+    transforms.gradient(name, grad, setup_context=_compact_setup)
+    transforms.gradient(backward_name, grad_of_grad, setup_context=_compact_backward_setup)
 
 
 def _compact_backward_setup(ctx, inputs, output):
@@ -177,9 +209,17 @@ def _restore_grad(ctx, grad):
     return None, None, None, grad_update, grad_base, None if gate is None else grad_gate, None, None, None
 
 
+def _with_update(indices, counts, align_right, grad, update, *rest):
+    """Arguments of restore_backward with an update: without a gate its values do not matter."""
+    if update is None:
+        update = torch.zeros_like(_restore_backward_fake(indices, counts, align_right, grad, None, *rest)[0])
+    return indices, counts, align_right, grad, update, *rest
+
+
 _register_compact("")
 _register_compact("_triton")
-torch.library.register_autograd("pyvtk::restore", _restore_grad, setup_context=_restore_setup)
+transforms.gradient("restore", _restore_grad, setup_context=_restore_setup)
+transforms.second_gradient("restore_backward", reference.weighed_restore, ("update", "gate"), _with_update)
 
 
 def _check_selection(op: str, selection) -> None:
@@ -302,7 +342,7 @@ def _check_out(out, indices: Tensor, tensors, dims, batch_dims, total) -> tuple[
         checks.shape("compact", name, target, tuple(expected), "the result's shape")
         if any([st == 0 and size > 1 for size, st in zip(target.shape, target.stride())]):
             raise ValueError(f"compact: {name} must not be expanded, got strides {target.stride()}")
-    if torch.is_grad_enabled() and any([x.requires_grad for x in (*tensors, *outs)]):
+    if transforms.wants_gradient(*tensors, *outs):
         raise ValueError("compact: out must be None where a tensor requires grad, got a tensor")
     _check_apart("compact", "out", outs, tensors)
     return outs
@@ -323,7 +363,7 @@ def compact(
 
     Args:
         selection: which tokens. With a head axis it applies to [batch, heads, tokens, ...] (dim=2); of a packed source
-            to [total tokens, ...] (dim=0, batch_dim=None).
+            to [total tokens, ...] (dim=0, batch_dim=None). For a gradient it is made outside of torch.inference_mode.
         tensors: of any dtype and strides, e.g. hidden states [batch, tokens, channels], positions [3, batch, tokens]
             (batch_dim=1, dim=2), keys [batch, heads, tokens, channels] (dim=2). A batch axis of size 1 repeats.
         dim: the token axis, one value or one per tensor.
@@ -380,13 +420,13 @@ def compact(
     else:
         checks.integer("compact", "total", total)
 
-    chosen = backends.pick("compact", backend, tensors[0])
+    chosen = backends.pick("compact", backend, tensors[0], None, tensors)
     ops = torch.ops.pyvtk
     call = (indices, counts, selection.align == "right", tensors, dims, batch_dims, pads, total)
     if out is not None:
         outs = _check_out(out, indices, tensors, dims, batch_dims, total)
         if chosen == "compiled" and type(pads) is list:
-            ops.compact_out.default(*call, outs)
+            transforms.write(ops.compact_out.default, outs, *call, outs)
         else:
             forward = {"compiled": ops.compact_forward, "triton": ops.compact_forward_triton}
             results = forward.get(chosen, reference.compact)(*call)
@@ -394,8 +434,10 @@ def compact(
                 target.copy_(result)
         return out
     if chosen == "reference":
+        checks.outside_inference("compact", "selection", (indices, counts), tensors)
         results = reference.compact(*call)
-    elif torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
+    elif transforms.wants_gradient(*tensors):
+        checks.outside_inference("compact", "selection", (indices, counts), tensors)
         results = ops.compact(*call) if chosen == "compiled" else ops.compact_triton(*call)
     elif chosen == "compiled":
         forward = ops.compact_forward if compiling else ops.compact_forward.default
@@ -417,7 +459,7 @@ def restore(
     """``base`` with the selected tokens replaced by ``update``, or with gate * update added to them.
 
     Args:
-        selection: the one that ``update`` was compacted with.
+        selection: the one that ``update`` was compacted with; for a gradient, made outside of torch.inference_mode.
         update: shaped like compact's result, e.g. [batch, capacity, channels]. Its padding is ignored.
         base: e.g. [batch, tokens, channels]; None: zeros.
         dim: the token axis of base, as in compact (batch_dim is 0; None for a selection of a packed source).
@@ -465,6 +507,7 @@ def restore(
         else:
             raise TypeError(f"restore: gate must be a number or a tensor, got {type(gate).__name__}")
 
+    checks.outside_inference("restore", "selection", (indices, selection.counts), (update, base, gate))
     rest = (
         indices,
         selection.counts,
@@ -476,8 +519,9 @@ def restore(
         selection.num_tokens,
         packed,
     )
-    if backends.pick("restore", backend, update) == "compiled":
-        return torch.ops.pyvtk.restore(*rest)
+    differentiable = (update, base, gate)
+    if backends.pick("restore", backend, update, None, differentiable) == "compiled":
+        return transforms.call(torch.ops.pyvtk.restore.default, differentiable, *rest)
     return reference.restore(*rest)
 
 
@@ -522,7 +566,7 @@ def compact_kv_(selection: Selection, *caches: Tensor, backend: str | None = Non
             raise ValueError(
                 f"{op}: {name} must be contiguous in its last dimension and not expanded, got strides {cache.stride()}"
             )
-        if cache.requires_grad:
+        if transforms.wants_gradient(cache) or cache.requires_grad:
             raise ValueError(f"{op}: {name} must not require grad, got one that does")
     if selection.capacity > selection.num_tokens:
         raise ValueError(
@@ -536,6 +580,6 @@ def compact_kv_(selection: Selection, *caches: Tensor, backend: str | None = Non
         reference.compact_kv_(selection.indices, selection.counts, list(caches))
     else:
         move = torch.ops.pyvtk.compact_kv_ if chosen == "compiled" else torch.ops.pyvtk.compact_kv__triton
-        move(selection.indices, selection.counts, list(caches))
+        transforms.write(move.default, caches, selection.indices, selection.counts, list(caches))
     views = tuple(cache[:, :, : selection.capacity] for cache in caches)
     return views[0] if len(views) == 1 else views

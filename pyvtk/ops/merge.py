@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyvtk import backends, checks
+from pyvtk import backends, checks, transforms
 from pyvtk.reference import merge as reference
 
 
@@ -25,12 +25,14 @@ backends.define(
     "(Tensor x, Tensor assignment, Tensor? weights, SymInt num_groups, bool mean) -> (Tensor, Tensor)",
     fake=_fake,
     dtypes=checks.FLOATS,
+    vmap=transforms.Fold({"x": 0, "assignment": 0, "weights": 0}, (0, 0)),
 )
 backends.define(
     "merge_tokens_backward",
     "(Tensor grad, Tensor x, Tensor assignment, Tensor? weights, Tensor totals, bool mean) -> (Tensor, Tensor)",
     fake=_backward_fake,
     dtypes=checks.FLOATS,
+    vmap=transforms.Fold({"grad": 0, "x": 0, "assignment": 0, "weights": 0, "totals": 0}, (0, 0)),
 )
 
 
@@ -46,7 +48,8 @@ def _backward(ctx, grad, _):
     return grad_x, None, None if weights is None else grad_weights, None, None
 
 
-torch.library.register_autograd("pyvtk::merge_tokens", _backward, setup_context=_setup_context)
+transforms.gradient("merge_tokens", _backward, setup_context=_setup_context)
+transforms.second_gradient("merge_tokens_backward", reference.weighed_merge, ("x", "weights"))
 
 
 def merge_tokens(
@@ -100,6 +103,6 @@ def merge_tokens(
     checks.integer(op, "num_groups", num_groups)
 
     rest = (x, assignment.long(), factors, num_groups, reduce == "mean")
-    if backends.pick(op, backend, x, x.dtype) == "compiled":
-        return torch.ops.pyvtk.merge_tokens(*rest)[0]
+    if backends.pick(op, backend, x, x.dtype, (x, factors)) == "compiled":
+        return transforms.call(torch.ops.pyvtk.merge_tokens.default, (x, factors), *rest)[0]
     return reference.merge_tokens(*rest)[0]

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from pyvtk import _numbers, backends, checks
+from pyvtk import _numbers, backends, checks, transforms
 from pyvtk.reference import score as reference
 
 QUERY_REDUCES = ("mean", "sum", "max", "visible_mean")
@@ -75,10 +75,29 @@ def _fake_backward(
     )
 
 
-backends.define("attention_scores", _SCHEMA, fake=_fake, dtypes=backends.HALF_AND_SINGLE, triton="score")
+# The batch is the outermost axis of all of these.
+PER_SAMPLE = dict.fromkeys(
+    ("q", "k", "q_positions", "k_positions", "q_mask", "k_mask", "k_bias", "head_weights", "lse"), 0
+)
+
+
+def does_not_fold(arguments: dict, mapped: dict) -> bool:
+    """Whether a batch cannot grow: packed samples, and weights of heads that all samples share."""
+    weights = arguments["head_weights"]
+    shared = weights is not None and weights.dim() - transforms.is_mapped(mapped["head_weights"]) == 1
+    return shared or arguments["cu_seqlens_k"] is not None
+
+
+backends.define(
+    "attention_scores", _SCHEMA, fake=_fake, dtypes=backends.HALF_AND_SINGLE, triton="score", leave_open="scale",
+    vmap=transforms.Fold(PER_SAMPLE, (1, 0, 1, 0, 1), does_not_fold),
+)  # fmt: skip
 backends.define(
     "attention_scores_backward", _BACKWARD_SCHEMA, fake=_fake_backward, dtypes=backends.HALF_AND_SINGLE,
-    triton="score_backward",
+    triton="score_backward", leave_open="scale",
+    vmap=transforms.Fold(
+        PER_SAMPLE | dict.fromkeys(("grad_linear", "grad_max", "max_query", "grad_lse"), 0), (0,) * 5, does_not_fold
+    ),
 )  # fmt: skip
 
 
@@ -94,6 +113,8 @@ backends.define(
     "(Tensor q, Tensor k, bool causal, float scale, str query_reduce, str head_reduce) -> Tensor",
     fake=_fake_plain,
     dtypes=backends.HALF_AND_SINGLE,
+    vmap=transforms.Fold({"q": 0, "k": 0}, (1,)),
+    lean=True,
 )
 _plain = torch.ops.pyvtk.attention_scores_plain.default
 # not .default: an open scale (pyvtk/_numbers.py) has an overload of its own
@@ -109,7 +130,7 @@ def plain_arguments(q: Tensor, k: Tensor, options: dict) -> tuple | None:
             return None
     if (
         options["heads_first"] or options["logit"] or options["key_start"] != 0 or options["key_stop"] != k.shape[2]
-        or torch.compiler.is_compiling() or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+        or torch.compiler.is_compiling() or transforms.wants_gradient(q, k)
     ):  # fmt: skip
         return None
     return options["causal"], options["scale"], ",".join(options["query_reduce"]), options["head_reduce"]
@@ -167,6 +188,8 @@ def _backward(operator: str, ctx, grad_scores, grad_lse, *_):
     pair_max_heads = (k.shape[1] if ctx.head_reduce == "max" else 1) if pairwise_max else 0
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
+    # The one that was given, and not its copy in the output, by which a second gradient would not find back.
+    lse = lse if lse_given is None else lse_given.reshape(lse.shape)
     grad_q, grad_k, grad_bias, grad_lse_given, grad_weights = getattr(torch.ops.pyvtk, operator)(
         linear.contiguous(), grad_max, max_query, grad_lse, lse, q, k, q_positions, k_positions, q_mask, k_mask,
         k_bias, head_weights, *cu_seqlens, *ctx.range, lse_given is not None, ctx.scale, ctx.logit, pair_max_heads,
@@ -182,12 +205,27 @@ def _backward(operator: str, ctx, grad_scores, grad_lse, *_):
     )  # fmt: skip
 
 
+def _second_order(
+    grad_linear, grad_max, max_query, grad_lse, lse, q, k, q_positions, k_positions, q_mask, k_mask, k_bias,
+    head_weights, cu_seqlens_q, cu_seqlens_k, causal, key_start, key_stop, range_denominator, lse_given, *rest,
+):  # fmt: skip
+    """Arguments of the backward operator as its outputs are: lse if it was given, weights of heads for each sample."""
+    if head_weights is not None and head_weights.dim() == 1:
+        samples = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        head_weights = head_weights.expand(samples, -1)
+    return (
+        grad_linear, grad_max, max_query, grad_lse, lse if lse_given else None, q, k, q_positions, k_positions, q_mask,
+        k_mask, k_bias, head_weights, cu_seqlens_q, cu_seqlens_k, causal, key_start, key_stop, range_denominator,
+        lse_given, *rest,
+    )  # fmt: skip
+
+
 def _register_gradient(name: str, backward_name: str) -> None:
     """Let operator ``backward_name`` form the gradients of ``name``."""
     backward = functools.partial(_backward, backward_name)
-    _numbers.leave_open(backward_name, "scale")
-    for operator in (f"pyvtk::{name}", _numbers.leave_open(name, "scale")):
-        torch.library.register_autograd(operator, backward, setup_context=_setup_context)
+    transforms.gradient(name, backward, setup_context=_setup_context)
+    wanted = ("q", "k", "k_bias", "lse", "head_weights")
+    transforms.second_gradient(backward_name, reference.weighed_sum, wanted, _second_order)
 
 
 _register_gradient("attention_scores", "attention_scores_backward")
@@ -259,8 +297,8 @@ def resolve(
                 f"{op}: cu_seqlens_k must have as many entries as cu_seqlens_q ({cu_seqlens_q.shape[0]}), "
                 f"got {cu_seqlens_k.shape[0]}"
             )
-        cu_seqlens_q = cu_seqlens_q.to(torch.int32).contiguous()
-        cu_seqlens_k = cu_seqlens_k.to(torch.int32).contiguous()
+        cu_seqlens_q = checks.to_int32(cu_seqlens_q).contiguous()
+        cu_seqlens_k = checks.to_int32(cu_seqlens_k).contiguous()
     else:
         rows, columns = (q_shape[0], q_shape[2]), (k_shape[0], k_shape[2])
         row_text, column_text = "[batch, queries]", "[batch, keys]"
@@ -357,17 +395,30 @@ def resolve(
 def kernel_arguments(options: dict) -> tuple:
     """The options of :func:`resolve` in the order and the dtypes of the compiled operators."""
     converted = dict(options)
-    for name, dtype in _KERNEL_DTYPES.items():
+    for name in _FLOATS_OF_KERNELS:
         if converted[name] is not None:
-            converted[name] = converted[name].to(dtype)
+            converted[name] = converted[name].float()
+    at_query, at_key = converted["q_positions"], converted["k_positions"]
+    if at_query is not None or at_key is not None:
+        converted["q_positions"], converted["k_positions"] = _kernel_positions(at_query, at_key)
     converted["query_reduce"] = ",".join(converted["query_reduce"])
     return tuple(converted.values())
 
 
-_KERNEL_DTYPES = {
-    "q_positions": torch.int32, "k_positions": torch.int32, "k_bias": torch.float32, "head_weights": torch.float32,
-    "lse": torch.float32,
-}  # fmt: skip
+_FLOATS_OF_KERNELS = ("k_bias", "head_weights", "lse")
+
+
+def _kernel_positions(at_query: Tensor | None, at_key: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Positions as the int32 of kernels, by which every query sees the keys that it saw before.
+
+    int32's extremes stay free: kernels keep a masked key as one that stands at the largest, where no query is.
+    """
+    if at_query is not None and at_key is not None:
+        at_query, at_key = checks.ranks(at_query, at_query, at_key)
+        return at_query, at_key
+    # The other side stands at its places in the sequence, numbers of tokens: what is cut off lies beyond them all.
+    given = (at_key if at_query is None else at_query).clamp(1 - 2**31, 2**31 - 2).to(torch.int32)
+    return (None, given) if at_query is None else (given, None)
 
 
 def shape_scores(scores: Tensor, packed: bool, several: bool, head_reduce: str | None) -> Tensor:
@@ -420,7 +471,7 @@ def attention_scores(
             h reads key head h // (q_heads / kv_heads).
         causal: a key is seen if its position is at most the query's.
         q_positions, k_positions: int [batch, queries] / [batch, keys], or without the batch; packed [total]. Order in
-            the sequence; by default 0..keys-1, and the last query stands at the last key.
+            the sequence, any int64; by default 0..keys-1, and the last query stands at the last key.
         q_mask, k_mask: bool [batch, queries] / [batch, keys]; packed [total]. False: does not exist, whatever it holds.
         k_bias: [batch, keys], added to the scaled logits (ToMe's log size, say). Differentiable.
         key_range: (start, stop): score these keys only.
@@ -458,7 +509,8 @@ def attention_scores(
         max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
     checks.boolean("attention_scores", "return_lse", return_lse)
-    chosen = backends.pick("attention_scores", backend, q, q.dtype)
+    differentiable = (q, k, k_bias, lse, head_weights)
+    chosen = backends.pick("attention_scores", backend, q, q.dtype, differentiable)
     plain = None if return_lse or chosen != "compiled" else plain_arguments(q, k, options)
     if chosen == "reference":
         scores, lse_out = reference.attention_scores(q, k, **options)
@@ -466,9 +518,7 @@ def attention_scores(
         scores = _plain(q, k, *plain)
     else:
         operator = _triton if chosen == "triton" else _compiled
-        scores, lse_out, *_ = backends.call(
-            operator, (q, k, k_bias, lse, head_weights), q, k, *kernel_arguments(options), return_lse
-        )
+        scores, lse_out, *_ = transforms.call(operator, differentiable, q, k, *kernel_arguments(options), return_lse)
     packed = cu_seqlens_q is not None
     scores = shape_scores(scores, packed, not isinstance(query_reduce, str), head_reduce)
     if not return_lse:

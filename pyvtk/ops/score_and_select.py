@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyvtk import _numbers, backends, checks
+from pyvtk import backends, checks, transforms
 from pyvtk.ops import score, select
 from pyvtk.reference import score as scoring
 from pyvtk.reference import score_and_select as reference
@@ -32,7 +32,9 @@ def _fake(q, k, *arguments):
     )
 
 
-# Arguments of attention_scores up to logit, then those of select after scores.
+_OUTPUTS = (0, 0, 0, 1)  # their batch axes
+# Arguments of attention_scores up to logit, then those of select after scores. Scores that want a gradient come from
+# attention_scores: see the public function.
 backends.define(
     OP,
     "(Tensor q, Tensor k, Tensor? q_positions, Tensor? k_positions, Tensor? q_mask, Tensor? k_mask, Tensor? k_bias, "
@@ -44,6 +46,9 @@ backends.define(
     "-> (Tensor indices, Tensor counts, Tensor overflow, Tensor scores)",
     fake=_fake,
     dtypes=backends.HALF_AND_SINGLE,
+    vmap=transforms.Fold(score.PER_SAMPLE | select.PER_ROW, _OUTPUTS, score.does_not_fold),
+    constant=True,
+    leave_open="scale",
 )
 _operator = torch.ops.pyvtk.score_and_select
 
@@ -66,17 +71,10 @@ backends.define(
     "-> (Tensor indices, Tensor counts, Tensor overflow, Tensor scores)",
     fake=_fake_top,
     dtypes=backends.HALF_AND_SINGLE,
+    vmap=transforms.Fold({"q": 0, "k": 0}, _OUTPUTS),
+    lean=True,
 )
 _top = torch.ops.pyvtk.score_and_select_top.default
-
-
-def _setup_context(ctx, inputs, output):
-    # Scores that want a gradient come from attention_scores: see the public function.
-    ctx.mark_non_differentiable(*output)
-
-
-for _name in (f"pyvtk::{OP}", _numbers.leave_open(OP, "scale")):
-    torch.library.register_autograd(_name, lambda ctx, *grads: (None,) * 34, setup_context=_setup_context)
 
 
 def _serves(q: Tensor, packed: bool, backend: str | None) -> bool:
@@ -197,26 +195,20 @@ def score_and_select(
     )  # fmt: skip
 
     differentiable = (q, k, k_bias, lse, head_weights)
-    wants_gradient = return_scores and torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in differentiable
-    )  # fmt: skip
+    wants_gradient = return_scores and transforms.wants_gradient(*differentiable)
     if fused and not wants_gradient:
         scoring_arguments = score.kernel_arguments(options)
-        if torch.compiler.is_compiling():
-            with torch.no_grad():
-                *outputs, scores = _operator(q, k, *scoring_arguments, *arguments)
-        else:
-            *outputs, scores = backends.call(_operator, (), q, k, *scoring_arguments, *arguments)
+        *outputs, scores = transforms.call(_operator, (), q, k, *scoring_arguments, *arguments)
     else:
         # Each on its own. Scores with a gradient come from their own operator; on the CPU its bits are the same.
-        how = backends.pick("attention_scores", backend, q, q.dtype)
+        how = backends.pick("attention_scores", backend, q, q.dtype, differentiable)
         if how == "reference":
             scores, _ = scoring.attention_scores(q, k, **options)
         else:
             operator = (
                 torch.ops.pyvtk.attention_scores if how == "compiled" else torch.ops.pyvtk.attention_scores_triton
             )
-            scores = backends.call(operator, differentiable, q, k, *score.kernel_arguments(options), False)[0]
+            scores = transforms.call(operator, differentiable, q, k, *score.kernel_arguments(options), False)[0]
         chosen_scores = score.shape_scores(scores.detach(), packed, False, head_reduce)
         key_start, key_stop = (0, keys) if packed else (options["key_start"], options["key_stop"])
         whole = reference.whole_axis(chosen_scores, keys, key_start)

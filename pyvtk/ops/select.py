@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyvtk import _numbers, backends, checks
+from pyvtk import _numbers, backends, checks, transforms
 from pyvtk.reference import select as reference
 from pyvtk.selection import Selection, assemble
 
@@ -24,6 +24,10 @@ def _fake(
     )
 
 
+# Rows are the outermost axis of all of these.
+PER_ROW = dict.fromkeys(
+    ("num_keep_per_row", "threshold", "top_p", "keep", "drop", "candidates", "segments"), 0
+)  # fmt: skip
 # Arguments as in pyvtk/reference/select.py; masks, segments (int32), cu_seqlens (int32) and values per row contiguous;
 # threshold float32, top_p float64.
 backends.define(
@@ -33,6 +37,8 @@ backends.define(
     "SymInt capacity, bool align_right, bool by_score) -> (Tensor indices, Tensor counts, Tensor overflow)",
     fake=_fake,
     dtypes=backends.HALF_AND_SINGLE,
+    vmap=transforms.Fold({"scores": 0} | PER_ROW, (0, 0, 0), lambda given, mapped: given["cu_seqlens"] is not None),
+    lean=True,
 )
 _operator = torch.ops.pyvtk.select.default
 
@@ -53,6 +59,8 @@ backends.define(
     "(Tensor scores, SymInt num_keep) -> (Tensor indices, Tensor counts, Tensor overflow)",
     fake=_fake_top,
     dtypes=backends.HALF_AND_SINGLE,
+    vmap=transforms.Fold({"scores": 0}, (0, 0, 0)),
+    lean=True,
 )
 _top = torch.ops.pyvtk.select_top.default
 
@@ -139,7 +147,7 @@ def resolve(
         checks.same_device(op, "cu_seqlens", cu_seqlens, scores, "scores")
         if cu_seqlens.shape[0] < 1:
             raise ValueError(f"{op}: cu_seqlens must hold at least one entry, got shape (0,)")
-        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+        cu_seqlens = checks.to_int32(cu_seqlens).contiguous()
     if keep is not None:
         keep = _mask(op, "keep", keep, scores)
     if drop is not None:
@@ -160,6 +168,8 @@ def resolve(
         if num_segments is None:
             raise ValueError(f"{op}: num_segments must be given with segments, unless num_keep is [batch, segments]")
         checks.integer(op, "num_segments", num_segments, 1)
+        if num_segments >= 2**31:  # ids are int32 in kernels
+            raise ValueError(f"{op}: num_segments must be below 2**31, got {num_segments}")
         if segments.dtype != torch.int32:
             # Clamped first: an id beyond int32 must not wrap around to a valid one.
             segments = segments.clamp(-1, num_segments).to(torch.int32)
@@ -167,7 +177,8 @@ def resolve(
         raise ValueError(f"{op}: num_segments must be None without segments, got {num_segments}")
     groups = 1 if num_segments is None else num_segments
     if isinstance(num_keep, Tensor):
-        per_row = _per_row(op, "num_keep", num_keep.long(), num_segments, scores, cu_seqlens)
+        # Kernels take forced tokens off it: from int64's least that would wrap around to "all of them".
+        per_row = _per_row(op, "num_keep", num_keep.long().clamp(min=0), num_segments, scores, cu_seqlens)
     if threshold is not None:
         threshold = _number(op, "threshold", threshold, scores).to(scores.dtype)
         threshold = threshold if scores.dtype == torch.float64 else threshold.float()

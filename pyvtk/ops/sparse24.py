@@ -5,13 +5,14 @@ The format (values, metadata, scales) is described byte by byte in ``pyvtk/refer
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from pyvtk import backends, checks
+from pyvtk import backends, checks, transforms
 from pyvtk.reference import sparse24 as reference
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu")
@@ -34,12 +35,14 @@ backends.define(
     "sparse24_compress",
     "(Tensor weight, Tensor mask, bool trusted=False) -> (Tensor values, Tensor metadata)",
     fake=_compress_fake,
+    vmap=transforms.Fold({"weight": 0, "mask": 0}, (0, 0)),
     dtypes=(*backends.HALF_AND_SINGLE, torch.int8),
 )
 backends.define(
     "sparse24_decompress",
     "(Tensor values, Tensor metadata) -> Tensor",
     fake=lambda values, metadata: values.new_empty((values.shape[0], values.shape[1] * 2)),
+    vmap=transforms.Fold({"values": 0, "metadata": 0}, (0,)),
     dtypes=(*backends.HALF_AND_SINGLE, torch.int8),
 )
 # choice: pairs (rows, kernel), ascending: from so many rows of x on, this kernel. The operator looks at x's rows, so
@@ -50,6 +53,7 @@ backends.define(
     "(Tensor x, Tensor values, Tensor metadata, Tensor? scales, Tensor? dense, Tensor? bias, Tensor? mul, "
     "str activation, SymInt[] choice, Tensor? vendor=None) -> Tensor",
     fake=_linear_fake,
+    vmap=transforms.Fold({"x": 0, "mul": 0}, (0,)),
     dtypes=backends.HALF_AND_SINGLE,
 )
 backends.define(
@@ -57,6 +61,7 @@ backends.define(
     "(Tensor x, Tensor values, Tensor metadata, Tensor scales, Tensor? x_scale, Tensor? bias, Tensor? mul, "
     "str activation) -> Tensor",
     fake=_linear_fake,
+    vmap=transforms.Fold({"x": 0, "mul": 0}, (0,)),
     dtypes=backends.HALF_AND_SINGLE,
 )
 
@@ -87,7 +92,7 @@ def _linear_backward(ctx, grad):
     x, values, metadata, scales, dense = ctx.saved_tensors
     grad_x = grad_values = grad_bias = None
     if ctx.needs_input_grad[0]:
-        if dense is None:
+        if dense is None or ctx.needs_input_grad[1]:  # a copy would cut a second gradient off
             dense = decompress(values, metadata)
             dense = dense if scales is None else (dense * scales[:, None]).to(x.dtype)
         grad_x = grad @ dense
@@ -99,13 +104,13 @@ def _linear_backward(ctx, grad):
     return grad_x, grad_values, None, None, None, grad_bias, None, None, None, None
 
 
-torch.library.register_autograd("pyvtk::sparse24_compress", _compress_backward, setup_context=_save_metadata)
-torch.library.register_autograd(
-    "pyvtk::sparse24_decompress",
+transforms.gradient("sparse24_compress", _compress_backward, setup_context=_save_metadata)
+transforms.gradient(
+    "sparse24_decompress",
     _decompress_backward,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
 )
-torch.library.register_autograd("pyvtk::sparse24_linear", _linear_backward, setup_context=_linear_setup)
+transforms.gradient("sparse24_linear", _linear_backward, setup_context=_linear_setup)
 
 
 def _check_packed(op: str, values, metadata) -> None:
@@ -203,16 +208,16 @@ def compress(
     checks.shape(op, "mask", mask, tuple(weight.shape), "[out_features, in_features]")
     checks.same_device(op, "mask", mask, weight, "weight")
     weight, mask = (x if x.stride(1) == 1 else x.contiguous() for x in (weight, mask))
-    if backends.pick("sparse24_compress", backend, weight, weight.dtype) == "compiled":
-        return backends.call(torch.ops.pyvtk.sparse24_compress, (weight,), weight, mask, trusted)
+    if backends.pick("sparse24_compress", backend, weight, weight.dtype, (weight,)) == "compiled":
+        return transforms.call(torch.ops.pyvtk.sparse24_compress, (weight,), weight, mask, trusted)
     return reference.compress(weight, mask, trusted)
 
 
 def decompress(values: Tensor, metadata: Tensor, *, backend: str | None = None) -> Tensor:
     """The dense matrix [N, K] of values [N, K / 2] and metadata, in values' dtype (scales are not applied)."""
     _check_packed("sparse24.decompress", values, metadata)
-    if backends.pick("sparse24_decompress", backend, values, values.dtype) == "compiled":
-        return backends.call(torch.ops.pyvtk.sparse24_decompress, (values,), values, metadata)
+    if backends.pick("sparse24_decompress", backend, values, values.dtype, (values,)) == "compiled":
+        return transforms.call(torch.ops.pyvtk.sparse24_decompress, (values,), values, metadata)
     return reference.decompress(values, metadata)
 
 
@@ -264,17 +269,18 @@ def linear(
         checks.dtype(op, "vendor", vendor, (x.dtype,))
         checks.same_device(op, "vendor", vendor, x, "x")
     check_choice(op, choice, dense, vendor)
-    if backends.pick("sparse24_linear", backend, x, x.dtype) == "reference":
-        with _full_precision(x):
+    differentiable = (x, values, bias, mul)
+    if backends.pick("sparse24_linear", backend, x, x.dtype, differentiable) == "reference":
+        with full_precision(x):
             return reference.linear(x, values, metadata, scales, dense, bias, mul, activation, choice)
     operator = torch.ops.pyvtk.sparse24_linear
     rest = (values, metadata, scales, dense, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias, mul)):
+    if transforms.wants_gradient(*differentiable):
         out = operator(_rows(x), *rest, None, "none", choice, vendor).reshape(*x.shape[:-1], values.shape[0])
         out = reference.activate(out, activation)
         return out if mul is None else out * mul
     mul = None if mul is None else _rows(mul)
-    out = backends.call(operator, (), _rows(x), *rest, mul, activation, choice, vendor)
+    out = transforms.call(operator, (), _rows(x), *rest, mul, activation, choice, vendor)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], values.shape[0])
 
 
@@ -293,7 +299,8 @@ def linear_int8(
     """:func:`linear` with int8 values and x rounded to int8 too: exact sums of whole numbers, times both scales.
 
     x becomes clamp(round(x / s), -127, 127), half to even; s is x_scale (float32 [1], of the whole tensor), or of each
-    row max |x| / 127 (1 for a row of zeros). Not differentiable: :func:`pyvtk.sparse24.fake_quantize` is for training.
+    row max |x| / 127 (1 for a row of zeros, and for one below 1.5e-36, which becomes zeros). Not differentiable:
+    :func:`pyvtk.sparse24.fake_quantize` is for training.
 
     Returns, raises: as :func:`linear`; ValueError too if a gradient is asked for.
     """
@@ -306,24 +313,29 @@ def linear_int8(
         checks.dtype(op, "x_scale", x_scale, (torch.float32,))
         checks.shape(op, "x_scale", x_scale, (1,), "[1]")
         checks.same_device(op, "x_scale", x_scale, x, "x")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, mul)):
+    if transforms.wants_gradient(x, bias, mul):
         raise ValueError(f"{op}: x, bias and mul must not ask for a gradient (rounding has none), got one that does")
     if backends.pick("sparse24_linear_int8", backend, x, x.dtype) == "reference":
-        with _full_precision(x):
+        with full_precision(x):
             return reference.linear_int8(x, values, metadata, scales, x_scale, bias, mul, activation)
     mul = None if mul is None else _rows(mul)
     rest = (values, metadata, scales, x_scale, bias, mul, activation)
-    out = backends.call(torch.ops.pyvtk.sparse24_linear_int8, (), _rows(x), *rest)
+    out = transforms.call(torch.ops.pyvtk.sparse24_linear_int8, (), _rows(x), *rest)
     return out if x.dim() == 2 else out.reshape(*x.shape[:-1], values.shape[0])
 
 
-def _full_precision(x: Tensor):
+def full_precision(x: Tensor):
     """Autocast would round inside the reference, too."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if backends.autocasts(device) else nullcontext()
 
 
+def count_rows(x: Tensor) -> int:
+    """Of x [..., columns]. Not numel() of its shape, which torch.export takes for a fixed number."""
+    return math.prod(x.shape[:-1])
+
+
 def _rows(x: Tensor) -> Tensor:
     """x as a matrix with a contiguous last dimension; a view where its strides allow."""
-    x = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    x = x if x.dim() == 2 else x.reshape(count_rows(x), x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

@@ -87,6 +87,23 @@ def neighbor_attention(
     return out.reshape(batch, heads, queries, dim).masked_fill(blind[..., None], 0), lse
 
 
+def weighed_attention(
+    grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, k_bias: Tensor | None,
+    visual_heads: Tensor | None, out: Tensor, lse: Tensor, plan: list[Tensor], rule: list[int], scale: float,
+    keep_mass: bool, zero_rows: bool,
+) -> Tensor:  # fmt: skip
+    """sum of grad_out * out and grad_lse * lse, over queries that see something: what ``neighbor_attention_backward``
+    gives the gradients of."""
+    out, lse = neighbor_attention(q, k, v, k_bias, visual_heads, plan, rule, scale, keep_mass, zero_rows)
+    total = out.new_zeros(())
+    if grad_out is not None:
+        total = total + (grad_out * out).sum()
+    if grad_lse is not None:
+        blind = lse == float("-inf")
+        total = total + (grad_lse.masked_fill(blind, 0) * lse.masked_fill(blind, 0)).sum()
+    return total
+
+
 def group_weights(
     lses: list[Tensor], coefficients: list[Tensor] | None, renormalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,3 +133,8 @@ def weigh_groups(outs: list[Tensor], weights: Tensor, seen: Tensor) -> Tensor:
     hidden = [~s[..., None] | ((w == 0)[..., None] & ~out.isfinite()) for w, s, out in zip(weights, seen, outs)]
     parts = [out.to(wide).masked_fill(h, 0) for h, out in zip(hidden, outs)]
     return sum(w.to(wide)[..., None] * part for w, part in zip(weights, parts)).to(outs[0].dtype)
+
+
+def weighed_groups(grad: Tensor, outs: list[Tensor], weights: Tensor) -> Tensor:
+    """sum of grad * weigh_groups(outs, weights): what ``weigh_groups_backward`` gives the gradients of."""
+    return (weigh_groups(outs, weights, torch.ones_like(weights, dtype=torch.bool)) * grad).sum()

@@ -148,6 +148,15 @@ def restore(
     return out.movedim(list(range(lead + 1)), [*range(lead), dim]).contiguous()
 
 
+def weighed_restore(
+    indices: Tensor, counts: Tensor, align_right: bool, grad: Tensor, update: Tensor, gate: Tensor | None, dim: int,
+    packed_source: bool,
+) -> Tensor:  # fmt: skip
+    """sum of grad * restore(update, gate): what ``restore_backward`` gives the gradients of."""
+    out = restore(indices, counts, align_right, update, None, gate, dim, grad.shape[dim], packed_source)
+    return (out * grad).sum()
+
+
 def compact_kv_(indices: Tensor, counts: Tensor, caches: list[Tensor]) -> None:
     """cache[b, h, :capacity] = the kept rows in order, then zeros. Later rows stay as they are."""
     capacity = indices.shape[-1]

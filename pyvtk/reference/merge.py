@@ -30,3 +30,10 @@ def merge_tokens(
         divisor = totals.unsqueeze(-1).to(wide).masked_fill(empty, 1)
         sums = (sums / divisor).masked_fill(empty, 0)
     return sums.to(x.dtype), totals
+
+
+def weighed_merge(
+    grad: Tensor, x: Tensor, assignment: Tensor, weights: Tensor | None, totals: Tensor, mean: bool
+) -> Tensor:
+    """sum of grad * merge_tokens(x, weights): what ``merge_tokens_backward`` gives the gradients of."""
+    return (merge_tokens(x, assignment, weights, grad.shape[1], mean)[0] * grad).sum()

@@ -23,6 +23,8 @@ Packed samples are one long sample in which pairs of different samples do not se
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -66,34 +68,22 @@ def _reduce_heads(values: Tensor, head_reduce: str, kv_heads: int) -> Tensor:
     return grouped.sum(2) if kind == "sum" else grouped.mean(2)
 
 
-def attention_scores(
-    q: Tensor,
-    k: Tensor,
-    *,
-    q_positions: Tensor | None,
-    k_positions: Tensor | None,
-    q_mask: Tensor | None,
-    k_mask: Tensor | None,
-    k_bias: Tensor | None,
-    head_weights: Tensor | None,
-    lse: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    causal: bool,
-    key_start: int,
-    key_stop: int,
-    range_denominator: bool,
-    scale: float,
-    query_reduce: tuple[str, ...],
-    head_reduce: str,
-    heads_first: bool,
-    logit: bool,
-) -> tuple[Tensor, Tensor]:
-    """The definition above; arguments as the operator of pyvtk/ops/score.py takes them.
+class _Values(NamedTuple):
+    """v_hij and what there is to know about pairs, for the keys of key_range."""
 
-    Returns:
-        scores [reductions, batch, out_heads, scored keys] and lse [batch, q_heads, queries]; batch is 1 if packed.
-    """
+    values: Tensor  # [batch, q_heads, queries, scored keys], with head_weights
+    seen: Tensor  # bool [batch, 1, queries, scored keys]
+    valid: Tensor  # bool, the same: whether the query exists for the key
+    lse: Tensor  # [batch, q_heads, queries]
+
+
+def _values(
+    q: Tensor, k: Tensor, q_positions: Tensor | None, k_positions: Tensor | None, q_mask: Tensor | None,
+    k_mask: Tensor | None, k_bias: Tensor | None, head_weights: Tensor | None, lse: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, causal: bool, key_start: int, key_stop: int,
+    range_denominator: bool, scale: float, logit: bool,
+) -> _Values:  # fmt: skip
+    """The map that the definition above begins with."""
     packed = cu_seqlens_q is not None
     if packed:
         # [total, heads, dim] -> [1, heads, total, dim]
@@ -157,6 +147,42 @@ def attention_scores(
         values = (z_seen - lse[..., None].masked_fill(dead, 0)).exp().masked_fill(dead | ~seen, 0)
     if head_weights is not None:
         values = values * head_weights.to(dtype).reshape(-1, q_heads, 1, 1)
+    return _Values(values, seen, valid, lse)
+
+
+def attention_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    q_positions: Tensor | None,
+    k_positions: Tensor | None,
+    q_mask: Tensor | None,
+    k_mask: Tensor | None,
+    k_bias: Tensor | None,
+    head_weights: Tensor | None,
+    lse: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    key_start: int,
+    key_stop: int,
+    range_denominator: bool,
+    scale: float,
+    query_reduce: tuple[str, ...],
+    head_reduce: str,
+    heads_first: bool,
+    logit: bool,
+) -> tuple[Tensor, Tensor]:
+    """The definition above; arguments as the operator of pyvtk/ops/score.py takes them.
+
+    Returns:
+        scores [reductions, batch, out_heads, scored keys] and lse [batch, q_heads, queries]; batch is 1 if packed.
+    """
+    values, seen, valid, lse = _values(
+        q, k, q_positions, k_positions, q_mask, k_mask, k_bias, head_weights, lse, cu_seqlens_q, cu_seqlens_k, causal,
+        key_start, key_stop, range_denominator, scale, logit,
+    )  # fmt: skip
+    kv_heads, queries = k.shape[1], values.shape[2]
     if heads_first:
         values = _reduce_heads(values, head_reduce, kv_heads)
 
@@ -178,3 +204,42 @@ def attention_scores(
             result = _reduce_heads(result, head_reduce, kv_heads)
         results.append(result.masked_fill(nobody, -torch.inf) if logit else result)
     return torch.stack(results), lse
+
+
+def weighed_sum(
+    grad_linear: Tensor, grad_max: Tensor | None, max_query: Tensor | None, grad_lse: Tensor | None, lse: Tensor | None,
+    q: Tensor, k: Tensor, q_positions: Tensor | None, k_positions: Tensor | None, q_mask: Tensor | None,
+    k_mask: Tensor | None, k_bias: Tensor | None, head_weights: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, causal: bool, key_start: int, key_stop: int, range_denominator: bool, lse_given: bool,
+    scale: float, logit: bool, pair_max_heads: int,
+) -> Tensor:  # fmt: skip
+    """What ``attention_scores_backward`` gives the gradients of: the sum over pairs of grad_linear_hj v_hij, and of
+    grad_max_hj v_hij for i = max_query_hj, and of grad_lse_hi lse_hi.
+
+    pair_max_heads: key heads that share a maximum for every pair, whose lowest winner alone gets grad_linear; 0: all.
+    lse: if it was given. head_weights: [samples, q_heads], also of packed samples. max_query counts within the sample.
+    """
+    packed = cu_seqlens_q is not None
+    values, seen, _, lse = _values(
+        q, k, q_positions, k_positions, q_mask, k_mask, k_bias, None, lse, cu_seqlens_q, cu_seqlens_k,
+        causal, key_start, key_stop, range_denominator, scale, logit,
+    )  # fmt: skip
+    number = torch.arange(values.shape[2], device=q.device)
+    if packed:
+        sample = _sample_numbers(cu_seqlens_q, values.shape[2]).clamp(max=max(cu_seqlens_q.shape[0] - 2, 0))
+        number = number - cu_seqlens_q.long()[sample]
+    if head_weights is not None:
+        of_rows = head_weights[sample].T[None] if packed else head_weights[..., None]
+        values = values * of_rows[..., None].to(values.dtype)
+    takes = grad_linear[:, :, None]
+    if pair_max_heads:
+        groups = values.detach().masked_fill(~seen, -torch.inf).unflatten(1, (k.shape[1] // pair_max_heads, -1))
+        head = torch.arange(groups.shape[2], device=q.device)[:, None, None]
+        takes = takes * (groups.argmax(2, keepdim=True) == head).flatten(1, 2)
+    if grad_max is not None:
+        takes = takes + torch.where(max_query[:, :, None] == number[:, None], grad_max[:, :, None], 0)
+    total = (takes * values).sum()
+    if grad_lse is not None and not lse_given:
+        blind = lse == -torch.inf
+        total = total + (grad_lse * lse.masked_fill(blind, 0)).masked_fill(blind, 0).sum()
+    return total

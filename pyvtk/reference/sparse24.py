@@ -10,7 +10,7 @@ scales    float32 [out_features] of int8 values: weight[n, k] = value * scales[n
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
@@ -122,13 +122,14 @@ def linear(
 def quantize_rows(x: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """x as whole numbers in -127..127 (in x's wide dtype) and the scale they are multiples of.
 
-    The scale is x_scale [1], or of each row max |x| / 127, and 1 where that is 0. A NaN makes its row NaN, and so does
-    an infinity without x_scale.
+    The scale is x_scale [1], or of each row max |x| / 127, and 1 where that is below the smallest normal number: a row
+    of zeros, or of numbers so small that they become zeros. A NaN makes its row NaN, and so does an infinity without
+    x_scale.
     """
     x = x.to(_wide(x.dtype))
     if x_scale is None:
         scale = x.abs().amax(-1, keepdim=True) / 127 if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
-        scale = torch.where(scale == 0, 1, scale)
+        scale = torch.where(scale < torch.finfo(x.dtype).tiny, 1, scale)
     else:
         scale = x_scale.to(x.dtype)
     return (x / scale).round().clamp(-127, 127), scale
@@ -172,15 +173,21 @@ def prune_n_of_m(scores: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     return mask.flatten(-2).movedim(-1, dim)
 
 
+# The 90 patterns of :func:`transposable_patterns` as numbers of 16 bits, the first row in the highest.
+_ROWS = [sum(8 >> column for column in pair) for pair in combinations(range(4), 2)]
+_TRANSPOSABLE = tuple(
+    rows[0] << 12 | rows[1] << 8 | rows[2] << 4 | rows[3]
+    for rows in product(_ROWS, repeat=4)
+    if all(sum(row >> column & 1 for row in rows) == 2 for column in range(4))
+)
+
+
 def transposable_patterns() -> Tensor:
-    """bool [90, 4, 4]: all 4x4 patterns with two entries in every row and column, in ascending order of their kept
-    positions."""
-    rows = torch.zeros(6, 4, dtype=torch.bool)
-    for row, pair in enumerate(combinations(range(4), 2)):
-        rows[row, list(pair)] = True
-    every = torch.cartesian_prod(*[torch.arange(6)] * 4)
-    blocks = rows[every]
-    return blocks[(blocks.sum(1) == 2).all(-1)]
+    """bool [90, 4, 4], on the CPU: all 4x4 patterns with two entries in every row and column, in ascending order of
+    their kept positions."""
+    numbers = torch.tensor(_TRANSPOSABLE, dtype=torch.int64, device="cpu")
+    bits = numbers[:, None] >> torch.arange(15, -1, -1, device="cpu") & 1
+    return bits.bool().reshape(-1, 4, 4)
 
 
 def prune_transposable(scores: Tensor) -> Tensor:

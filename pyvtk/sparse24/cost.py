@@ -476,7 +476,8 @@ def calibrate(
         The file written (in PYVTK_CACHE, or the user's cache folder).
 
     Raises:
-        RuntimeError: there are no compiled kernels for this device; the message says why.
+        RuntimeError: there are no compiled kernels for this device; the message says why. OSError, before anything is
+        measured: the file cannot be written.
     """
     op = "sparse24.calibrate"
     device = torch.device(device)
@@ -490,6 +491,7 @@ def calibrate(
         reason = backends.why_not("sparse24_linear", "compiled", device, of_x)
         if reason is not None:
             raise RuntimeError(f"{op}: there is nothing to measure on {device}: {reason}")
+    _refuse_unwritable(op, table_path(device))
     found: dict[str, dict[str, list[dict]]] = {}
     left_out: dict[str, dict[str, str]] = {}
     with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -541,7 +543,7 @@ def _measure_shape(
     mask = two_of_four(dense.abs())
     if dtype == torch.int8:
         whole = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
-        weight = Sparse24Weight(*ops.compress(whole, mask), torch.full((n,), 0.01, device=device))
+        weight = Sparse24Weight(*ops.compress(whole, mask), torch.full((n,), 0.01, dtype=torch.float32, device=device))
     else:
         weight = Sparse24Weight(*ops.compress(dense, mask))
     packed = [(weight.values.clone(), weight.metadata.clone()) for _ in range(_copies(weight.nbytes))]
@@ -581,6 +583,28 @@ def _measure_shape(
         for kernel, timing in timings.items():
             times[kernel][m] = timing.median
     return times, why_no_vendor
+
+
+def _refuse_unwritable(op: str, path: Path) -> None:
+    """OSError if the table could not be written, by writing next to it; nothing of that is left, folders neither."""
+    missing: list[Path] = []
+    try:
+        missing += [folder for folder in path.parents if not folder.exists()]
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(b"a full disk shows at the first block")
+            file.flush()
+    except OSError as error:
+        raise type(error)(
+            f"{op}: its table must go to {path}, which cannot be written (PYVTK_CACHE names another folder), "
+            f"got {error}"
+        ) from error
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import contextlib
+from dataclasses import dataclass, replace
 
 import torch
 import torch.utils._pytree as pytree
@@ -12,16 +13,12 @@ from pyvtk import checks
 from pyvtk.ops import sparse24 as ops
 from pyvtk.reference import sparse24 as reference
 from pyvtk.sparse24 import vendor as cusparselt
+from pyvtk.sparse24.copies import Copies, has_values, why_not_sealed
 
 FORMAT_VERSION = 1
 FEW, MANY, DENSE, VENDOR = range(4)  # kernels, as in ``choice``
 DEFAULT = -1  # few or many, as the operator has it where there is no choice
 LAYOUTS = ("cutlass", "cusparselt")
-
-
-def _version(tensor: Tensor) -> int:
-    """How often the tensor was written to; unknown (0) for tensors of inference mode."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass(eq=False)
@@ -38,22 +35,24 @@ class Sparse24Weight:
         scales: float32 [N] for int8 values, whose weight is value * scales[n]; None otherwise.
         choice: which kernel runs from how many rows on, pairs (rows, kernel); see :func:`estimate`. Empty: the kernel
             for few rows below 8 (on CUDA 33), the one for many from there.
-        dense: a dense copy for the row counts where ``choice`` prefers it; made by :meth:`cache_dense`.
-        transposed: the compressed transpose, where the mask allows one; see :meth:`with_transpose`.
-        vendor: the weight as cuSPARSELt wants it, for the row counts where ``choice`` prefers its kernel; made by
-            :meth:`cache_vendor`, opaque.
 
-    A pytree. Only values, metadata and scales are part of the format and of :meth:`state_dict`.
+    Beside these a weight may hold copies of itself, ``dense``, ``vendor`` and ``transposed``, each None unless it was
+    made and nothing was written since to values, metadata or scales, or put in their place. **What torch does not
+    count is not seen**: after a write through ``.data`` (``values.data.mul_(2)``), by the replay of a CUDA graph or by
+    another library that shares the memory, call :meth:`drop_copies`. Where torch counts nothing, there are no copies:
+    of a weight made in inference mode, and of one whose values ask for a gradient (fused optimizers write uncounted; a
+    product drops the copies that it finds). Copies stay behind in copy, deepcopy, pickle, dataclasses.replace and the
+    state dict.
+
+    A pytree of values, metadata and scales, so it passes through torch.export as well; these alone are part of the
+    format and of :meth:`state_dict`.
     """
 
     values: Tensor
     metadata: Tensor
     scales: Tensor | None = None
     choice: tuple[int, ...] = ()
-    dense: Tensor | None = None
-    transposed: Sparse24Weight | None = None
-    vendor: Tensor | None = None
-    _copied_version: int = field(default=0, repr=False)
+    _copies = None  # no field: Copies, once there are some
 
     @property
     def shape(self) -> torch.Size:
@@ -70,6 +69,24 @@ class Sparse24Weight:
         return self.values.device
 
     @property
+    def dense(self) -> Tensor | None:
+        """A dense copy for the row counts where ``choice`` prefers it; made by :meth:`cache_dense`."""
+        copies = self.current_copies()
+        return None if copies is None else copies.dense
+
+    @property
+    def vendor(self) -> Tensor | None:
+        """The weight as cuSPARSELt wants it, opaque; made by :meth:`cache_vendor`."""
+        copies = self.current_copies()
+        return None if copies is None else copies.vendor
+
+    @property
+    def transposed(self) -> Sparse24Weight | None:
+        """The compressed transpose; made by :meth:`with_transpose`."""
+        copies = self.current_copies()
+        return None if copies is None else copies.transposed
+
+    @property
     def nbytes(self) -> int:
         """Everything that is held, the dense copy, the vendor's form and the transpose too."""
         tensors = (self.values, self.metadata, self.scales, self.dense, self.vendor)
@@ -79,6 +96,13 @@ class Sparse24Weight:
     def __repr__(self) -> str:
         more = "".join(f", {name}" for name in ("dense", "vendor", "transposed") if getattr(self, name) is not None)
         return f"Sparse24Weight({list(self.shape)}, {self.dtype}, {self.device}, {self.nbytes} bytes{more})"
+
+    def __getstate__(self) -> dict:
+        return {name: getattr(self, name) for name in _FIELDS}
+
+    def __setstate__(self, state: dict) -> None:
+        # by name: earlier versions stored copies, too
+        self.__dict__.update({name: state[name] for name in _FIELDS})
 
     def decompress(self, dtype: torch.dtype | None = None) -> Tensor:
         """Dense [N, K], bit for bit what was compressed; int8 values times their scales, as float32 or ``dtype``."""
@@ -92,54 +116,99 @@ class Sparse24Weight:
         return ops.decompress(torch.ones_like(self.values, dtype=torch.int8), self.metadata).bool()
 
     def cache_dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense copy [N, K] in ``dtype`` (of the values, or float32), made unless there is a current one."""
+        """The dense copy [N, K] in ``dtype`` (of the values, or float32), made unless there is a current one. Not to be
+        written to. RuntimeError: a weight whose writes torch does not count (see the class), or without numbers."""
         dtype = dtype or (torch.float32 if self.scales is not None else self.dtype)
-        self._drop_old_copies()
-        if self.dense is None or self.dense.dtype != dtype:
-            with torch.no_grad():
-                self.dense = self.decompress(dtype)
-        return self.dense
+        dense = self.dense
+        if dense is None or dense.dtype != dtype:
+            self._refuse_copies("cache_dense")
+            with _making_copies():
+                dense = self.decompress(dtype)
+            self._keep("dense", dense)
+        return dense
 
     def cache_vendor(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in cuSPARSELt's form, for x of ``dtype`` (of the values), made unless there is a current one.
 
-        About 9/16 of a dense copy's bytes, and one for a moment. RuntimeError: cuSPARSELt is not there, or does not
-        take this shape, dtype or device; the message says which.
+        About 9/16 of a dense copy's bytes, and one for a moment. RuntimeError: as of :meth:`cache_dense`; cuSPARSELt is
+        not there, or does not take this shape, dtype or device; the message says which.
         """
         dtype = dtype or self.dtype
-        self._drop_old_copies()
-        if self.vendor is None or self.vendor.dtype != dtype:
+        packed = self.vendor
+        if packed is None or packed.dtype != dtype:
             reason = cusparselt.why_not(*self.shape, dtype, self.device)
             if reason is not None:
                 raise RuntimeError(f"Sparse24Weight.cache_vendor: the vendor's kernel cannot run: {reason}")
-            with torch.no_grad():
-                self.vendor = cusparselt.pack(self.decompress(dtype))
-        return self.vendor
-
-    def _drop_old_copies(self) -> None:
-        version = _version(self.values)
-        if self._copied_version != version:
-            self.drop_dense()
-        self._copied_version = version
-
-    def drop_dense(self) -> None:
-        """Free the dense copy, and the vendor's form."""
-        self.dense = self.vendor = None
+            self._refuse_copies("cache_vendor")
+            with _making_copies():
+                packed = cusparselt.pack(self.decompress(dtype))
+            self._keep("vendor", packed)
+        return packed
 
     def with_transpose(self) -> Sparse24Weight:
-        """The same weight that holds its compressed transpose too; ValueError unless that is 2:4 (see ``prune``)."""
+        """The same weight that holds its compressed transpose too, for the gradient of x.
+
+        Only what is not 0 counts: of four neighbours along out_features two at most (:func:`prune` with
+        ``transposable=True`` makes such weights). After a write to the weight the transpose is gone, and the gradient
+        of x right without it; call this again.
+
+        ValueError: the weight is not 2:4 along out_features, with the place. RuntimeError: as of :meth:`cache_dense`.
+        """
         op = "Sparse24Weight.with_transpose"
         if self.scales is not None:
             raise ValueError(f"{op}: values must be floating, as scales belong to rows, got int8")
-        mask = self.mask().T.contiguous()
-        if mask.shape[1] % 4 or not reference.is_2_of_4(mask):
-            raise ValueError(f"{op}: mask must be transposable, got one whose columns are not 2:4")
-        dense = self.decompress().T.contiguous()
-        return replace(self, transposed=Sparse24Weight(*ops.compress(dense, mask, trusted=True)))
+        if self.shape[0] % 4:
+            raise ValueError(f"{op}: weight must have out_features in multiples of 4, got {self.shape[0]}")
+        self._refuse_copies("with_transpose")
+        with _making_copies():
+            dense = self.decompress().T.contiguous()
+            mask = natural_mask(dense, f"{op}: weight must be 2:4 along out_features too", of_rows="column", of="rows")
+            transposed = Sparse24Weight(*ops.compress(dense, mask, trusted=True))
+        both = replace(self)
+        both._keep("transposed", transposed)
+        return both
+
+    def drop_dense(self) -> None:
+        """Free the dense copy, and the vendor's form."""
+        copies = self.current_copies()
+        self._copies = None
+        if copies is not None and copies.transposed is not None:
+            self._keep("transposed", copies.transposed)
+
+    def drop_copies(self) -> None:
+        """Free all copies: to be called after a write that torch does not count (``values.data.mul_(2)``)."""
+        self._copies = None
+
+    def current_copies(self) -> Copies | None:
+        """What is held, if it still belongs to the weight; what does not is freed."""
+        copies = self._copies
+        if copies is not None and not copies.belong_to(self.values, self.metadata, self.scales):
+            self._copies = copies = None
+        return copies
+
+    def _keep(self, name: str, copy: Tensor | Sparse24Weight) -> None:
+        copies = self.current_copies()
+        if copies is None:
+            copies = self._copies = Copies()
+        copies.keep(name, copy, self.values, self.metadata, self.scales)
+
+    def why_no_copies(self) -> str | None:
+        """Why no copy can be kept (nobody would see it go stale); None if one can."""
+        for name in ("values", "metadata", "scales"):
+            tensor = getattr(self, name)
+            reason = None if tensor is None else why_not_sealed(tensor)
+            if reason is not None:
+                return f"{name} must be a plain tensor, whose writes torch counts, got {reason}"
+        return None
+
+    def _refuse_copies(self, method: str) -> None:
+        reason = self.why_no_copies()
+        if reason is not None:
+            raise RuntimeError(f"Sparse24Weight.{method}: {reason}")
 
     def to(self, *args, **kwargs) -> Sparse24Weight:
-        """On another device, or with values of another floating dtype (arguments as of Tensor.to). Copies are left
-        behind."""
+        """On another device, or with values of another floating dtype (arguments as of Tensor.to). The transpose comes
+        along, other copies are left behind."""
         like = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
         if self.scales is not None and like.dtype != torch.int8:
             raise TypeError(f"Sparse24Weight.to: int8 values have no other dtype, got {like.dtype}; see decompress")
@@ -148,9 +217,11 @@ class Sparse24Weight:
         if (like.dtype, like.device) == (self.dtype, self.device):
             return self
         scales = None if self.scales is None else self.scales.to(like.device)
-        transposed = None if self.transposed is None else self.transposed.to(like.device, like.dtype)
         values, metadata = self.values.to(like.device, like.dtype), self.metadata.to(like.device)
-        return Sparse24Weight(values, metadata, scales, self.choice, None, transposed)
+        moved = Sparse24Weight(values, metadata, scales, self.choice)
+        if self.transposed is not None and moved.why_no_copies() is None:
+            moved._keep("transposed", self.transposed.to(like.device, like.dtype))
+        return moved
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat, contiguous tensors: "values", "metadata", "scales" for int8, and "format_version" int64 [1]."""
@@ -158,7 +229,7 @@ class Sparse24Weight:
         if self.scales is not None:
             state["scales"] = self.scales
         state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-        return state | {"format_version": torch.tensor([FORMAT_VERSION])}
+        return state | {"format_version": torch.tensor([FORMAT_VERSION], device="cpu")}
 
     @staticmethod
     def from_state_dict(state: dict[str, Tensor]) -> Sparse24Weight:
@@ -172,13 +243,22 @@ class Sparse24Weight:
         return Sparse24Weight(values, metadata, scales)
 
 
+@contextlib.contextmanager
+def _making_copies():
+    """Without gradient, and not as tensors of inference mode: a copy outlives the call that made it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def check_version(op: str, version: Tensor) -> None:
-    if int(version) != FORMAT_VERSION:
+    if has_values(version) and int(version) != FORMAT_VERSION:
         raise ValueError(f"{op}: format_version must be {FORMAT_VERSION}, got {int(version)}")
 
 
 def check_metadata(op: str, metadata: Tensor, groups: int) -> None:
-    """Every group's positions ascend: kernels rely on it. The host waits once."""
+    """Every group's positions ascend: kernels rely on it. The host waits once. (Without numbers, nothing to see.)"""
+    if not has_values(metadata):
+        return
     positions = reference._positions(metadata, groups)
     wrong = positions[..., 0] >= positions[..., 1]
     if wrong.any():
@@ -187,40 +267,54 @@ def check_metadata(op: str, metadata: Tensor, groups: int) -> None:
         raise ValueError(f"{op}: metadata must hold ascending positions, got {got} in row {row}, group {group}")
 
 
+_TENSORS = ("values", "metadata", "scales")
+_FIELDS = (*_TENSORS, "choice")
+
+
 def _flatten(weight: Sparse24Weight):
-    children = [weight.values, weight.metadata, weight.scales, weight.dense, weight.transposed, weight.vendor]
-    return children, (weight.choice, weight._copied_version)
+    return [getattr(weight, name) for name in _TENSORS], weight.choice
 
 
-def _unflatten(children, context) -> Sparse24Weight:
-    values, metadata, scales, *copies = children
-    return Sparse24Weight(values, metadata, scales, context[0], *copies, context[1])
+def _unflatten(tensors, choice) -> Sparse24Weight:
+    return Sparse24Weight(*tensors, choice)
 
 
 pytree.register_pytree_node(
-    Sparse24Weight, _flatten, _unflatten, serialized_type_name=f"{__name__}.{Sparse24Weight.__name__}"
+    Sparse24Weight,
+    _flatten,
+    _unflatten,
+    serialized_type_name="pyvtk.sparse24.Sparse24Weight",
+    flatten_with_keys_fn=lambda weight: (
+        [(pytree.GetAttrKey(name), getattr(weight, name)) for name in _TENSORS],
+        weight.choice,
+    ),
+    # torch.export.save writes JSON, which has no tuples
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
 )
+# torch.load and torch.export.load refuse classes that they were not told about
+torch.serialization.add_safe_globals([Sparse24Weight])
 
 
 def refuse_nan(op: str, name: str, value: Tensor) -> None:
-    """ValueError that names the first NaN. The host waits once."""
-    if value.is_floating_point() and value.isnan().any():
+    """ValueError that names the first NaN. The host waits once. (Without numbers, nothing to see.)"""
+    if value.is_floating_point() and has_values(value) and value.isnan().any():
         where = tuple(value.isnan().nonzero()[0].tolist())
         raise ValueError(f"{op}: {name} must not hold NaN, got one at {where}")
 
 
-def _natural_mask(op: str, weight: Tensor) -> Tensor:
+def natural_mask(weight: Tensor, must: str, of_rows: str = "row", of: str = "columns") -> Tensor:
     """bool [N, K]: the two entries of each group that a 2:4 weight keeps. Entries other than 0 come first, then -0.0,
-    which has a sign to lose, then lower positions."""
+    which has a sign to lose, then lower positions. ValueError, beginning with ``must``: more than two are not 0."""
     groups = weight.reshape(weight.shape[0], weight.shape[1] // 4, 4)
     nonzero = groups != 0
     crowded = nonzero.sum(-1) > 2
-    if crowded.any():
+    if has_values(weight) and crowded.any():
         row, group = crowded.nonzero()[0].tolist()
         count, others = int(nonzero[row, group].sum()), int(crowded.sum()) - 1
         raise ValueError(
-            f"{op}: weight must be 2:4 where no mask is given, got {count} entries other than 0 in row {row}, columns "
-            f"{4 * group} to {4 * group + 3} (and {others} more such groups); prune gives a mask"
+            f"{must}, got {count} entries other than 0 in {of_rows} {row}, {of} {4 * group} to {4 * group + 3} "
+            f"(and {others} more such groups); prune gives a mask"
         )
     order = nonzero.to(torch.int8) * 2
     if weight.is_floating_point():
@@ -243,7 +337,7 @@ def compress(weight: Tensor, mask: Tensor | None = None, scales: Tensor | None =
     Raises:
         TypeError, ValueError: an argument that does not fit; a group that is not 2:4, or a NaN, with its place.
 
-    The host waits for the device.
+    The host waits for the device. A weight without numbers (meta, fake) gives one of its shape.
     """
     op = "sparse24.compress"
     checks.tensor(op, "weight", weight, 2)
@@ -252,10 +346,10 @@ def compress(weight: Tensor, mask: Tensor | None = None, scales: Tensor | None =
         raise ValueError(f"{op}: weight must have in_features in multiples of 4, got {weight.shape[1]}")
     refuse_nan(op, "weight", weight)
     if mask is None:
-        mask = _natural_mask(op, weight.detach())
+        mask = natural_mask(weight.detach(), f"{op}: weight must be 2:4 where no mask is given")
     elif isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == weight.shape:
         counts = mask.reshape(weight.shape[0], weight.shape[1] // 4, 4).sum(-1)
-        if (counts != 2).any():
+        if has_values(mask) and (counts != 2).any():
             row, group = (counts != 2).nonzero()[0].tolist()
             raise ValueError(
                 f"{op}: mask must have exactly two in every group of four, got {int(counts[row, group])} in row {row}, "
@@ -347,7 +441,7 @@ def to_torch(weight: Sparse24Weight, layout: str = "cutlass") -> torch.sparse.Sp
     if weight.dtype == torch.float32:
         pairs = weight.decompress().reshape(rows, columns // 2, 2)
         crowded = (pairs != 0).all(-1)
-        if crowded.any():
+        if has_values(pairs) and crowded.any():
             row, pair = crowded.nonzero()[0].tolist()
             raise ValueError(
                 f"{op}: weight of float32 must be 1:2 for torch's cutlass backend, got two entries other than 0 in row "

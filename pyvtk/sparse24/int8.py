@@ -8,26 +8,32 @@ import torch
 from torch import Tensor, nn
 
 from pyvtk import checks
+from pyvtk.sparse24.copies import has_values
 from pyvtk.sparse24.format import Sparse24Weight
+from pyvtk.sparse24.functions import LARGEST, rounded
 from pyvtk.sparse24.pruning import watch_inputs
 
-LARGEST = 127  # -128 is not used, so that the range is symmetric
+# What max |x| / 127 is at least, the smallest normal float32. Below, a scale has so few bits that its multiples are far
+# from x, or is 0; such numbers become zeros.
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def scale_of(largest: Tensor) -> Tensor:
+    """float32: largest / 127; 1 for zeros, and for numbers so small that they become zeros."""
+    scale = largest / LARGEST
+    return torch.where(scale < SMALLEST, 1, scale)
 
 
 def row_scales(weight: Tensor) -> Tensor:
-    """float32 [rows, 1]: max |weight| / 127 of each row, 1 for a row of zeros."""
+    """float32 [rows, 1]: max |weight| / 127 of each row, 1 for a row of zeros (or of numbers below 1.5e-36)."""
     wide = weight.detach().float()
-    largest = wide.abs().amax(-1, keepdim=True) if weight.shape[-1] else wide.new_zeros((*weight.shape[:-1], 1))
-    return torch.where(largest == 0, 1, largest / LARGEST)
-
-
-def _round(x: Tensor, scale: Tensor) -> Tensor:
-    return (x / scale).round().clamp(-LARGEST, LARGEST)
+    return scale_of(wide.abs().amax(-1, keepdim=True) if weight.shape[-1] else wide.new_zeros((*weight.shape[:-1], 1)))
 
 
 def quantize(weight: Sparse24Weight) -> Sparse24Weight:
     """The weight with int8 values and one scale per output channel: value = clamp(round(w / scale), -127, 127), half to
-    even, scale = max |w| / 127 of the channel (1 for a channel of zeros).
+    even, scale = max |w| / 127 of the channel (1 for a channel of zeros, and for one below 1.5e-36, which becomes
+    zeros).
 
     Args:
         weight: of floating values, all finite.
@@ -43,33 +49,12 @@ def quantize(weight: Sparse24Weight) -> Sparse24Weight:
         raise TypeError(f"{op}: weight must be a Sparse24Weight, got {type(weight).__name__}")
     checks.dtype(op, "weight", weight.values, checks.FLOATS)
     values = weight.values.detach()
-    if not values.isfinite().all():
+    if has_values(values) and not values.isfinite().all():
         row = int((~values.isfinite()).nonzero()[0, 0])
         raise ValueError(f"{op}: weight must be finite, got a value that is not in row {row}")
     scales = row_scales(values)
-    return Sparse24Weight(_round(values.float(), scales).to(torch.int8), weight.metadata, scales[:, 0], weight.choice)
-
-
-class FakeQuantize(torch.autograd.Function):
-    """Rounding with a gradient: 1 inside the range, and where it clips 0 (``clips``) or 1."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, clips: bool) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        ctx.clips = clips
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        rounded = _round(x.to(wide), scale.to(wide)) * scale.to(wide)
-        # torch.compile of torch 2.11 loses the gradient of a Function that ends in a .to() of no effect
-        return rounded if wide == x.dtype else rounded.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        if not ctx.clips:
-            return grad, None, None
-        x, scale = ctx.saved_tensors
-        # a value that stands at the edge may exceed it by the rounding of scale; it was not clipped
-        inside = x.abs() <= scale * (LARGEST + 0.5)
-        return grad * inside, None, None
+    whole = (values.float() / scales).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+    return Sparse24Weight(whole, weight.metadata, scales[:, 0], weight.choice)
 
 
 def fake_quantize(x: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -92,7 +77,7 @@ def fake_quantize(x: Tensor, scale: Tensor | None = None) -> Tensor:
     else:
         checks.tensor(op, "scale", scale)
         checks.dtype(op, "scale", scale, checks.FLOATS)
-    return FakeQuantize.apply(x, scale.detach(), True)
+    return rounded(x, scale.detach(), True)
 
 
 class ActivationObserver:
@@ -127,7 +112,7 @@ class ActivationObserver:
             raise ValueError("ActivationObserver.scale: update must have seen a batch, got none")
         if not self.largest.isfinite():
             raise ValueError(f"ActivationObserver.scale: activations must be finite, got {self.largest.item()}")
-        return torch.where(self.largest == 0, 1, self.largest / LARGEST).reshape(1)
+        return scale_of(self.largest).reshape(1)
 
 
 def calibrate_activations(model: nn.Module, batches: Iterable, percentile: float | None = None) -> dict[str, Tensor]:

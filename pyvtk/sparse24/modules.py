@@ -9,6 +9,7 @@ from pyvtk import backends, checks
 from pyvtk.ops import sparse24 as ops
 from pyvtk.reference import sparse24 as reference
 from pyvtk.sparse24 import vendor as cusparselt
+from pyvtk.sparse24.copies import is_current
 from pyvtk.sparse24.format import (
     DEFAULT,
     DENSE,
@@ -18,6 +19,7 @@ from pyvtk.sparse24.format import (
     check_metadata,
     check_version,
 )
+from pyvtk.sparse24.functions import transposed_product, wants_gradient
 
 FALLBACKS = ("cache", "never")
 
@@ -40,23 +42,71 @@ def without(choice: tuple[int, ...], missing: tuple[int, ...] = (DENSE, VENDOR))
     return tuple(result)
 
 
-def _copies(weight: Sparse24Weight, x: Tensor, fallback: str) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
+def _copies(
+    weight: Sparse24Weight, x: Tensor, fallback: str, differentiable: tuple
+) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
     """The dense copy and the vendor's form, as far as this call may use them, and the choice that fits."""
     choice = weight.choice
     # as in without(), not `in`
     if not any(kernel == DENSE or kernel == VENDOR for kernel in choice[1::2]):
         return None, None, choice
-    if fallback == "never" or weight.values.requires_grad:
+    if fallback == "never" or wants_gradient(weight.values):
         return None, None, without(choice)
-    if not torch.compiler.is_compiling():
-        kernel = kernel_at(choice, x.shape[:-1].numel())
-        if kernel == DENSE:
-            weight.cache_dense(x.dtype)
-        elif kernel == VENDOR and cusparselt.why_not(*weight.shape, x.dtype, weight.device) is None:
-            weight.cache_vendor(x.dtype)
-    dense, vendor = (t if t is not None and t.dtype == x.dtype else None for t in (weight.dense, weight.vendor))
+    dense, vendor = _held(weight, differentiable) if torch.compiler.is_compiling() else _made(weight, x)
+    dense, vendor = (t if t is not None and t.dtype == x.dtype else None for t in (dense, vendor))
     missing = tuple(kernel for kernel, copy in ((DENSE, dense), (VENDOR, vendor)) if copy is None)
     return dense, vendor, without(choice, missing)
+
+
+def _made(weight: Sparse24Weight, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The copy that this call needs, made if there is no current one."""
+    kernel = kernel_at(weight.choice, ops.count_rows(x))
+    # a call that is being recorded (make_fx, fake tensors) would keep a copy for good
+    if (kernel != DENSE and kernel != VENDOR) or torch._C._len_torch_dispatch_stack():
+        return None, None
+    copies = weight.current_copies()
+    copy = None if copies is None else copies.dense if kernel == DENSE else copies.vendor
+    if copy is None or copy.dtype != x.dtype:
+        if weight.why_no_copies() is not None:
+            return None, None
+        if kernel == DENSE:
+            copy = weight.cache_dense(x.dtype)
+        elif cusparselt.why_not(*weight.shape, x.dtype, weight.device) is None:
+            copy = weight.cache_vendor(x.dtype)
+    return (copy, None) if kernel == DENSE else (None, copy)
+
+
+def _exporting() -> bool:
+    # not is_exporting(), which torch 2.11 answers with True in all compiled code
+    return torch.compiler._is_exporting_flag
+
+
+def _held(weight: Sparse24Weight, differentiable: tuple) -> tuple[Tensor | None, Tensor | None]:
+    """For torch.compile: copies that are there, whether they are current or not, which the operator finds out at each
+    call. None for a program that is exported, or a gradient, which would be of an old copy."""
+    copies = weight._copies
+    if copies is None or _exporting() or any(wants_gradient(t) for t in differentiable):
+        return None, None
+    return copies.dense, copies.vendor
+
+
+@torch.library.custom_op(
+    "pyvtk::sparse24_linear_by_copy",
+    mutates_args=(),
+    schema="(Tensor x, Tensor values, Tensor metadata, Tensor? scales, Tensor? dense, Tensor? bias, Tensor? mul, "
+    "str activation, SymInt[] choice, Tensor? vendor) -> Tensor",
+)
+def _linear_by_copy(x, values, metadata, scales, dense, bias, mul, activation, choice, vendor):
+    """sparse24_linear for compiled code, which cannot see that a copy went stale: then a sparse kernel stands in."""
+    copies = ((DENSE, dense), (VENDOR, vendor))
+    stale = [k for k, copy in copies if copy is not None and not is_current(copy, values, metadata, scales)]
+    choice = without(choice, tuple(stale))
+    return torch.ops.pyvtk.sparse24_linear(x, values, metadata, scales, dense, bias, mul, activation, choice, vendor)
+
+
+@_linear_by_copy.register_fake
+def _(x, values, *_):
+    return x.new_empty((x.shape[0], values.shape[0]))
 
 
 def _check(op: str, weight) -> None:
@@ -73,35 +123,19 @@ def _cast(x: Tensor, bias: Tensor | None, mul: Tensor | None):
     return x, bias, mul
 
 
-def sparse_product(x: Tensor, values: Tensor, metadata: Tensor, choice=()) -> Tensor:
-    """x W^T by the compiled operators: not by the page, whose checks torch.compile does not trace inside a backward
-    pass. Without gradient."""
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
-    y = torch.ops.pyvtk.sparse24_linear(rows, values, metadata, None, None, None, None, "none", choice)
-    return y.reshape(*x.shape[:-1], values.shape[0])
-
-
-class _WithTranspose(torch.autograd.Function):
-    """x W^T of a frozen weight, whose compressed transpose makes the gradient of x a sparse product too."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: tuple[Tensor, Tensor], transposed: tuple[Tensor, Tensor], choice) -> Tensor:
-        ctx.transposed = transposed
-        return sparse_product(x, *weight, choice)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return sparse_product(grad, *ctx.transposed), None, None, None
-
-
-def _takes_transpose(x, weight: Sparse24Weight, backend: str | None) -> bool:
-    """Whether this call has a gradient of x for which the compressed transpose is of use."""
-    transposed = weight.transposed
-    return (
-        transposed is not None and torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
-        and not weight.values.requires_grad and transposed.dtype == x.dtype == weight.dtype
-        and backends.pick("sparse24_linear", backend, x, x.dtype) == "compiled"
-    )  # fmt: skip
+def _transpose_for(x, weight: Sparse24Weight, backend: str | None) -> Sparse24Weight | None:
+    """The compressed transpose, if this call has a gradient of x for which it is of use."""
+    if weight._copies is None or not isinstance(x, Tensor):
+        return None
+    if weight.values.requires_grad:
+        weight.drop_copies()  # its optimizer may be one that writes uncounted
+        return None
+    if not wants_gradient(x) or wants_gradient(weight.values):
+        return None
+    transposed = weight._copies.transposed if torch.compiler.is_compiling() else weight.transposed
+    if transposed is None or _exporting() or not transposed.dtype == x.dtype == weight.dtype:
+        return None
+    return transposed if backends.pick("sparse24_linear", backend, x, x.dtype) == "compiled" else None
 
 
 def linear(
@@ -128,14 +162,16 @@ def linear(
             "cache" makes the weight it needs at first need and keeps it (it counts in ``weight.nbytes``; torch.compile
             uses one that is there and makes none, nor should a CUDA graph); "never" stays with our sparse kernels.
             These stand in, too, where cuSPARSELt is not there or does not take the weight (16-bit x, both sizes in
-            multiples of 16): :func:`estimate` leaves it out there, ``weight.cache_vendor`` says why.
+            multiples of 16): :func:`estimate` leaves it out there, ``weight.cache_vendor`` says why. So they do for a
+            weight made in inference mode, whose copies nobody would see go stale, and in compiled code where a gradient
+            is asked for.
         backend: "compiled", "reference", or None for the first that can run.
 
     Returns:
         [..., out_features] in x's dtype; sums in float32, rounded once. Differentiable in x, weight.values, bias and
         mul; the gradient of x is a sparse product where ``weight.transposed`` is there, weight.values asks for no
-        gradient and the kernels are compiled (forward too runs our sparse kernels then). Under autocast x, values and
-        mul take its dtype.
+        gradient and the kernels are compiled (forward too runs our sparse kernels then). Under autocast x, values, bias
+        (unless it is float32) and mul take its dtype.
 
     Raises:
         TypeError, ValueError: an argument that does not fit. RuntimeError: the backend cannot run.
@@ -149,15 +185,24 @@ def linear(
         values = values.to(x.dtype)
     dense, vendor, choice = None, None, ()
     if isinstance(x, Tensor) and x.dim():
-        dense, vendor, choice = _copies(weight, x, dense_fallback)
+        dense, vendor, choice = _copies(weight, x, dense_fallback, (x, bias, mul))
     activation = "none" if activation is None else activation
-    if _takes_transpose(x, weight, backend):
+    transposed = _transpose_for(x, weight, backend)
+    if transposed is not None:
         ops.check_call(op, x, values, weight.metadata, weight.scales, bias, mul, activation)
-        packed = [(w.values, w.metadata) for w in (weight, weight.transposed)]
-        y = _WithTranspose.apply(x, *packed, without(choice))
+        y = transposed_product(x, weight, transposed, without(choice))
         y = y if bias is None else y + bias.to(y.dtype)
         y = reference.activate(y, activation)
         return y if mul is None else y * mul
+    if dense is not None or vendor is not None:
+        if torch.compiler.is_compiling() and backends.pick("sparse24_linear", backend, x, x.dtype) == "compiled":
+            ops.check_call(op, x, values, weight.metadata, weight.scales, bias, mul, activation)
+            rows, mul = (
+                None if t is None else t.reshape(ops.count_rows(t), t.shape[-1]).contiguous() for t in (x, mul)
+            )
+            parts = (values, weight.metadata, weight.scales, dense, bias, mul, activation, choice, vendor)
+            y = torch.ops.pyvtk.sparse24_linear_by_copy(rows, *parts)
+            return y.reshape(*x.shape[:-1], y.shape[-1])
     return ops.linear(
         x, values, weight.metadata, scales=weight.scales, dense=dense, bias=bias, mul=mul, activation=activation,
         choice=choice, vendor=vendor, backend=backend,
@@ -251,9 +296,9 @@ class Sparse24Linear(nn.Module):
         self.register_buffer("scales", weight.scales)
         # float32 [1], or [0] for a scale of each row, so that a state dict tells the three apart
         one = x_scale.detach().clone() if isinstance(x_scale, Tensor) else None
-        rows = torch.empty(0, device=weight.device) if isinstance(x_scale, str) else None
+        rows = torch.empty(0, dtype=torch.float32, device=weight.device) if isinstance(x_scale, str) else None
         self.register_buffer("x_scale", rows if one is None else one)
-        self.register_buffer("format_version", torch.tensor([FORMAT_VERSION]))
+        self.register_buffer("format_version", torch.tensor([FORMAT_VERSION], device="cpu"))
         if bias is None or isinstance(bias, nn.Parameter):
             self.register_parameter("bias", bias)
         else:
@@ -264,8 +309,11 @@ class Sparse24Linear(nn.Module):
     @property
     def weight24(self) -> Sparse24Weight:
         """The compressed weight; the same object as long as the buffers are."""
-        known = self._weight24
-        if known is None or known.values is not self.values or known.choice != self.choice:
+        known, buffers = self._weight24, self._buffers
+        if (
+            known is None or known.values is not buffers["values"] or known.metadata is not buffers["metadata"]
+            or known.scales is not buffers["scales"] or known.choice != self.choice
+        ):  # fmt: skip
             known = Sparse24Weight(self.values, self.metadata, self.scales, tuple(self.choice))
             self._weight24 = known
         return known
@@ -295,8 +343,11 @@ class Sparse24Linear(nn.Module):
         )
 
     def _apply(self, fn, recurse: bool = True):
+        version = self.format_version
         apply_but_keep(self, ("scales", "x_scale"), lambda: super(Sparse24Linear, self)._apply(fn, recurse))
         self._weight24 = None
+        if self.format_version is not version:
+            self.format_version.fill_(FORMAT_VERSION)  # to_empty leaves anything in it
         return self
 
     def __getstate__(self):
@@ -314,4 +365,4 @@ class Sparse24Linear(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if self._weight24 is not None:
-            self._weight24.drop_dense()
+            self._weight24.drop_copies()

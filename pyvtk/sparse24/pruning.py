@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pyvtk import checks
 from pyvtk.ops import sparse24 as ops
 from pyvtk.reference import sparse24 as reference
+from pyvtk.sparse24.copies import has_values
 from pyvtk.sparse24.format import refuse_nan
 
 # 4x4 blocks that are looked at together: 90 float64 sums each, so 24 MB.
@@ -51,7 +52,9 @@ def prune(weight: Tensor, scores: Tensor | None = None, transposable: bool = Fal
         scores: what to keep the largest of, shaped like weight; None: |weight|. See :func:`wanda_scores`,
             :func:`taylor_scores`.
         transposable: choose so that the transpose is 2:4 too (out_features a multiple of 4, scores finite): of each 4x4
-            block the one pattern of 90 with the largest sum. The optimum, not an approximation.
+            block the one pattern of 90 with the largest sum, which is the optimum, not an approximation, among masks of
+            exactly two in every row and column. (Of at most two, one with fewer entries can hold more, where the rest
+            of a row or column is taken; :meth:`Sparse24Weight.with_transpose` takes such weights.)
 
     Returns:
         bool [out_features, in_features]. Equal scores: the lower index stays; transposable: the first pattern does.
@@ -59,7 +62,7 @@ def prune(weight: Tensor, scores: Tensor | None = None, transposable: bool = Fal
     Raises:
         TypeError, ValueError: an argument that does not fit, or a NaN in weight or scores, with its place.
 
-    The host waits for the device.
+    The host waits for the device. A weight without numbers (meta, fake) gives a mask of its shape.
     """
     op = "sparse24.prune"
     checks.tensor(op, "weight", weight, 2)
@@ -78,7 +81,7 @@ def prune(weight: Tensor, scores: Tensor | None = None, transposable: bool = Fal
         checks.same_device(op, "scores", scores, weight, "weight")
         refuse_nan(op, "scores", scores)
         scores = scores.detach()
-    if transposable and scores.is_floating_point() and scores.isinf().any():
+    if transposable and scores.is_floating_point() and has_values(scores) and scores.isinf().any():
         where = tuple(scores.isinf().nonzero()[0].tolist())
         raise ValueError(f"{op}: scores must be finite for a transposable mask, got an infinity at {where}")
     return two_of_four(scores, transposable)

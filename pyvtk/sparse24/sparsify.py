@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pyvtk import backends, checks
+from pyvtk.sparse24.copies import has_values
 from pyvtk.sparse24.cost import DTYPES, estimate
 from pyvtk.sparse24.format import Sparse24Weight, compress
 from pyvtk.sparse24.int8 import quantize
@@ -23,7 +25,7 @@ class LayerReport:
     """What :func:`sparsify_` did to one nn.Linear, or why not.
 
     Attributes:
-        name: in the model. shape: [out_features, in_features].
+        name: in the model. shape: [out_features, in_features]; in_features 0 of a lazy layer that has seen no x yet.
         converted: whether it is a Sparse24Linear now (with dry_run: would be).
         reason: why not; None if converted.
         speedup: predicted, dense over sparse, at the rows that were asked for; None where it was not looked at.
@@ -48,16 +50,24 @@ class LayerReport:
 
 def _why_not(module: nn.Linear, owners: dict[int, list[str]], dtype: torch.dtype | None) -> str | None:
     """What forbids a conversion, whatever it would gain."""
-    weight = module.weight
+    weight = _weight_of(module)
     if type(module) is not nn.Linear:
         return f"it is a {type(module).__name__}, which does more than multiply, or whose owner reads its weight"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, name) for name in hooks):
         return "it has hooks, which would be lost"
+    if weight is None:
+        return "it has no weight"
+    if type(weight) not in (Tensor, nn.Parameter):
+        return f"its weight is a {type(weight).__name__}, which is more than a matrix of numbers"
+    if weight.dim() != 2:
+        return f"its weight has {weight.dim()} dimensions"
     if len(owners[id(weight)]) > 1:
         return f"its weight is shared: {', '.join(owners[id(weight)])}"
     if weight.is_meta:
         return "its weight is on the meta device"
+    if not has_values(weight):
+        return "its weight is a fake tensor"
     if weight.shape[1] % 4:
         return f"in_features {weight.shape[1]} is not a multiple of 4"
     if not weight.numel():
@@ -67,6 +77,12 @@ def _why_not(module: nn.Linear, owners: dict[int, list[str]], dtype: torch.dtype
     x_dtype = weight.dtype if dtype in (None, torch.int8) else dtype
     error = backends.why_not("sparse24_linear", "compiled", weight.device, x_dtype)
     return None if error is None else f"no compiled kernel: {error}"
+
+
+def _weight_of(module: nn.Linear) -> Tensor | None:
+    """None: there is none, or it is not known before the first x (LazyLinear)."""
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) and not is_lazy(weight) else None
 
 
 def _scores_of(op: str, scores: Scores | None, name: str, module: nn.Linear) -> Tensor | None:
@@ -132,7 +148,7 @@ def sparsify_(
         if not isinstance(module, nn.Linear) or (filter is not None and not filter(name, module)):
             continue
         try:
-            report, replacement = _convert(name, module, owners, rows, _scores_of(op, scores, name, module), dtype)
+            report, replacement = _convert(name, module, owners, rows, lambda n, m: _scores_of(op, scores, n, m), dtype)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{op}: layer {name!r}: {error}") from error
         if replacement is not None and id(module) not in places:
@@ -154,6 +170,9 @@ def load_sparsified_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None
     Every nn.Linear that the state dict holds in compressed form becomes a :class:`Sparse24Linear`; then all of it is
     loaded. All or nothing, where shapes and names fit. Which kernel runs is estimated anew by ``sparsify_`` only: it is
     what :class:`Sparse24Weight` does by default.
+
+    What is on the meta device gets memory where its tensor of the state dict is, in the layer's dtype; so a model that
+    was built under ``torch.device("meta")`` is ready after it.
 
     Raises:
         TypeError, ValueError: a compressed weight that does not fit its layer or the format, naming the layer.
@@ -178,9 +197,13 @@ def load_sparsified_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None
             placed.append((parent, child, module))
     for parent, child, module in placed:
         setattr(parent, child, made[id(module)])
+    before: list[tuple[dict[str, Tensor], str, Tensor]] = []
     try:
+        _give_memory(model, state_dict, before)
         model.load_state_dict(state_dict)
     except BaseException:
+        for tensors, name, tensor in before:
+            tensors[name] = tensor
         for parent, child, module in placed:
             setattr(parent, child, module)
         raise
@@ -190,28 +213,49 @@ PARTS = ("values", "metadata", "scales", "format_version", "x_scale", "bias")
 
 
 def _from_parts(module: nn.Linear, parts: dict[str, Tensor]) -> Sparse24Linear:
-    """A Sparse24Linear of copies of these tensors, on the layer's device."""
-    device = module.weight.device
-    parts = {name: tensor.to(device, copy=True) for name, tensor in parts.items()}
+    """A Sparse24Linear of copies of these tensors, on the layer's device; on their own if that is meta."""
+    old = module.weight
+    parts = {name: tensor.to(tensor.device if old.is_meta else old.device, copy=True) for name, tensor in parts.items()}
     weight = Sparse24Weight.from_state_dict(parts)
-    if weight.shape != module.weight.shape:
-        raise ValueError(f"values must be for a weight of {list(module.weight.shape)}, got {list(weight.shape)}")
+    wanted = torch.Size((module.out_features, weight.shape[1])) if is_lazy(old) else old.shape
+    if weight.shape != wanted:
+        raise ValueError(f"values must be for a weight of {list(wanted)}, got {list(weight.shape)}")
     x_scale = parts.get("x_scale")
     x_scale = "row" if x_scale is not None and not x_scale.numel() else x_scale
     return Sparse24Linear(weight, parts.get("bias"), x_scale=x_scale).train(module.training)
 
 
+def _give_memory(model: nn.Module, state_dict: Mapping[str, Tensor], before: list) -> None:
+    """Memory for the meta tensors of which the state dict knows; ``before``: what stood there."""
+    given: dict[int, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                source = state_dict.get(f"{prefix}.{name}" if prefix else name)
+                if tensor is None or not tensor.is_meta or is_lazy(tensor) or not isinstance(source, Tensor):
+                    continue
+                if id(tensor) not in given:  # one for all owners of a shared parameter
+                    real = torch.empty_like(tensor, device=source.device)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    given[id(tensor)] = nn.Parameter(real, tensor.requires_grad) if is_parameter else real
+                before.append((tensors, name, tensor))
+                tensors[name] = given[id(tensor)]
+
+
 def _bytes(module: nn.Linear) -> int:
-    return sum(p.numel() * p.element_size() for p in (module.weight, module.bias) if p is not None)
+    tensors = (_weight_of(module), getattr(module, "bias", None))
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None and not is_lazy(t))
 
 
 def _refused(name: str, module: nn.Linear, reason: str, found=None) -> LayerReport:
     before = _bytes(module)
     facts = (None, None, None) if found is None else (found.speedup, found.kernel, found.source)
-    return LayerReport(name, tuple(module.weight.shape), False, reason, *facts, before, before, None)
+    weight = _weight_of(module)
+    shape = (module.out_features, module.in_features) if weight is None else tuple(weight.shape)
+    return LayerReport(name, shape, False, reason, *facts, before, before, None)
 
 
-def _convert(name, module, owners, rows, scores, dtype) -> tuple[LayerReport, Sparse24Linear | None]:
+def _convert(name, module, owners, rows, scores_of, dtype) -> tuple[LayerReport, Sparse24Linear | None]:
     reason = _why_not(module, owners, dtype)
     if reason is not None:
         return _refused(name, module, reason), None
@@ -224,7 +268,7 @@ def _convert(name, module, owners, rows, scores, dtype) -> tuple[LayerReport, Sp
         if found.seconds.get("vendor", found.seconds["dense"]) < found.seconds["dense"] and found.source == "analytic":
             reason += "; the vendor's kernel may not be, and counts once calibrate has measured it"
         return _refused(name, module, reason, found), None
-    mask = prune(weight, scores)
+    mask = prune(weight, scores_of(name, module))
     absolute = magnitude(weight).double()
     total = absolute.sum()
     kept = float((absolute * mask).sum() / total) if total > 0 else 1.0

@@ -7,6 +7,7 @@ prune in small steps.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyvtk import backends, checks
+from pyvtk.ops import sparse24 as ops
 from pyvtk.reference import sparse24 as reference
+from pyvtk.sparse24.copies import Seal, has_values, seal_mask, why_not_sealed
 from pyvtk.sparse24.format import Sparse24Weight, compress, refuse_nan
-from pyvtk.sparse24.int8 import FakeQuantize, fake_quantize, quantize, row_scales
-from pyvtk.sparse24.modules import Sparse24Linear, apply_but_keep, sparse_product
+from pyvtk.sparse24.functions import decay, masked_product, rounded, seen, straight_through
+from pyvtk.sparse24.int8 import fake_quantize, quantize, row_scales
+from pyvtk.sparse24.modules import Sparse24Linear, apply_but_keep
 from pyvtk.sparse24.pruning import magnitude, two_of_four
 
 Pattern = tuple[int, int]
@@ -76,75 +80,6 @@ def structure_decay(steps: int, m: int = 4, n: int = 2, halve: bool = False) -> 
     return tuple((i * steps, pattern) for i, pattern in enumerate(patterns))
 
 
-class _Decay(torch.autograd.Function):
-    """The weight as it is; its gradient with rate * weight added where the mask does not hold (SR-STE)."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, mask: Tensor, rate: float) -> Tensor:
-        ctx.save_for_backward(weight, mask)
-        ctx.rate = rate
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        weight, mask = ctx.saved_tensors
-        return torch.where(mask, grad, grad + ctx.rate * weight), None, None
-
-
-def _straight_through(ctx, grad: Tensor, x: Tensor) -> Tensor:
-    """dy^T x, dense, as the gradient of the master weight."""
-    rows = grad.shape[:-1].numel()
-    return grad.reshape(rows, grad.shape[-1]).T @ x.reshape(rows, x.shape[-1])
-
-
-class _Scaled(torch.autograd.Function):
-    """x (W * factor)^T as a dense product. Gradient to W: that of W * factor."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
-        scaled = weight * factor.to(weight.dtype)
-        ctx.save_for_backward(x, scaled)
-        return F.linear(x, scaled)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, scaled = ctx.saved_tensors
-        grad_weight = _straight_through(ctx, grad, x) if ctx.needs_input_grad[1] else None
-        return grad @ scaled if ctx.needs_input_grad[0] else None, grad_weight, None
-
-
-class _Sparse(torch.autograd.Function):
-    """x (W * mask)^T with the compressed weight, and with a transposable mask its input gradient too. Gradient to W:
-    that of W * mask."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, mask: Tensor, transposable: bool) -> Tensor:
-        ctx.save_for_backward(x, weight, mask)
-        ctx.transposable = transposable
-        return _product(x, weight, mask)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight, mask = ctx.saved_tensors
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            if ctx.transposable:
-                grad_x = _product(grad, weight.T, mask.T)
-            else:
-                grad_x = grad @ torch.where(mask, weight, 0)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _straight_through(ctx, grad, x)
-        return grad_x, grad_weight, None, None
-
-
-def _product(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    """x (W * mask)^T. Where there is no compiled kernel, a dense product: plain torch gains nothing by compressing."""
-    if backends.pick("sparse24_linear", None, x, x.dtype) != "compiled":
-        return F.linear(x, torch.where(mask, weight, 0))
-    # trusted: pruning made the mask, or loading verified it
-    return sparse_product(x, *torch.ops.pyvtk.sparse24_compress(weight.contiguous(), mask.contiguous(), True))
-
-
 class Linear24(nn.Module):
     """An nn.Linear whose weight becomes 2:4 while it is trained.
 
@@ -156,7 +91,8 @@ class Linear24(nn.Module):
         in_features, out_features, bias, device, dtype: as of nn.Linear. in_features a multiple of 4, and of every m in
             ``patterns``; with ``transposable`` out_features too.
         method: "ste": the gradient g of the masked weight goes to all of ``weight``. "sr_ste": g + rate * weight where
-            the weight is pruned. "decay": pruned weights are multiplied by ``beta(t)`` rather than by 0, gradient g.
+            the weight is pruned, in every backward pass that reaches it (no forward mode). "decay": pruned weights are
+            multiplied by ``beta(t)`` rather than by 0, gradient g.
         rate: of "sr_ste".
         beta: of "decay": a function of the number of steps, :class:`LinearDecay` or :class:`ExponentialDecay`.
         patterns: ((first step, (n, m)), ...), ascending from step 0, the last (2, 4); see :func:`structure_decay`.
@@ -168,7 +104,19 @@ class Linear24(nn.Module):
         x_scale: float32 [1], for ``int8``: one scale for all x (:func:`calibrate_activations`). None: one for each row.
 
     State dict: weight, bias, mask, steps (and x_scale). Loading one whose mask has not the pattern of its step is a
-    ValueError; products trust the mask, so that no step waits for the host but those that choose a mask.
+    ValueError. Products trust a mask that was chosen or verified here, so that no step waits for the host but those
+    that choose a mask. Where something else wrote to it or put another in its place (averaging, a broadcast of buffers,
+    an edit), the next product looks, and waits, once: a mask that has not the pattern is a ValueError, never a weight
+    less; :meth:`refresh` makes it right. A write through ``mask.data``, which torch does not count, is not seen: call
+    :meth:`refresh` after it. (Compiled code, whose error is a RuntimeError, looks each time until the layer is called
+    plainly, or :meth:`refresh` is.)
+
+    Averages of weights: AveragedModel as it is (``use_buffers=False``) gives the average the mask of the model. With
+    ``use_buffers=True`` masks are averaged too, which makes none: call :meth:`refresh` on each Linear24 of the average
+    before it is used (torch's plain average, which subtracts, refuses bool buffers altogether).
+
+    On the meta device, or under fake tensors, a layer has no mask to choose: after ``to_empty`` load a state dict, or
+    set the weight and call :meth:`refresh`.
     """
 
     def __init__(
@@ -223,9 +171,13 @@ class Linear24(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device="cpu"))
         self.register_buffer("x_scale", None if x_scale is None else x_scale.detach().clone())
         # [], what pruned weights are multiplied by; a tensor, so that torch.compile takes no note of its value
-        self.register_buffer("left", torch.zeros((), device=self.weight.device), persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module._loaded())
+        left = torch.zeros((), dtype=torch.float32, device=self.weight.device)  # whatever the default dtype
+        self.register_buffer("left", left, persistent=False)
+        self._mask_seal: Seal | None = None
+        self._steps_seal: Seal | None = None
+        self.register_load_state_dict_post_hook(_after_loading)
         self._at(0)
+        self._write_steps()
         self.refresh()
 
     @classmethod
@@ -238,8 +190,9 @@ class Linear24(nn.Module):
         device = linear.weight.device
         module.weight, module.bias = linear.weight, linear.bias
         module.mask = torch.ones(linear.weight.shape, dtype=torch.bool, device=device)
-        module.left = torch.zeros((), device=device)
+        module.left = torch.zeros((), dtype=torch.float32, device=device)
         module._at(0)
+        module._write_steps()
         module.refresh()
         return module.train(linear.training)
 
@@ -250,8 +203,18 @@ class Linear24(nn.Module):
 
     def _loaded(self) -> None:
         """A state dict was loaded: go to its step, and see that its mask is one that products may trust."""
-        self._at(int(self.steps))
-        if self.mask.is_meta:
+        self._follow_steps()
+        self._verify("Linear24.load_state_dict: mask must be")
+
+    def _follow_steps(self) -> None:
+        """Be at the step that the buffer says. The host waits for it where it is on a GPU."""
+        if has_values(self.steps):
+            self._at(int(self.steps))
+            self._steps_seal = _seal(self.steps)
+
+    def _verify(self, must: str) -> None:
+        """ValueError, beginning with ``must``, unless the mask has the pattern of this step. The host waits once."""
+        if not has_values(self.mask):
             return
         n, m = self._pattern
         for mask in (self.mask, self.mask.T) if self.transposable else (self.mask,):
@@ -261,9 +224,21 @@ class Linear24(nn.Module):
                 got = int(mask.unflatten(-1, (-1, m))[row, group].sum())
                 side = "row" if mask is self.mask else "column"
                 raise ValueError(
-                    f"Linear24.load_state_dict: mask must be {n}:{m} at step {self._step}, got {got} of {m} kept in "
-                    f"{side} {row}, group {group}"
+                    f"{must} {n}:{m} at step {self._step}, got {got} of {m} kept in {side} {row}, group {group}"
                 )
+        self._trust_mask()
+
+    def _trust_mask(self) -> None:
+        self._mask_seal = None if why_not_sealed(self.mask) else seal_mask(self.mask)
+
+    def _look_again(self) -> None:
+        """Where something else wrote to steps or mask: follow, and verify."""
+        if self._steps_seal is None or not self._steps_seal.holds(self.steps):
+            self._follow_steps()
+        if torch._C._functorch.is_functorch_wrapped_tensor(self.mask):
+            return  # mapped over, or in a gradient: such products are dense, and right for any mask
+        if self._mask_seal is None or not self._mask_seal.holds(self.mask):
+            self._verify("Linear24: something wrote to the mask; refresh() chooses it anew. mask must be")
 
     def _at(self, step: int) -> None:
         """Be where the schedule is after so many steps."""
@@ -277,7 +252,7 @@ class Linear24(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Choose the mask from |weight|, with the pattern of this step. ValueError: the weight holds a NaN."""
-        if self.weight.is_meta:
+        if not has_values(self.weight) or not has_values(self.mask):
             return
         refuse_nan("Linear24.refresh", "weight", self.weight)
         scores = magnitude(self.weight)
@@ -286,20 +261,27 @@ class Linear24(nn.Module):
         else:
             mask = reference.prune_n_of_m(scores, *self._pattern)
         self.mask.copy_(mask)
+        self._trust_mask()
 
     def step(self) -> None:
         """One step of the optimizer was taken: count it, follow the schedules, and choose a new mask if it is due (or
         the pattern changed). The host waits where a mask is chosen."""
+        if self._steps_seal is None or not self._steps_seal.holds(self.steps):
+            self._follow_steps()
         before = self._pattern
         self._at(self._step + 1)
-        self.steps.fill_(self._step)
+        self._write_steps()
         open_still = self.refresh_until is None or self._step <= self.refresh_until
         if before != self._pattern or (open_still and self._step % self.refresh_every == 0):
             self.refresh()
 
+    def _write_steps(self) -> None:
+        self.steps.fill_(self._step)
+        self._steps_seal = _seal(self.steps)
+
     def masked_weight(self) -> Tensor:
         """[out_features, in_features], what products see: weight * (mask + (1 - mask) * beta), before any rounding."""
-        return torch.where(self.mask, self.weight, self.weight * self.left.to(self.weight.dtype))
+        return seen(self.weight, self.mask, self.left)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in x's dtype (autocast's, where that is on)."""
@@ -307,22 +289,23 @@ class Linear24(nn.Module):
         checks.tensor(op, "x", x)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"{op}: x must be [..., in_features = {self.in_features}], got shape {tuple(x.shape)}")
+        if not torch.compiler.is_compiling():  # compiled code looks at the mask when it runs
+            self._look_again()
         weight, mask = self.weight, self.mask
         if self.method == "sr_ste" and self.rate:
-            weight = _Decay.apply(weight, mask, self.rate)
+            weight = decay(weight, mask, self.rate)
         x, weight = backends.autocast(x), backends.autocast(weight)
         if x.dtype != weight.dtype:
             raise TypeError(f"{op}: x must have the dtype of weight ({weight.dtype}), got {x.dtype}")
         if self.int8:
             x = fake_quantize(x, self.x_scale)
             # what is pruned may lie beyond the range of what is kept, and still gets its gradient
-            weight = FakeQuantize.apply(weight, row_scales(self.masked_weight()), False)
-        # autocast has done its part
-        with torch.autocast(x.device.type, enabled=False):
+            weight = rounded(weight, row_scales(self.masked_weight()), False)
+        with ops.full_precision(x):  # autocast has done its part
             if self.sparse:
-                y = _Sparse.apply(x, weight, mask, self.transposable)
+                y = masked_product(x, weight, mask, self.transposable)
             else:
-                y = _Scaled.apply(x, weight, torch.where(mask, 1, self.left))
+                y = F.linear(x, straight_through(weight, mask, self.left))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def to_sparse(self) -> Sparse24Linear:
@@ -330,6 +313,7 @@ class Linear24(nn.Module):
 
         ValueError: the schedule has not come to 2:4 without decay yet.
         """
+        self._look_again()
         if not self.sparse:
             (n, m), left = self._pattern, self.left.item()
             raise ValueError(
@@ -344,8 +328,26 @@ class Linear24(nn.Module):
         return Sparse24Linear(quantize(weight), bias, x_scale=x_scale).train(self.training)
 
     def _apply(self, fn, recurse: bool = True):
+        steps = self.steps
         apply_but_keep(self, ("x_scale", "left"), lambda: super(Linear24, self)._apply(fn, recurse))
+        self._at(self._step)
+        if self.steps is not steps:
+            self._write_steps()  # to_empty leaves anything in it, and in left
+        self._verify_quietly()
         return self
+
+    def __getstate__(self):
+        return self.__dict__ | {"_mask_seal": None, "_steps_seal": None}
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        self._verify_quietly()
+
+    def _verify_quietly(self) -> None:
+        """Trust the mask of a moved or copied layer if it is right; if not, the next product says so."""
+        self._mask_seal = None
+        with contextlib.suppress(ValueError):
+            self._verify("")
 
     def extra_repr(self) -> str:
         n, m = self._pattern
@@ -353,6 +355,15 @@ class Linear24(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"method={self.method}, pattern={n}:{m}, step={self._step}"
         )
+
+
+def _after_loading(module: Linear24, _) -> None:
+    """No lambda, which could not be pickled."""
+    module._loaded()
+
+
+def _seal(tensor: Tensor) -> Seal | None:
+    return None if why_not_sealed(tensor) else Seal(tensor)
 
 
 def _check_patterns(op: str, patterns, in_features: int, out_features: int, transposable: bool):

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import Exponents, assert_within_budget, largest
 
+from pyvtk.ops import score as page
 from pyvtk.reference import score as scoring
 from pyvtk.reference import score_and_select as composing
 from pyvtk.reference import select as selecting
@@ -98,6 +99,26 @@ def embedded(x: torch.Tensor, kind: str, generator: torch.Generator) -> torch.Te
     out = torch.full((elements,), NAN, dtype=x.dtype).as_strided(shape, strides, offset)
     out.copy_(x)
     return out
+
+
+@pytest.mark.parametrize("given", ("both", "queries", "keys"))
+def test_positions_at_the_ends(given):
+    """Of int32 as they are, of int64 as the page hands them over: no position stands for a masked key."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 2, 5, 16, generator=generator), torch.randn(2, 1, 70, 16, generator=generator)
+    ends = torch.tensor([-(2**31), 1 - 2**31, -1, 0, 3, 66, 69, 2**31 - 2, 2**31 - 1])
+    wide = torch.cat([ends, torch.tensor([2**31, 2**32 + 1, 2**63 - 2, 2**63 - 1, -(2**63)])])
+    hidden = {"causal": True, "k_mask": torch.rand(2, 70, generator=generator) < 0.6, "query_reduce": "sum"}
+    for numbers in (ends.int(), wide):
+        at = [numbers[torch.randint(len(numbers), (2, n), generator=generator)] for n in (5, 70)]
+        at[0][:, 0] = numbers.max()
+        q_positions, k_positions = at[0] if given != "keys" else None, at[1] if given != "queries" else None
+        options = plain_options(q, k, 9, q_positions=q_positions, k_positions=k_positions, **hidden)
+        narrow = dict(zip(("q_positions", "k_positions"), page._kernel_positions(q_positions, k_positions)))
+        assert torch.equal(reference_scores(q, k, options), reference_scores(q, k, options | narrow))
+        assert_right(q, k, options | narrow)
+        if numbers is not wide:
+            assert_right(q, k, options)
 
 
 @st.composite
