@@ -31,6 +31,7 @@ GRIDS = torch.tensor([[1, 5, 6], [2, 4, 4]])
 
 INTS = tuple(range(2, 12))
 SHARES = tuple(number / 16 for number in INTS)
+THRESHOLDS = tuple(number / 144 for number in INTS)
 
 
 def packed_scores(**options):
@@ -64,7 +65,7 @@ CASES = {
     "select": {
         "num_keep": [(INTS, lambda n, backend: pyvtk.select(SCORES, n, backend=backend))],
         "threshold": [
-            (SHARES, lambda n, backend: pyvtk.select(SCORES, threshold=n / 9, backend=backend)),
+            (THRESHOLDS, lambda n, backend: pyvtk.select(SCORES, threshold=n, backend=backend)),
             (INTS, lambda n, backend: pyvtk.select(SCORES * 100, threshold=n, backend=backend)),
         ],
         "top_p": [(SHARES, lambda n, backend: pyvtk.select(SCORES, top_p=n, backend=backend))],
@@ -82,7 +83,7 @@ CASES = {
         "max_seqlen_q": [(INTS, lambda n, backend: packed_choice(max_seqlen_q=n + 40, backend=backend))],
         "max_seqlen_k": [(INTS, lambda n, backend: packed_choice(max_seqlen_k=n + 40, backend=backend))],
         "threshold": [
-            (SHARES, lambda n, backend: pyvtk.score_and_select(Q, K, threshold=n / 20, backend=backend)),
+            (THRESHOLDS, lambda n, backend: pyvtk.score_and_select(Q, K, threshold=n, backend=backend)),
         ],
         "top_p": [(SHARES, lambda n, backend: pyvtk.score_and_select(Q, K, top_p=n, backend=backend))],
         "num_segments": [
