@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch.autograd import forward_ad
 
-from pyvtk import _cuda, transforms
+from pyvtk import _cuda, _numbers, transforms
 
 BACKENDS = ("compiled", "triton", "reference")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,6 +78,7 @@ def define(
     vmap: transforms.Fold | Callable | None = None,
     constant: bool = False,
     lean: bool = False,
+    leave_open: str | None = None,
 ) -> None:
     """Declare operator ``pyvtk::name``: its schema, its fake kernel, and the dtypes that its kernels take.
 
@@ -86,6 +87,9 @@ def define(
     ``lean`` is for the short form of an operator, which pages call where nobody wants a derivative: it has no layer
     for autograd, which is Python and takes as long as the call itself (torch warns whoever differentiates it).
 
+    ``leave_open`` names a float (or list of floats) of which torch.compile is to make no constant: an overload takes it
+    as a tensor (:mod:`pyvtk._numbers`), with the same answers to all else.
+
     With ``triton``, a module of :mod:`pyvtk.triton_kernels`, also ``pyvtk::name_triton``, which calls that module's
     function ``name``. The module is imported when the operator first runs, since Triton may be missing.
     """
@@ -93,11 +97,12 @@ def define(
     for twin in (name,) if triton is None else (name, f"{name}_triton"):
         torch.library.define(f"pyvtk::{twin}", schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         torch.library.register_fake(f"pyvtk::{twin}")(fake)
-        transforms.batch(twin, vmap)
-        if constant:
-            transforms.constant(twin)
-        elif lean:
-            transforms.lean(twin)
+        for each in (twin,) if leave_open is None else (twin, _numbers.leave_open(twin, leave_open)):
+            transforms.batch(each, vmap)
+            if constant:
+                transforms.constant(each)
+            elif lean:
+                transforms.lean(each)
         if getattr(torch.ops.pyvtk, twin).default._schema.is_mutable:
             transforms.mutation(twin)
     if triton is not None:

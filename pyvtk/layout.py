@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from pyvtk import checks
+from pyvtk import _pytree, checks
 from pyvtk.ops.compact import compact
 from pyvtk.selection import Selection
 
@@ -335,7 +334,11 @@ class TokenLayout:
         images = grids.shape[0]
         image = torch.searchsorted(ends, number, right=True)
         fits = (grids[:, 1:] % merge == 0).all() & ((sizes >= 0) & (sizes <= MAX_COORDINATE)).all()
-        require(fits, f"{op}: grids must be multiples of merge={merge}, sides / merge at most {MAX_COORDINATE}")
+        require(
+            fits,
+            f"{op}: grids must be multiples of merge={{merge}}, sides / merge at most {MAX_COORDINATE}",
+            merge=merge,
+        )
         require(flat.sum() == sizes.prod(1).sum(), f"{op}: input_ids must hold as many visual tokens as grids / merge")
         if images == 0:
             image = torch.full_like(input_ids, -1, dtype=torch.int32)
@@ -361,14 +364,17 @@ class TokenLayout:
         return layout
 
 
-def require(condition: Tensor, message: str) -> None:
-    """Checks a value: raises on the CPU; on CUDA, and in a graph that is traced, it becomes a check on the device."""
-    real = condition.is_cpu and type(condition) is Tensor
-    if real and not torch.compiler.is_compiling() and get_proxy_mode() is None:
-        if not condition:
-            raise ValueError(message)
-    else:
+def require(condition: Tensor, message: str, **numbers: int) -> None:
+    """Checks a value: raises on the CPU; on CUDA, and in a graph that is traced, it becomes a check on the device.
+
+    ``numbers`` stand in for their names in the message; a graph may leave numbers open, and keeps the names.
+    """
+    if torch.compiler.is_compiling():
         torch._assert_async(condition, message)
+    elif not (condition.is_cpu and type(condition) is Tensor) or get_proxy_mode() is not None:
+        torch._assert_async(condition, message.format(**numbers))
+    elif not condition:
+        raise ValueError(message.format(**numbers))
 
 
 def _check_offsets(op: str, cu_seqlens, like: Tensor) -> None:
@@ -437,11 +443,13 @@ def _cells(span: ImageSpan, number: int) -> Tensor:
 
 _FIELDS = ("image_id", "coords", "positions", "mask", "cu_seqlens", "extent")
 
-pytree.register_pytree_node(
-    TokenLayout,
-    lambda layout: ([getattr(layout, name) for name in _FIELDS], None),
-    lambda tensors, _: TokenLayout._of(*tensors),
-    serialized_type_name="pyvtk.TokenLayout",
-    flatten_with_keys_fn=lambda layout: ([(pytree.GetAttrKey(n), getattr(layout, n)) for n in _FIELDS], None),
-)
-torch.serialization.add_safe_globals([TokenLayout])
+
+def _unflatten(*tensors) -> TokenLayout:
+    layout = object.__new__(TokenLayout)
+    for name, tensor in zip(_FIELDS, tensors):
+        object.__setattr__(layout, name, tensor)
+    return layout
+
+
+_pytree.register(TokenLayout, _FIELDS, (), _unflatten)
+_pytree.register_named_tuple(ImageSpan)

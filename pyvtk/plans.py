@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from pyvtk import backends, checks
+from pyvtk import _numbers, _pytree, backends, checks
 from pyvtk.layout import MAX_COORDINATE, TokenLayout, require
 from pyvtk.reference import attention_plan as reference
 from pyvtk.reference.attention import visible
@@ -66,7 +65,7 @@ class AttentionPlan:
         added_keys: whether ``tail`` lets text that was added be seen: not by plans of visual keys. None: it refuses to
             add keys, since a mask said which there are.
 
-    A pytree, so it passes through torch.compile.
+    A pytree, so it passes through torch.compile, torch.export and checkpointing.
     """
 
     query_slots: Tensor
@@ -90,6 +89,11 @@ class AttentionPlan:
     def tensors(self) -> list[Tensor]:
         """What operators take as ``plan``, in their order."""
         return [getattr(self, name) for name in _TENSORS]
+
+    @property
+    def _row_axes(self) -> Tensor:
+        """num_queries and num_keys as the pytree's leaf: dynamic sizes in an exported program."""
+        return _pytree.axis(self, self.query_slots, 2, self.num_queries, self.num_keys)
 
     def rule(self) -> list[int]:
         """What operators take as ``rule``: tokens in a block of queries and of keys, radius, two flags."""
@@ -131,7 +135,7 @@ class AttentionPlan:
             checks.shape(op, "k_lengths", k_lengths, (batch,), "[batch]")
             checks.same_device(op, "k_lengths", k_lengths, self.query_slots, "the plan")
             in_range = ((k_lengths >= 0) & (k_lengths <= num_keys)).all()
-            require(in_range, f"{op}: k_lengths must be at most the {num_keys} rows of k")
+            require(in_range, f"{op}: k_lengths must be at most the {{num_keys}} rows of k", num_keys=num_keys)
             ends = torch.where(queries[:, POSITION] == PADDING, 0, place[: self.num_keys] + 1)
             first = _most(ends, 0)
         position = (_most(queries[:, POSITION], -1) + 1 + place - first).expand(batch, num_keys)
@@ -158,7 +162,7 @@ class AttentionPlan:
         queries = _with(queries, ROW, own)
 
         def curve(facts: Tensor) -> list[Tensor]:
-            return [facts[:, REGION].long(), _strips(facts, self.block[0], self.radius, None)]
+            return [facts[:, REGION].long(), _curve(facts, self.block[0], self.radius, None)]
 
         return _build(
             queries, keys, curve, None, self.routes, num_queries, num_keys, self.block, self.radius,
@@ -217,19 +221,17 @@ _TENSORS = (
     "query_slots", "key_slots", "key_blocks", "key_counts", "query_order", "query_blocks", "query_counts", "key_order",
     "routes",
 )  # fmt: skip
-_NUMBERS = ("num_queries", "num_keys", "block", "radius", "causal_window", "cross_image", "packed", "added_keys")
+_RULE = ("block", "radius", "causal_window", "cross_image", "packed", "added_keys")
 
-pytree.register_pytree_node(
-    AttentionPlan,
-    lambda plan: ([getattr(plan, n) for n in _TENSORS], tuple(getattr(plan, n) for n in _NUMBERS)),
-    lambda tensors, numbers: AttentionPlan(*tensors, *numbers),
-    serialized_type_name="pyvtk.AttentionPlan",
-    flatten_with_keys_fn=lambda plan: (
-        [(pytree.GetAttrKey(n), getattr(plan, n)) for n in _TENSORS],
-        tuple(getattr(plan, n) for n in _NUMBERS),
-    ),
-)
-torch.serialization.add_safe_globals([AttentionPlan])
+
+def _unflatten(*parts) -> AttentionPlan:
+    *tensors, row_axes = parts[: -len(_RULE)]
+    fields = dict(zip((*_TENSORS, *_RULE), (*tensors, *parts[-len(_RULE) :])))
+    return _pytree.with_axis(AttentionPlan, row_axes, fields, "num_queries", "num_keys")
+
+
+_pytree.register(AttentionPlan, (*_TENSORS, "_row_axes"), _RULE, _unflatten)
+_pytree.register_named_tuple(Density)
 
 
 # Facts: int32 [batch, 8, rows], what query_slots hold, in the order of rows -------------------------------------------
@@ -270,6 +272,23 @@ def _by_row(slots: Tensor, rows: int) -> Tensor:
     """Slots back in the order of rows."""
     where = torch.where(slots[:, ROW] < 0, rows, slots[:, ROW]).long()[:, None].expand(-1, _FACTS, -1)
     return slots.new_empty((slots.shape[0], _FACTS, rows + 1)).scatter(2, where, slots)[:, :, :rows]
+
+
+def _curve(facts: Tensor, block: int, radius: tuple[int, int, int], extent: Tensor | None) -> Tensor:
+    """:func:`_strips`, as an operator where torch.compile leaves the radius open: the shape of strips is chosen by
+    comparisons, each outcome of which would be a program of its own."""
+    strips = _opaque_strips if _numbers.is_open(*radius) else _strips
+    return strips(facts, block, radius, extent)
+
+
+@torch.library.custom_op("pyvtk::strips", mutates_args=())
+def _opaque_strips(facts: Tensor, block: int, radius: Sequence[int], extent: Tensor | None) -> Tensor:
+    return _strips(facts, block, radius, extent)
+
+
+@_opaque_strips.register_fake
+def _(facts, block, radius, extent):
+    return facts.new_empty((facts.shape[0], facts.shape[2]), dtype=torch.int64)
 
 
 def _strip_shape(block: int, radius: tuple[int, int, int], flat: bool) -> tuple[int, int]:
@@ -337,7 +356,7 @@ def _plan_fake(query_facts, key_facts, query_curve, key_curve, cu_seqlens, route
 backends.define(
     "attention_plan",
     "(Tensor query_facts, Tensor key_facts, Tensor query_curve, Tensor key_curve, Tensor? cu_seqlens, Tensor routes, "
-    "int[] rule) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "SymInt[] rule) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_plan_fake,
 )
 
@@ -461,7 +480,7 @@ def neighbor_plan(
     extent = None if layout.packed else layout.extent
 
     def curve(some: Tensor) -> list[Tensor]:
-        return [_strips(some, block[0], radius, extent)]
+        return [_curve(some, block[0], radius, extent)]
 
     return _build(
         queries, facts, curve, layout.cu_seqlens, _no_routes(layout), layout.num_tokens, layout.num_tokens, block,
@@ -557,8 +576,9 @@ def routed_plan(
         t, y, x = (facts[:, axis].long() // length for axis, length in zip((T, Y, X), size))
         number = (t * count[1] + y) * count[2] + x
     seen = facts[:, IMAGE] >= 0
-    require((~seen | ((number >= 0) & (number < regions))).all(), f"{op}: region must be 0 to {regions - 1}")
-    require((table < regions).all(), f"{op}: table must hold regions below {regions}")
+    there = (~seen | ((number >= 0) & (number < regions))).all()
+    require(there, f"{op}: region must be 0 to {{last}}", last=regions - 1)
+    require((table < regions).all(), f"{op}: table must hold regions below {{regions}}", regions=regions)
     routes = torch.zeros((samples, regions, regions + 1), dtype=torch.int32, device=layout.device)
     routes = routes.scatter(2, torch.where(table < 0, regions, table).long(), 1)[..., :regions].contiguous()
     if layout.packed:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
-from pyvtk import checks
+from pyvtk import _pytree, checks
 
 
 def _slots_of(flags: Tensor, capacity: int, align: str) -> Tensor:
@@ -54,6 +53,11 @@ class Selection:
     @property
     def capacity(self) -> int:
         return self.indices.shape[-1]
+
+    @property
+    def _token_axis(self) -> Tensor:
+        """num_tokens as the pytree's leaf: a dynamic size in an exported program."""
+        return _pytree.axis(self, self.indices, 1, self.num_tokens)
 
     @property
     def packed(self) -> bool:
@@ -227,26 +231,12 @@ def _replace(selection: Selection, **changes) -> Selection:
     return Selection(**{**values, **changes})
 
 
-def _flatten(selection: Selection):
-    return [getattr(selection, name) for name in _TENSORS], tuple(getattr(selection, name) for name in _FACTS)
+def _unflatten(indices, counts, overflow, source_cu_seqlens, token_axis, ascending: bool, align: str) -> Selection:
+    fields = {
+        "indices": indices, "counts": counts, "ascending": ascending, "align": align, "overflow": overflow,
+        "source_cu_seqlens": source_cu_seqlens,
+    }  # fmt: skip
+    return _pytree.with_axis(Selection, token_axis, fields, "num_tokens")
 
 
-def _unflatten(tensors, facts) -> Selection:
-    return Selection(**dict(zip(_TENSORS, tensors)), **dict(zip(_FACTS, facts)))
-
-
-pytree.register_pytree_node(
-    Selection,
-    _flatten,
-    _unflatten,
-    serialized_type_name="pyvtk.Selection",
-    flatten_with_keys_fn=lambda s: (
-        [(pytree.GetAttrKey(name), getattr(s, name)) for name in _TENSORS],
-        _flatten(s)[1],
-    ),
-    # torch.export.save writes JSON, which has no tuples
-    to_dumpable_context=list,
-    from_dumpable_context=tuple,
-)
-# torch.export.save stores example inputs, and torch.load refuses classes that it was not told about.
-torch.serialization.add_safe_globals([Selection])
+_pytree.register(Selection, (*_TENSORS, "_token_axis"), ("ascending", "align"), _unflatten)

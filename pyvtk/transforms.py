@@ -20,6 +20,8 @@ from torch._functorch.utils import enable_single_level_autograd_function, unwrap
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from pyvtk import _numbers
+
 _library = torch.library.Library("pyvtk", "FRAGMENT")
 _with_gradient: set[str] = set()
 
@@ -143,7 +145,8 @@ def _is_tensors(values: Sequence) -> bool:
 
 
 def _overload(name: str):
-    return getattr(torch.ops.pyvtk, name).default
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.pyvtk, packet), overload or "default")
 
 
 def _complete(op, arguments: tuple) -> tuple:
@@ -178,6 +181,11 @@ def gradient(name: str, backward: Callable, *, setup_context: Callable) -> None:
         backward: (ctx, *grads) -> gradients of all arguments (None where there is none).
         setup_context: (ctx, inputs, output), saves what backward needs.
     """
+    for each in _numbers.overloads(name):
+        _gradient(each, backward, setup_context)
+
+
+def _gradient(name: str, backward: Callable, setup_context: Callable) -> None:
     op = _overload(name)
     _with_gradient.add(name)
 

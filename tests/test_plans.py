@@ -296,7 +296,7 @@ def test_pytree_and_saving():
     file.seek(0)
     assert_same(torch.load(file), plan)
     paths = [str(path[0]) for path, _ in pytree.tree_flatten_with_path(plan)[0]]
-    assert len(paths) == 9 and paths[0] == ".query_slots" and paths[-1] == ".routes"
+    assert paths[0] == ".query_slots" and paths[-2:] == [".routes", "._row_axes"]
 
 
 def test_plot():

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyvtk import backends, checks, transforms
+from pyvtk import _numbers, backends, checks, transforms
 from pyvtk.plans import AttentionPlan
 from pyvtk.reference import attention as reference
 
 # In every schema: ``plan`` and ``rule`` are those of pyvtk/plans.py (AttentionPlan.tensors() and rule()); k_bias is
 # float32 [batch, keys]; visual_heads bool [heads], False where visual keys get no weight: after the softmax with
 # keep_mass, else before it; zero_rows: these heads' visual queries see nothing.
-_OPTIONS = "Tensor[] plan, int[] rule, float scale, bool keep_mass, bool zero_rows"
+_OPTIONS = "Tensor[] plan, SymInt[] rule, float scale, bool keep_mass, bool zero_rows"
 _SCHEMA = f"(Tensor q, Tensor k, Tensor v, Tensor? k_bias, Tensor? visual_heads, {_OPTIONS}) -> (Tensor, Tensor)"
 _BACKWARD_SCHEMA = (
     "(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? k_bias, Tensor? visual_heads, "
@@ -51,7 +51,7 @@ def _has_bias(arguments: dict, mapped: dict) -> bool:
     return arguments["k_bias"] is not None
 
 
-_KERNELS = {"dtypes": backends.HALF_AND_SINGLE, "triton": "attention"}
+_KERNELS = {"dtypes": backends.HALF_AND_SINGLE, "triton": "attention", "leave_open": "scale"}
 backends.define("neighbor_attention", _SCHEMA, fake=_fake, vmap=transforms.Fold(_HEADS, (1, 1)), **_KERNELS)
 backends.define(
     "neighbor_attention_backward", _BACKWARD_SCHEMA, fake=_backward_fake,
@@ -220,7 +220,7 @@ def neighbor_attention(
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         k_bias = None if k_bias is None else k_bias[None]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else _numbers.argument(float(scale))
     options = (plan.tensors(), plan.rule(), scale, visual_mass == "keep", visual_rows == "zero")
     differentiable = (q, k, v, k_bias)
     chosen = backends.pick("neighbor_attention", backend, q, q.dtype, differentiable)

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pyvtk import backends, checks, transforms
+from pyvtk import _numbers, backends, checks, transforms
 from pyvtk.reference import compact as reference
 from pyvtk.selection import Selection
 
@@ -102,9 +102,10 @@ def _of_packed_source(arguments: dict, mapped: dict) -> bool:
 
 _SELECTION = "Tensor indices, Tensor counts, bool align_right"
 _COMPACT = f"({_SELECTION}, Tensor[] tensors, int[] dims, int[] batch_dims, float[] pads, SymInt? total) -> Tensor[]"
-backends.define("compact", _COMPACT, fake=_compact_fake, triton="compact", vmap=_fold)
+_KERNELS = {"fake": _compact_fake, "triton": "compact", "vmap": _fold, "leave_open": "pads"}
+backends.define("compact", _COMPACT, **_KERNELS)
 # The same without a gradient: torch's autograd wrapper is Python, and costs more than moving a few tokens.
-backends.define("compact_forward", _COMPACT, fake=_compact_fake, triton="compact", vmap=_fold, lean=True)
+backends.define("compact_forward", _COMPACT, **_KERNELS, lean=True)
 backends.define(
     "compact_out",
     f"({_SELECTION}, Tensor[] tensors, int[] dims, int[] batch_dims, float[] pads, SymInt? total, "
@@ -275,15 +276,13 @@ def _check_pad(value, dtype: torch.dtype) -> float:
     """``value`` as a float that ``dtype`` can hold: integers are passed that way too."""
     if not isinstance(value, (bool, int, float)):
         raise TypeError(f"compact: pad_value must be a number, got {type(value).__name__}")
-    if value == 0:
-        return 0.0
-    if dtype == torch.float4_e2m1fn_x2:
+    if dtype == torch.float4_e2m1fn_x2 and value != 0:
         raise ValueError(f"compact: pad_value must be 0 for dtype float4_e2m1fn_x2, two numbers in one, got {value}")
-    if not (dtype.is_floating_point or dtype.is_complex):
+    if not (dtype.is_floating_point or dtype.is_complex) and value != 0:
         low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
         if not low <= value <= high or value != int(value) or int(float(value)) != value:
             raise ValueError(f"compact: pad_value must fit dtype {str(dtype).removeprefix('torch.')}, got {value}")
-    return float(value)
+    return float(value) + 0.0  # -0.0 is 0.0
 
 
 def _plan(rows, num_tokens: int, packed_source: bool, shapes, dtypes, dim, batch_dim, pad_value):
@@ -412,6 +411,7 @@ def compact(
             checks.same_device("compact", f"tensors[{i}]", x, indices, "selection")
         shapes.append(x.shape)
         dtypes.append(x.dtype)
+    compiling = torch.compiler.is_compiling()
     facts = (
         counts.shape,
         selection.num_tokens,
@@ -423,12 +423,14 @@ def compact(
         tuple(pad_value) if isinstance(pad_value, list) else pad_value,
     )
     plan = None
-    if not torch.compiler.is_compiling():
+    if not compiling:
         try:
             plan = _plan_again(*facts)
         except TypeError:  # symbolic sizes, which have no hash; or an argument of the wrong type, of which _plan tells
             pass
     dims, batch_dims, pads = _plan(*facts) if plan is None else plan
+    if compiling:
+        pads = _numbers.arguments(pads)
     if not packed:
         if total is not None:
             raise ValueError(f"compact: total must be None unless packed=True, got {total}")
@@ -444,10 +446,11 @@ def compact(
     call = (indices, counts, selection.align == "right", tensors, dims, batch_dims, pads, total)
     if out is not None:
         outs = _check_out(out, indices, tensors, dims, batch_dims, total)
-        if chosen == "compiled":
+        if chosen == "compiled" and type(pads) is list:
             transforms.write(ops.compact_out.default, outs, *call, outs)
         else:
-            results = ops.compact_forward_triton(*call) if chosen == "triton" else reference.compact(*call)
+            forward = {"compiled": ops.compact_forward, "triton": ops.compact_forward_triton}
+            results = forward.get(chosen, reference.compact)(*call)
             for target, result in zip(outs, results):
                 target.copy_(result)
         return out
@@ -458,7 +461,8 @@ def compact(
         checks.outside_inference("compact", "selection", (indices, counts), tensors)
         results = ops.compact(*call) if chosen == "compiled" else ops.compact_triton(*call)
     elif chosen == "compiled":
-        results = ops.compact_forward.default(*call)
+        forward = ops.compact_forward if compiling else ops.compact_forward.default
+        results = forward(*call)
     else:
         results = ops.compact_forward_triton(*call)
     return results[0] if count == 1 else tuple(results)
@@ -522,7 +526,7 @@ def restore(
             checks.same_device("restore", "gate", gate, update, "update")
             gate = gate.to(wide)
         elif isinstance(gate, (int, float)) and not isinstance(gate, bool):
-            gate = torch.full(indices.shape, float(gate), dtype=wide, device=indices.device)
+            gate = _numbers.full(indices.shape, float(gate), dtype=wide, device=indices.device)
         else:
             raise TypeError(f"restore: gate must be a number or a tensor, got {type(gate).__name__}")
 

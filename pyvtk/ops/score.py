@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from pyvtk import backends, checks, transforms
+from pyvtk import _numbers, backends, checks, transforms
 from pyvtk.reference import score as reference
 
 QUERY_REDUCES = ("mean", "sum", "max", "visible_mean")
@@ -89,12 +89,12 @@ def does_not_fold(arguments: dict, mapped: dict) -> bool:
 
 
 backends.define(
-    "attention_scores", _SCHEMA, fake=_fake, dtypes=backends.HALF_AND_SINGLE, triton="score",
+    "attention_scores", _SCHEMA, fake=_fake, dtypes=backends.HALF_AND_SINGLE, triton="score", leave_open="scale",
     vmap=transforms.Fold(PER_SAMPLE, (1, 0, 1, 0, 1), does_not_fold),
 )  # fmt: skip
 backends.define(
     "attention_scores_backward", _BACKWARD_SCHEMA, fake=_fake_backward, dtypes=backends.HALF_AND_SINGLE,
-    triton="score_backward",
+    triton="score_backward", leave_open="scale",
     vmap=transforms.Fold(
         PER_SAMPLE | dict.fromkeys(("grad_linear", "grad_max", "max_query", "grad_lse"), 0), (0,) * 5, does_not_fold
     ),
@@ -117,8 +117,9 @@ backends.define(
     lean=True,
 )
 _plain = torch.ops.pyvtk.attention_scores_plain.default
-_compiled = torch.ops.pyvtk.attention_scores.default
-_triton = torch.ops.pyvtk.attention_scores_triton.default
+# not .default: an open scale (pyvtk/_numbers.py) has an overload of its own
+_compiled = torch.ops.pyvtk.attention_scores
+_triton = torch.ops.pyvtk.attention_scores_triton
 _BEYOND_PLAIN = ("q_positions", "k_positions", "q_mask", "k_mask", "k_bias", "head_weights", "lse", "cu_seqlens_q")
 
 
@@ -352,6 +353,8 @@ def resolve(
         scale = dim**-0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: scale must be a number or None, got {type(scale).__name__}")
+    else:
+        scale = _numbers.argument(float(scale))
 
     if isinstance(query_reduce, str):
         checks.choice(op, "query_reduce", query_reduce, QUERY_REDUCES)
@@ -384,7 +387,7 @@ def resolve(
         "q_positions": q_positions, "k_positions": k_positions, "q_mask": q_mask, "k_mask": k_mask, "k_bias": k_bias,
         "head_weights": head_weights, "lse": lse, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
         "causal": causal, "key_start": key_start, "key_stop": key_stop, "range_denominator": denominator == "range",
-        "scale": float(scale), "query_reduce": reduces, "head_reduce": head_reduce,
+        "scale": scale, "query_reduce": reduces, "head_reduce": head_reduce,
         "heads_first": reduce_order == "heads_first", "logit": quantity == "logit",
     }  # fmt: skip
 

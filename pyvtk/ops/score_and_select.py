@@ -48,8 +48,9 @@ backends.define(
     dtypes=backends.HALF_AND_SINGLE,
     vmap=transforms.Fold(score.PER_SAMPLE | select.PER_ROW, _OUTPUTS, score.does_not_fold),
     constant=True,
+    leave_open="scale",
 )
-_operator = torch.ops.pyvtk.score_and_select.default
+_operator = torch.ops.pyvtk.score_and_select
 
 
 def _fake_top(q, k, num_keep, causal, scale, query_reduce, head_reduce):
@@ -209,7 +210,7 @@ def score_and_select(
             operator = (
                 torch.ops.pyvtk.attention_scores if how == "compiled" else torch.ops.pyvtk.attention_scores_triton
             )
-            scores = transforms.call(operator.default, differentiable, q, k, *score.kernel_arguments(options), False)[0]
+            scores = transforms.call(operator, differentiable, q, k, *score.kernel_arguments(options), False)[0]
         chosen_scores = score.shape_scores(scores.detach(), packed, False, head_reduce)
         key_start, key_stop = (0, keys) if packed else (options["key_start"], options["key_stop"])
         whole = reference.whole_axis(chosen_scores, keys, key_start)

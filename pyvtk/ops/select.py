@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyvtk import backends, checks, transforms
+from pyvtk import _numbers, backends, checks, transforms
 from pyvtk.reference import select as reference
 from pyvtk.selection import Selection, assemble
 
@@ -120,7 +120,7 @@ def _number(op: str, name: str, value, scores: Scores) -> Tensor:
         raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
     if value != value:
         raise ValueError(f"{op}: {name} must be a number, got nan")
-    return torch.full((), value, dtype=torch.float64, device=scores.device)
+    return _numbers.full((), value, dtype=torch.float64, device=scores.device)
 
 
 def resolve(

@@ -40,6 +40,16 @@ def _bits(x: Tensor) -> Tensor:
     return x if x.dtype in _ORDINARY else x.view(_OF_SIZE[x.dtype.itemsize])
 
 
+def _bits_of(value: float | Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """``value`` in ``dtype`` as [1] of the bits that ``like`` is moved as; a tensor [] where torch.compile leaves the
+    number open."""
+    if isinstance(value, Tensor):
+        return _bits(value.to(like.device, dtype).reshape(1))
+    if value == 0:  # no bit set, also in dtypes without a zero
+        return like.new_zeros(1)
+    return _bits(torch.full((1,), value, dtype=dtype, device=like.device))
+
+
 def _column(values: Tensor, like: Tensor) -> Tensor:
     """``values`` with axes of size 1 behind, so that it broadcasts with ``like``."""
     return values.reshape(*values.shape, *([1] * (like.dim() - values.dim())))
@@ -53,7 +63,7 @@ def compact(
     tensors: list[Tensor],
     dims: list[int],
     batch_dims: list[int],
-    pads: list[float],
+    pads: list[float] | Tensor,
     total: int | None,
 ) -> list[Tensor]:
     """out[b, slot] = x[b, indices[b, slot]] where valid, else pad, for every tensor, with its axes where they were.
@@ -66,8 +76,7 @@ def compact(
     outs = []
     for x, dim, batch_dim, value in zip(tensors, dims, batch_dims, pads):
         dtype, x = x.dtype, _bits(x)
-        # 0 is no bit set, also in dtypes without a zero
-        pad = _bits(torch.full((1,), value, dtype=dtype, device=x.device)) if value else x.new_zeros(1)
+        pad = _bits_of(value, dtype, x)
         table = _tokens_first(x, dim, batch_dim, len(rows) == 2, rows)
         where = _column(torch.where(valid, indices, 0), table)
         if table.shape[len(rows)] > 0:
