@@ -85,6 +85,13 @@ def test_autocast(name):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("name", probes.CONSTANT)
+def test_functions_without_derivative(name):
+    for probe in {**probes.COLUMNS_OF_CONSTANT, "traced": probes.traced}.values():
+        probe(probes.CONSTANT[name])
+
+
+@pytest.mark.compile
 @pytest.mark.long
 def test_the_table_of_the_readme():
     """`python tests/transforms_probes.py` prints it."""

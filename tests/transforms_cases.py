@@ -169,6 +169,23 @@ CASES = {
     "sparse24.compress": Case(lambda w, *, backend: sparse24.compress(w, MASK24).values, ((4, 8),), (None,), True),
 }
 
+INT8 = sparse24.quantize(sparse24.compress(torch.linspace(-1, 1, 32).reshape(4, 8), MASK24))
+
+
+def in_place(cache: Tensor, *, backend: str | None) -> Tensor:
+    """compact_kv_ of a copy, which is what changes."""
+    cache = cache.clone()
+    pyvtk.compact_kv_(PER_HEAD, cache, backend=backend)
+    return cache
+
+
+# Functions that give no number of their own, or refuse to be differentiated.
+CONSTANT = {
+    "select": Case(lambda x, *, backend: pyvtk.select(x, 2, backend=backend).indices, ((2, 5),)),
+    "compact_kv_": Case(in_place, ((1, 2, 4, 3),)),
+    "sparse24.linear_int8": Case(lambda x, *, backend: sparse24.linear_int8(x, INT8, backend=backend), ((3, 8),)),
+}
+
 # Public functions that have no derivative, and why.
 WITHOUT_DERIVATIVE = {
     "info": "says what there is",

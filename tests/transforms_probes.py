@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from transforms_cases import CASES, Case
+from transforms_cases import CASES, CONSTANT, Case
 
 
 def close(actual, expected) -> None:
@@ -143,6 +143,30 @@ def vmap_and_gradient(case: Case) -> str:
     return "yes"
 
 
+def no_derivative(case: Case) -> str:
+    """By autograd and in forward mode: either there is none of the result, or an error tells."""
+    words = set()
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, torch.ones_like(x)) for x in case.tensors()]
+        for tensors in ([x.requires_grad_() for x in case.tensors()], duals):
+            try:
+                outs = case.flat(*tensors)
+                assert not any(x.requires_grad or forward_ad.unpack_dual(x).tangent is not None for x in outs)
+                words.add("none")
+            except ValueError as error:
+                assert "grad" in str(error)
+                words.add("an error")
+    (word,) = words
+    return word
+
+
+def compiled_constant(case: Case) -> str:
+    torch.compiler.reset()
+    function = torch.compile(case.flat, fullgraph=True, backend="aot_eager")
+    close(function(*case.tensors()), case.flat(*case.tensors()))
+    return "yes"
+
+
 def compiled(case: Case) -> str:
     torch.compiler.reset()
     function = torch.compile(case.total, fullgraph=True, backend="aot_eager")
@@ -197,12 +221,12 @@ def autocast(case: Case) -> str:
 
 def cuda_graph(name: str) -> str:
     """Whether tests/test_cuda.py replays the function in a CUDA graph."""
-    operator = name.replace("sparse24.", "sparse24_").replace("merge_attention", "weigh_groups")
-    calls = [call for call in CALLS.values() if call.operator == operator]
+    operator = name.replace("sparse24.", "sparse24_").replace("merge_attention", "merged")
+    calls = [call for call in CALLS.values() if operator in (call.operator, call.run.__name__)]
     return "yes" if any(not call.waits for call in calls) else "no"
 
 
-# What the table shows of each function: the case that stands for it, or for those without a derivative none.
+# What the table shows of each function: the case that stands for it.
 ROWS = {
     "attention_scores": "attention_scores",
     "score_and_select": "score_and_select",
@@ -222,13 +246,21 @@ COLUMNS = {
     "torch.export": exported,
     "autocast": autocast,
 }
+COLUMNS_OF_CONSTANT = COLUMNS | {
+    "gradient": no_derivative,
+    "second gradient": no_derivative,
+    "forward mode": no_derivative,
+    "torch.compile": compiled_constant,
+}
 
 
 def table() -> list[str]:
     """The lines of the table, found by trying."""
     lines = ["| " + " | ".join(["function", *COLUMNS, "CUDA graph"]) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for function, name in ROWS.items():
-        cells = [probe(CASES[name]) for probe in COLUMNS.values()]
+    rows = [(function, CASES[name], COLUMNS) for function, name in ROWS.items()]
+    rows += [(function, case, COLUMNS_OF_CONSTANT) for function, case in CONSTANT.items()]
+    for function, case, probes in rows:
+        cells = [probe(case) for probe in probes.values()]
         lines.append("| " + " | ".join([f"`{function}`", *cells, cuda_graph(function)]) + " |")
     return lines
 
