@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch.autograd import forward_ad
@@ -348,7 +349,8 @@ def mutation(name: str) -> None:
     written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
 
     def bump(keyset, *arguments):
-        _bump(name, [x for i in written for x in (arguments[i] if isinstance(arguments[i], list) else [arguments[i]])])
+        tensors = [x for i in written for x in (arguments[i] if isinstance(arguments[i], list) else [arguments[i]])]
+        _bump(op._schema.name, tensors)
         return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
 
     _library.impl(name, bump, "ADInplaceOrView", with_keyset=True)
@@ -393,6 +395,8 @@ def batch(name: str, fold: Fold | Callable | None = None) -> None:
         arguments = _complete(op, arguments)
         mapped = dict(zip(names, (*dims, *[None] * (len(names) - len(dims)))))
         folded = None
+        if info.batch_size == 0:
+            return _none_at_all(op, list(mapped.values()), arguments)
         if isinstance(fold, Fold):
             folded = _fold(fold, info.batch_size, mapped, dict(zip(names, arguments)))
         elif fold is not None:
@@ -473,6 +477,25 @@ def _one_by_one(op, size: int, dims: list, arguments: Sequence) -> tuple:
         [torch.stack(list(y)) for y in zip(*x)] if isinstance(x[0], list) else torch.stack(list(x)) for x in zip(*every)
     ]
     return tuple(stacked), tuple([0] * len(x) if isinstance(x, list) else 0 for x in stacked)
+
+
+def _none_at_all(op, dims: list, arguments: Sequence) -> tuple:
+    """Results for a mapped axis of length 0, whose shapes the fake kernel tells."""
+
+    def fake(value, dim):
+        if isinstance(value, (list, tuple)):
+            return [fake(one, of_one) for one, of_one in zip(value, dim or [None] * len(value))]
+        if not isinstance(value, Tensor):
+            return value
+        shape = [size for i, size in enumerate(value.shape) if dim is None or i != dim % value.dim()]
+        return torch.empty(shape, dtype=value.dtype, device="meta")
+
+    if not op._schema.returns:
+        return None, None
+    device = next(x.device for x in _Nest.of(arguments).flatten(arguments))
+    found = op(*[fake(value, dim) for value, dim in zip(arguments, dims)])
+    outputs = pytree.tree_map(lambda x: torch.empty((0, *x.shape), dtype=x.dtype, device=device), found)
+    return outputs, pytree.tree_map(lambda _: 0, outputs)
 
 
 def _all_mapped(dim) -> bool:

@@ -48,6 +48,14 @@ def test_vmap(name):
     probes.vmap(CASES[name])
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.backends[0] == "compiled"])
+def test_vmap_over_nothing(name):
+    case = CASES[name]
+    one = case.flat(*case.tensors())
+    none = torch.vmap(case.flat)(*case.tensors(lead=(0,)))
+    assert [(x.shape, x.dtype) for x in none] == [((0, *x.shape), x.dtype) for x in one]
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.on_host])
 def test_vmap_is_refused_where_the_host_looks(name):
     case = CASES[name]
@@ -96,6 +104,39 @@ def test_functions_without_derivative(name):
 def test_the_table_of_the_readme():
     """`python tests/transforms_probes.py` prints it."""
     assert "\n".join(probes.table()) in (ROOT / "README.md").read_text()
+
+
+# The smallest inputs that were wrong, with what is right -----------------------------------------------------------------
+
+
+def test_a_tangent_moves_with_its_token():
+    keep = pyvtk.Selection.from_indices(torch.tensor([[1]]), 2, ascending=True)
+    x = torch.tensor([[[1.0], [2.0]]])
+    for backend in (None, "reference"):
+        move = lambda x, backend=backend: pyvtk.compact(keep, x, backend=backend)  # noqa: E731
+        assert torch.func.jvp(move, (x,), (torch.ones_like(x),))[1].flatten().tolist() == [1.0]
+        assert torch.func.jacfwd(move)(x).flatten().tolist() == [0.0, 1.0]
+
+
+def test_the_second_gradient_of_a_gate():
+    keep = pyvtk.Selection.from_indices(torch.tensor([[0]]), 1, ascending=True)
+    update, gate = torch.ones(1, 1, 1, requires_grad=True), torch.full((1, 1), 3.0, requires_grad=True)
+    (grad,) = torch.autograd.grad(pyvtk.restore(keep, update, gate=gate).sum(), update, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), gate)
+    assert second.item() == 6.0
+
+
+def test_the_gradient_of_a_penalty_is_not_zero():
+    q, k = (x.requires_grad_() for x in CASES["attention_scores"].tensors())
+    (grad,) = torch.autograd.grad(pyvtk.attention_scores(q, k).square().sum(), q, create_graph=True)
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(grad.square().sum(), (q, k)))
+
+
+def test_vmap_keeps_the_gradient_of_what_it_maps():
+    weight = sparse24.compress(torch.eye(4))
+    x = torch.ones(3, 4, requires_grad=True)
+    torch.vmap(lambda row: sparse24.linear(row, weight))(x).sum().backward()
+    assert x.grad.tolist() == [[1.0] * 4] * 3
 
 
 # Of operators, called directly ----------------------------------------------------------------------------------------
