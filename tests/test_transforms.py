@@ -106,7 +106,7 @@ def test_the_table_of_the_readme():
     assert "\n".join(probes.table()) in (ROOT / "README.md").read_text()
 
 
-# The smallest inputs that were wrong, with what is right ---------------------------------------------------------------
+# The smallest inputs that were wrong, with what is right -------------------------------------------------------------
 
 
 def test_a_tangent_moves_with_its_token():
