@@ -12,8 +12,6 @@ from transforms_cases import CASES, SELECTION, WITHOUT_DERIVATIVE
 import pyvtk
 from pyvtk import backends, sparse24, transforms
 
-EVERY = pytest.mark.parametrize("name", CASES)
-TRACED = pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.on_host])
 OPERATORS = [*backends._compiled_dtypes, *(f"{name}_triton" for name in backends._triton_modules)]
 
 
@@ -28,24 +26,22 @@ def test_every_public_function_has_a_case_or_no_derivative():
     assert public_functions() == with_case | WITHOUT_DERIVATIVE.keys()
 
 
-@EVERY
-def test_gradient(name):
-    probes.gradient(CASES[name])
+# Of functions whose host looks at values no vmap, and no trace, is to be had.
+OF_ALL = (probes.gradient, probes.second_gradient, probes.forward_mode, probes.autocast)
+OF_TRACED = (probes.vmap, probes.vmap_and_gradient, probes.compiled, probes.exported, probes.traced)
 
 
-@EVERY
-def test_second_gradient(name):
-    probes.second_gradient(CASES[name])
-
-
-@EVERY
-def test_forward_mode(name):
-    probes.forward_mode(CASES[name])
-
-
-@TRACED
-def test_vmap(name):
-    probes.vmap(CASES[name])
+@pytest.mark.parametrize(
+    ("probe", "name"),
+    [
+        pytest.param(probe, name, marks=pytest.mark.compile if probe is probes.compiled else ())
+        for name, case in CASES.items()
+        for probe in (OF_ALL if case.on_host else OF_ALL + OF_TRACED)
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_probe(probe, name):
+    probe(CASES[name])
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.backends[0] == "compiled"])
@@ -64,32 +60,6 @@ def test_vmap_is_refused_where_the_host_looks(name):
         torch.vmap(case.flat)(*case.tensors(lead=(3,)))
     with pytest.raises(RuntimeError, match=f"{function}: .* must not be mapped by torch.vmap"):
         torch.vmap(torch.func.grad(case.total))(*case.tensors(lead=(3,)))
-
-
-@TRACED
-def test_vmap_and_gradient(name):
-    probes.vmap_and_gradient(CASES[name])
-
-
-@pytest.mark.compile
-@TRACED
-def test_compile(name):
-    probes.compiled(CASES[name])
-
-
-@TRACED
-def test_export(name):
-    probes.exported(CASES[name])
-
-
-@TRACED
-def test_traced(name):
-    probes.traced(CASES[name])
-
-
-@EVERY
-def test_autocast(name):
-    probes.autocast(CASES[name])
 
 
 @pytest.mark.compile
