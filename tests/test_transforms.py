@@ -28,13 +28,14 @@ def test_every_public_function_has_a_case_or_no_derivative():
 
 # Of functions whose host looks at values no vmap, and no trace, is to be had.
 OF_ALL = (probes.gradient, probes.second_gradient, probes.forward_mode, probes.autocast)
-OF_TRACED = (probes.vmap, probes.vmap_and_gradient, probes.compiled, probes.exported, probes.traced)
+TRACES = (probes.compiled, probes.exported, probes.traced)
+OF_TRACED = (probes.vmap, probes.vmap_and_gradient, *TRACES)
 
 
 @pytest.mark.parametrize(
     ("probe", "name"),
     [
-        pytest.param(probe, name, marks=pytest.mark.compile if probe is probes.compiled else ())
+        pytest.param(probe, name, marks=pytest.mark.compile if probe in TRACES else ())
         for name, case in CASES.items()
         for probe in (OF_ALL if case.on_host else OF_ALL + OF_TRACED)
     ],
