@@ -196,12 +196,10 @@ def neighbor_attention_kernel(
             k_slot = tl.load(key_blocks + step // tiles) * BLOCK_K + (step % tiles) * TILE_K + tl.arange(0, TILE_K)
             key, k_image, k_t, k_y, k_x, k_position, k_region = _slots(key_slots, key_length, k_slot)
             here = k_image >= -1
-            if k_bias is not None:
-                bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0)
-                here &= bias != float("-inf")  # which nobody sees, whatever it holds
             k1, k2 = load_rows(k, key.to(tl.int64) * k_row, here, D, D1, D2)
             logits = products(q1, q2, k1, k2, D2, PRECISION)
             if k_bias is not None:
+                bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0)
                 logits = logits * scale + (bias * LOG2_E)[None, :]
             if PARTIAL:
                 seen = _visible(
@@ -335,13 +333,11 @@ def neighbor_attention_query_grad_kernel(
             k_slot = tl.load(key_blocks + step // tiles) * BLOCK_K + (step % tiles) * TILE_K + tl.arange(0, TILE_K)
             key, k_image, k_t, k_y, k_x, k_position, k_region = _slots(key_slots, key_length, k_slot)
             here = k_image >= -1
-            if k_bias is not None:
-                bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0)
-                here &= bias != float("-inf")  # which nobody sees, whatever it holds
             k1, k2 = load_rows(k, key.to(tl.int64) * k_row, here, D, D1, D2)
             v1, v2 = load_rows(v, key.to(tl.int64) * v_row, here, D, D1, D2)
             logits = products(q1, q2, k1, k2, D2, PRECISION) * scale
             if k_bias is not None:
+                bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0)
                 logits += (bias * LOG2_E)[None, :]
             p = tl.exp2(logits - bound[:, None])
             if PARTIAL:
@@ -397,10 +393,6 @@ def neighbor_attention_key_grad_kernel(
     facts = key_slots + batch * _FACTS * key_length
     key, k_image, k_t, k_y, k_x, k_position, k_region = _slots(facts, key_length, k_slot)
     here = k_image >= -1
-    if k_bias is not None:
-        bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0) * LOG2_E
-        here &= bias != float("-inf")  # which nobody sees, whatever it holds
-        grad_bias = tl.zeros([TILE_K], tl.float32)
     wide = key.to(tl.int64)
     k1, k2 = load_rows(k + batch * k_batch + kv_head.to(tl.int64) * k_head, wide * k_row, here, D, D1, D2)
     v1, v2 = load_rows(v + batch * v_batch + kv_head.to(tl.int64) * v_head, wide * v_row, here, D, D1, D2)
@@ -409,6 +401,9 @@ def neighbor_attention_key_grad_kernel(
     grad_v1 = tl.zeros([TILE_K, D1], tl.float32)
     grad_k2 = tl.zeros([TILE_K, D2 if D2 else 16], tl.float32)
     grad_v2 = tl.zeros([TILE_K, D2 if D2 else 16], tl.float32)
+    if k_bias is not None:
+        bias = tl.load(k_bias + batch * key_rows + key, mask=here, other=0.0) * LOG2_E
+        grad_bias = tl.zeros([TILE_K], tl.float32)
     q += batch * q_batch
     grad_out += batch * grad_batch
     lse += batch * heads * GROUP * query_rows
@@ -574,6 +569,15 @@ def _common(kernel: str, q, k, v, k_bias, visual_heads, plan, rule, keep_mass, *
     }  # fmt: skip
 
 
+def _shown(k: Tensor, v: Tensor, k_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """k and v without what stands in keys that a bias of -inf hides: adding that to NaN leaves NaN. The kernels have no
+    register left for it, so it takes a pass over both where there is a bias."""
+    if k_bias is None:
+        return k, v
+    hidden = (k_bias == float("-inf"))[:, None, :, None]
+    return k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+
+
 def _query_programs(query_order: Tensor, arguments: dict) -> int:
     chunks = triton.cdiv(arguments["GROUP"], arguments["HEADS"])
     return query_order.numel() * arguments["heads"] * chunks * (arguments["BLOCK_Q"] // arguments["TILE_Q"])
@@ -582,6 +586,7 @@ def _query_programs(query_order: Tensor, arguments: dict) -> int:
 def neighbor_attention(q, k, v, k_bias, visual_heads, plan, rule, scale, keep_mass, zero_rows):
     """Arguments as the operator has them; they were checked on the page."""
     batch, heads, rows, head_dim = q.shape
+    k, v = _shown(k, v, k_bias)
     if q.stride(1) < q.stride(2):
         out = q.new_empty(batch, rows, heads, head_dim).transpose(1, 2)
     else:
@@ -604,6 +609,7 @@ def neighbor_attention_backward(
     """Arguments as the operator has them. Rows that ``zero_rows`` switched off have lse = -inf, which says it all."""
     batch, heads, rows, head_dim = q.shape
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
+    k, v = _shown(k, v, k_bias)
     bias_parts = None if k_bias is None else k_bias.new_empty(batch, k.shape[1], k.shape[2])
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
