@@ -330,3 +330,36 @@ def test_wants_gradient_sees_through_wrappers():
         with forward_ad.dual_level():
             assert transforms.wants_gradient(forward_ad.make_dual(x, x)) and not transforms.wants_gradient(x)
     assert not transforms.wants_gradient(None)
+
+
+SELECTING = {
+    "rows": lambda x, mask, number: pyvtk.select(x, number.abs().long(), keep=mask > 0, drop=mask < -1, capacity=4),
+    "heads": lambda x, mask, number: pyvtk.select(x[:, None].expand(-1, 2, -1), threshold=number, candidates=mask > 0),
+    "segments": lambda x, mask, number: pyvtk.select(
+        x, top_p=number.abs().clamp(max=1), segments=(mask > 0).int(), num_segments=2, capacity=6, align="right"
+    ),
+    "packed": lambda x, mask, number: pyvtk.select(
+        x[0], 2, keep=mask[0] > 1, cu_seqlens=torch.tensor([0, 2, 6], dtype=torch.int32), order="score"
+    ),
+    "scores": lambda x, mask, number: pyvtk.score_and_select(
+        x[:, None, None, :1].expand(-1, 2, 1, 8).contiguous(), x[:, None, :, None].expand(-1, 1, -1, 8).contiguous(),
+        k_mask=mask < 1, num_keep=number.abs().long() + 1, capacity=3, causal=True, k_positions=mask.long(),
+        q_positions=number[:, None].long(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_vmap_of_selections(name):
+    """With masks, numbers for each row, segments: mapped together, and each of them alone."""
+    tensors = [torch.randn(3, 2, 6), torch.randn(3, 2, 6), 2 * torch.randn(3, 2)]
+
+    def chosen(x, mask, number):
+        selection = SELECTING[name](x, mask, number)
+        return selection.indices, selection.counts, selection.overflow
+
+    for in_dims in ((0, 0, 0), (0, None, None), (None, 0, None), (None, None, 0)):
+        given = [x if dim == 0 else x[0] for x, dim in zip(tensors, in_dims)]
+        each = [chosen(*[x[i] if dim == 0 else x for x, dim in zip(given, in_dims)]) for i in range(3)]
+        found = torch.vmap(chosen, in_dims)(*given)
+        assert all(torch.equal(a, torch.stack(b)) for a, b in zip(found, zip(*each)))
