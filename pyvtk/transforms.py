@@ -210,7 +210,8 @@ def _gradient(name: str, backward: Callable, setup_context: Callable) -> None:
             ctx.needs_input_grad = needed
         return None, *ctx.nest.flatten(found if isinstance(found, tuple) else (found,))
 
-    node = _node(name, forward, backward_of_flat)
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_flat)}
+    node = type(f"{name}_gradient", (_SingleLevelFunction,), functions)
 
     def autograd(keyset, *arguments):
         nest = _Nest.of(arguments)
@@ -226,14 +227,6 @@ def _gradient(name: str, backward: Callable, setup_context: Callable) -> None:
         return found[0] if len(op._schema.returns) == 1 else tuple(found)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
-
-
-def _node(name: str, forward: Callable, backward: Callable) -> type:
-    return type(
-        f"{name}_gradient",
-        (_SingleLevelFunction,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
-    )
 
 
 def _asks_for_gradient(tensors: Sequence[Tensor]) -> bool:
