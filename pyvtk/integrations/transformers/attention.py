@@ -1,8 +1,8 @@
 """Attention and feed-forward layers of methods that change them (YOPO), inside of transformers' own modules.
 
-The attention function is chosen by name in the config, as transformers chooses one, and falls through to the model's own
-wherever there is no plan. A feed-forward layer gets no keyword arguments, so the attention of the same layer, which runs
-just before it (in a recomputation by gradient checkpointing too), hands it the rows.
+The attention function is chosen by name in the config, as transformers chooses one, and falls through to the model's
+own wherever there is no plan. A feed-forward layer gets no keyword arguments, so the attention of the same layer,
+which runs just before it (in a recomputation by gradient checkpointing too), hands it the rows.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import pyvtk
+from pyvtk.integrations.transformers.decode import Step
 from pyvtk.integrations.transformers.masks import PREFIX
-from pyvtk.integrations.transformers.prompt import KEY, Prompt, Step
+from pyvtk.integrations.transformers.prompt import KEY, Prompt
 
 
 def register(base: str) -> str:
@@ -33,7 +34,8 @@ def attention(
     base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None,
     dropout: float = 0.0, **kwargs,
 ):  # fmt: skip
-    """An attention function of transformers: query, key, value [batch, heads, tokens, D] -> [batch, tokens, heads, D]."""
+    """An attention function of transformers: query, key, value are [batch, heads, tokens, D], the result is [batch,
+    tokens, heads, D]."""
     known, layer = kwargs.pop(KEY, None), module.layer_idx
     out = None
     if isinstance(known, Prompt):

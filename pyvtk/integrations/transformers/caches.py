@@ -17,7 +17,8 @@ class PrunedLayer:
     Attributes:
         valid: bool [batch, slots], which of the first slots hold tokens; slots behind those are newer. None: all.
         visual: bool [batch, slots], which are visual, where the method needs it at decode; None: it does not.
-        dropped: int [batch, 1], how far positions are shifted back in this layer and those behind it; None: they are not.
+        dropped: int [batch, 1], how far positions are shifted back in this layer and those behind it; None: they are
+            not.
         gone: how many slots the sequence has more than this layer.
     """
 
@@ -71,6 +72,12 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):
     @property
     def held(self) -> Tensor:
         return self.cumulative_length
+
+
+def cache_of(kwargs: dict) -> Cache | None:
+    """The cache in the keyword arguments of a model or layer; they were renamed in transformers 5.24."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
 
 
 def layer_of(cache: Cache | None, index: int):

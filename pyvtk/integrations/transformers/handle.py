@@ -6,14 +6,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import pyvtk
-from pyvtk.integrations.transformers import attention, caches, masks, models
+from pyvtk.integrations.transformers import attention, caches, decode, eviction, masks, models, prefill, stages
 from pyvtk.integrations.transformers.images import Images
-from pyvtk.integrations.transformers.methods import Context, Method, Stage
-from pyvtk.integrations.transformers.prompt import KEY, Prompt, Sizes, StageSizes, Step, Tokens
+from pyvtk.integrations.transformers.methods import Method
+from pyvtk.integrations.transformers.prompt import KEY, Prompt
 from pyvtk.integrations.transformers.report import Report
 
 _handles: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
@@ -29,16 +28,16 @@ def accelerate(
     """Let ``method`` drop visual tokens of a model of transformers, in ``forward``, ``generate`` and training.
 
     Args:
-        model: LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL or InternVL of transformers 5.20 or
-            newer, also inside of a PeftModel; of a pipeline its ``model``.
+        model: LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL or InternVL of transformers 5.20
+            or newer, also inside of a PeftModel; of a pipeline its ``model``.
         method: what to drop and where, e.g. ``FastV(layer=2, keep=0.5)``.
         layout: from a prompt to the TokenLayout of its tokens, where it is not what the model's kind says.
         padding: "auto": from the attention mask. "none": a promise that there is no padding, so that the mask is not
             looked at.
 
     Returns:
-        A handle: ``print(handle)`` tells what the last prompt was spared, ``handle.remove()`` takes everything off again,
-        and so does leaving ``with accelerate(...) as handle:``.
+        A handle: ``print(handle)`` tells what the last prompt was spared, ``handle.remove()`` takes everything off
+        again, and so does leaving ``with accelerate(...) as handle:``.
 
     Hidden states and logits keep the prompt's length: those of tokens that were dropped are of a hidden state of zeros.
     In training the loss counts the labels whose row was still there. Prompts without images pass through.
@@ -157,7 +156,8 @@ class Handle:
             heads = self.method.heads_of(number)
             if heads is not None and heads.shape != (self.config.num_attention_heads,):
                 raise ValueError(
-                    f"accelerate: heads of layer {number} must be [{self.config.num_attention_heads}], got {tuple(heads.shape)}"
+                    f"accelerate: heads of layer {number} must be [{self.config.num_attention_heads}], got "
+                    f"{tuple(heads.shape)}"
                 )
             if self.method.ffn > 1:
                 self._undo.append(attention.split_feed_forward(self, number, layer.mlp, self.method.ffn))
@@ -194,7 +194,11 @@ class Handle:
         head = f"{type(self.model).__name__} with {self.method!r}"
         return f"{head}; no prompt yet" if self.report is None else f"{head}\n{self.report}"
 
-    # Before the decoder
+    def run_of(self, number: int) -> int:
+        """The layer at which the run of layers begins that layer ``number`` belongs to; -1: the first run."""
+        return max((layer for layer in self.method_stages if layer <= number), default=-1)
+
+    # Hooks
 
     def _before_model(self, module, args, kwargs):
         if kwargs.get("output_attentions"):
@@ -202,107 +206,13 @@ class Handle:
         labels = kwargs.get("labels")
         if labels is None:
             return None
-        kwargs = {**kwargs, "labels": labels.clone()}
-        self._labels = kwargs["labels"]
-        return args, kwargs
+        self._labels = labels.clone()  # which is written to, once it is known whose rows are gone
+        return args, {**kwargs, "labels": self._labels}
 
     def _before_inner(self, module, args, kwargs):
         labels, self._labels = self._labels, None
-        ids = args[0] if args else kwargs.get("input_ids")
-        cache = _cache_of(kwargs)
-        if ids is None:
-            embeds = kwargs.get("inputs_embeds")
-            if embeds is not None and embeds.shape[1] == 1:
-                return args, {**kwargs, KEY: Step()}
-            raise NotImplementedError("accelerate: input_ids must be given, or it is not known which tokens are visual")
-        if ids.shape[1] == 1:
-            return args, {**kwargs, KEY: Step()}
-        visual = ids == self.visual_ids[0]
-        for other in self.visual_ids[1:]:
-            visual = visual | (ids == other)
-        valid = None if self.padding == "none" else masks.valid_from_mask(kwargs.get("attention_mask"), ids.shape[1])
-        if valid is not None:
-            visual = visual & valid
-        prompt = Prompt(self, ids, visual, valid, labels=labels)
-        if labels is not None and self.method.answers:
-            prompt.answers = torch.nn.functional.pad((labels[:, :-1] == -100) & (labels[:, 1:] != -100), (0, 1))
-        prompt.position_ids = kwargs.get("position_ids")
-        if self._prepare(prompt, cache) and not prompt.ready:
-            return args, {**kwargs, KEY: Step()}
-        return args, {**kwargs, KEY: prompt}
-
-    def _prepare(self, prompt: Prompt, cache, last: bool = False) -> bool:
-        """Learns of a prompt what the decoder will need: sizes, layout, plan. Whether all that can be known is known.
-
-        In front of the model everything is, but positions that the model makes itself, and what its tower says of images
-        that are not encoded yet. That is asked again in front of the decoder (``last``); a decoder that is compiled
-        begins behind it.
-        """
-        method = self.method
-        if not method.forces and prompt.sizes is None and not self._measure(prompt, cache):
-            return True
-        if method.needs_layout and prompt.layout is None:
-            prompt.layout = self.layout(prompt)
-            if prompt.layout is None:
-                if last:
-                    raise NotImplementedError("accelerate: it is not known where visual tokens stand; give layout=")
-                return False
-        if method.forces and prompt.sizes is None:
-            prompt.keep = method.forced(self, prompt)
-            if prompt.keep is None and not last:
-                return False
-            if not self._measure(prompt, cache):
-                return True
-            if prompt.keep is None:
-                raise RuntimeError("accelerate: these images were encoded before the model was accelerated")
-        if method.attention:
-            prompt.plan = self.report.plan = method.plan(prompt.layout)
-            if method.ffn > 1:
-                prompt.rows = attention.rows_of(prompt)
-        self.images.clear()
-        prompt.ready = True
-        return True
-
-    def _measure(self, prompt: Prompt, cache) -> bool:
-        """Fetches the sizes, which is the one time that the host waits. Whether there are visual tokens."""
-        extra = {}
-        if prompt.answers is not None:
-            extra["answers"] = prompt.answers.sum(1)
-        if prompt.keep is not None:
-            extra["keep"] = prompt.keep.sum(1)
-        prompt.sizes = Sizes.of(prompt.visual, prompt.valid, **extra)
-        if not any(prompt.sizes.visual):
-            return False
-        if cache is not None and any(getattr(layer, "is_initialized", False) for layer in cache.layers):
-            raise NotImplementedError("accelerate: images in a later turn, or in a later chunk of a prompt")
-        if all(length == prompt.visual.shape[1] for length in prompt.sizes.lengths):
-            prompt.valid = None
-        self._size_stages(prompt)
-        self.report = Report(self, prompt)
-        return True
-
-    def _size_stages(self, prompt: Prompt) -> None:
-        sizes, exact = prompt.sizes, True
-        tokens, there = sizes.lengths, sizes.visual
-        for layer, stage in self.method_stages.items():
-            keep = [self.method.num_keep(stage, n, whole) for n, whole in zip(there, sizes.visual)]
-            if "answers" in sizes.extra:  # a sample without an answer keeps what it has
-                keep = [k if answers else n for k, answers, n in zip(keep, sizes.extra["answers"], there)]
-            bound = keep
-            if "keep" in sizes.extra and not prompt.stages:  # what was chosen before the decoder stays besides
-                bound = [min(k + forced, n) for k, forced, n in zip(keep, sizes.extra["keep"], there)]
-            if not exact:
-                num_keep = None
-            elif len(keep) == 1:
-                num_keep = keep[0]
-            else:
-                num_keep = _on(prompt.visual.device, keep)
-            exact = exact and stage.exact
-            tokens = [held - n + stay for held, n, stay in zip(tokens, there, bound)]
-            there = bound
-            capacity = max(tokens)
-            full = exact and all(n == capacity for n in tokens)
-            prompt.stages[layer] = StageSizes(capacity, full, num_keep, tokens, there, exact)
+        prompt = prefill.begin(self, args[0] if args else kwargs.get("input_ids"), kwargs, labels)
+        return args, {**kwargs, KEY: prompt or decode.Step()}
 
     def _before_decoder(self, module, args, kwargs):
         prompt = kwargs.get(KEY)
@@ -312,20 +222,10 @@ class Handle:
             raise NotImplementedError("accelerate: attention_dropout must be 0 in training")
         if not prompt.ready:
             prompt.position_ids = kwargs.get("position_ids")
-            self._prepare(prompt, _cache_of(kwargs), last=True)
+            prefill.prepare(self, prompt, caches.cache_of(kwargs), last=True)
             if not prompt.ready:
-                return args, {**kwargs, KEY: Step()}
-        tokens = Tokens(prompt.visual, prompt.valid, None, ends_full=prompt.sizes.ends_full, answers=prompt.answers)
-        deep = kwargs.get("deepstack_visual_embeds")
-        if deep and min(self.method_stages, default=len(self.layers)) <= len(deep):
-            embeds, where = kwargs["inputs_embeds"], kwargs["visual_pos_masks"][..., None]
-            kwargs = {**kwargs, "deepstack_visual_embeds": None}
-            tokens.additions = {
-                number: torch.zeros_like(embeds).masked_scatter(where, values.to(embeds.dtype))
-                for number, values in enumerate(deep)
-            }
-        prompt.tokens = {-1: tokens}
-        return args, kwargs
+                return args, {**kwargs, KEY: decode.Step()}
+        return args, prefill.first_tokens(self, prompt, kwargs)
 
     def _after_inner(self, module, args, kwargs, output):
         prompt = kwargs.get(KEY)
@@ -341,226 +241,32 @@ class Handle:
         output["last_hidden_state"] = pyvtk.restore(tokens.selection, output["last_hidden_state"])
         return output
 
-    # Between decoder layers
-
     def _layer_hook(self, number: int):
-        stage = self.method_stages.get(number)
-        # where this layer's run begins; all caches that were evicted from are alike
-        run = max((layer for layer in self.method_stages if layer <= number), default=0 if self.method.evicts else -1)
-        following = self.method_stages.get(number + 1)
-        scores = following if following is not None and following.scores == "previous" else None
-
         def hook(layer, args, kwargs):
             known = kwargs.get(KEY)
             if known is None:
                 return None
             if not (self.method.attention or self.method.evicts):
-                kwargs = _without(kwargs, KEY)
-            if isinstance(known, Step):
-                return args, {**kwargs, **self._step(number, run, args, kwargs, known)}
+                kwargs = _without(kwargs, KEY)  # attention of transformers has no use for it
             hidden = args[0] if args else kwargs["hidden_states"]
-            cache = _cache_of(kwargs)
-            if self.method.evicts:
-                if cache is not None:
-                    known.scores[number] = self._window(layer, hidden, kwargs["position_embeddings"], known)
-                return None
-            before = known.tokens[_run_before(known, number)]
-            if number - 1 in before.additions:
-                hidden = hidden + before.additions[number - 1]
-            if stage is not None:
-                hidden = self._prune(stage, layer, hidden, kwargs, known, before)
-            tokens = known.tokens[run]
-            if stage is None and cache is not None and (run >= 0 or self._some_heads_off(number)):
-                self._mark(cache, number, tokens, known)
-            if run >= 0:
-                kwargs = {**kwargs, **tokens.changes()}
-            if scores is not None:
-                with torch.no_grad():
-                    known.scores[number] = self._scores(
-                        layer, hidden, kwargs["position_embeddings"], known, tokens, scores, cache
-                    )
+            if isinstance(known, decode.Step):
+                kwargs = {**kwargs, **decode.changes(self, number, hidden, kwargs, known)}
+            elif self.method.evicts:
+                eviction.window_queries(self, number, layer, hidden, kwargs, known)
+            else:
+                hidden, kwargs = stages.enter(self, number, layer, hidden, kwargs, known)
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         return hook
 
-    def _some_heads_off(self, number: int) -> bool:
-        return self.method.attention and number < self.plan_ends and self.method.heads_of(number) is not None
-
-    def _mark(self, cache, number: int, tokens: Tokens, prompt: Prompt) -> None:
-        gone = prompt.input_ids.shape[1] - tokens.visual.shape[1]
-        visual = tokens.visual if self._some_heads_off(number) else None
-        caches.prune_layer(cache, number, tokens.valid, visual, tokens.dropped, gone)
-
-    def _last_rows(self, tokens: Tokens, *values: Tensor) -> tuple[Tensor, ...]:
-        """[batch, 1, ...]: of each value [batch or 1, tokens, ...] the row of every sample's last token."""
-        if tokens.ends_full:
-            return tuple(x[:, -1:] for x in values)
-        place = torch.arange(tokens.visual.shape[1], device=tokens.visual.device)
-        last = torch.where(tokens.valid, place, -1).amax(1, keepdim=True)
-        rows = pyvtk.Selection.from_indices(last, tokens.visual.shape[1], ascending=True)
-        found = pyvtk.compact(rows, *values)
-        return found if len(values) > 1 else (found,)
-
-    def _scores(self, layer, hidden, position_embeddings, prompt: Prompt, tokens: Tokens, stage: Stage, cache):
-        """(q, k, q_positions, q_mask) of a layer; k None where the cache has it."""
-        cos, sin = position_embeddings
-        positions = mask = None
-        if tokens.answers is not None:
-            rows = pyvtk.Selection.from_mask(tokens.answers, capacity=max(1, *prompt.sizes.extra["answers"]))
-            few, few_cos, few_sin = pyvtk.compact(rows, hidden, cos, sin)
-            positions, mask = rows.indices, rows.valid
-        else:
-            few, few_cos, few_sin = self._last_rows(tokens, hidden, cos, sin)
-        q = models.project(layer, "q", layer.input_layernorm(few))
-        if stage.rotary:
-            q = models.rotate(q, few_cos, few_sin)
-        if stage.scores == "previous" and stage.rotary and cache is not None:
-            return q, None, positions, mask
-        k = models.project(layer, "k", layer.input_layernorm(hidden))
-        return q, models.rotate(k, cos, sin) if stage.rotary else k, positions, mask
-
-    def _prune(self, stage: Stage, layer, hidden: Tensor, kwargs, prompt: Prompt, before: Tokens) -> Tensor:
-        """The hidden states of the tokens that stay; what is known of them goes to ``prompt.tokens``."""
-        number, cache = stage.layer, _cache_of(kwargs)
-        batch, length = hidden.shape[:2]
-        position_embeddings = before.position_embeddings or kwargs["position_embeddings"]
-        sizes = prompt.stages[number]
-        with torch.no_grad():
-            q = k = positions = mask = None
-            if stage.scores == "own":
-                q, k, positions, mask = self._scores(layer, hidden, position_embeddings, prompt, before, stage, cache)
-            elif stage.scores == "previous":
-                q, k, positions, mask = prompt.scores[number - 1]
-                if k is None:
-                    k = cache.layers[number - 1].keys[:, :, :length]  # a static cache has room behind them
-            num_keep = sizes.num_keep
-            if num_keep is None:
-                num_keep = self.method.num_keep(stage, before.visual.sum(1), prompt.visual.sum(1))
-            selection = self.method.select(
-                stage,
-                Context(
-                    q, k, positions, mask, hidden, before.visual, before.valid, num_keep, sizes.capacity,
-                    prompt.keep if before.selection is None else None,
-                ),
-            )  # fmt: skip
-        extra = list(before.additions.values())
-        if before.answers is not None:
-            extra.append(before.answers)
-        hidden, cos, sin, visual, *more = pyvtk.compact(selection, hidden, *position_embeddings, before.visual, *extra)
-        valid = None if sizes.full else selection.valid
-        after = Tokens(
-            visual, valid, (cos, sin), selection if before.selection is None else before.selection.then(selection)
-        )
-        after.additions = dict(zip(before.additions, more))
-        if before.answers is not None:
-            after.answers = more[-1]
-        if stage.rebase and not self.anatomy.mrope:
-            self._rebase(hidden, kwargs["position_ids"], prompt, before, after, selection)
-        held = caches.layer_of(cache, number)
-        keys = held.max_cache_len if hasattr(held, "max_cache_len") else sizes.capacity
-        after.attention_mask = masks.causal(
-            self.form, hidden.dtype, valid, batch, sizes.capacity, keys, 0, hidden.device
-        )
-        prompt.tokens[number] = after
-        if cache is not None:
-            self._mark(cache, number, after, prompt)
-        return hidden
-
-    def _rebase(self, hidden: Tensor, position_ids: Tensor, prompt: Prompt, before: Tokens, after: Tokens, selection):
-        """Positions counted anew from each sample's first token, without those that are gone."""
-        capacity = after.visual.shape[1]
-        first = before.first
-        if first is None:
-            first = position_ids if before.valid is None else torch.where(before.valid, position_ids, 2**62)
-            first = first[:, :1] if before.valid is None else first.amin(1, keepdim=True)
-        place = torch.arange(capacity, device=hidden.device)
-        if after.valid is not None:
-            place = (place - capacity + selection.counts[:, None]).clamp(min=0)
-        after.first = first
-        after.position_embeddings = self.language_model.rotary_emb(hidden, first + place)
-        whole = prompt.visual.shape[1] if prompt.valid is None else prompt.valid.sum(1, keepdim=True)
-        after.dropped = whole - selection.counts[:, None]
-
-    # Out of the cache
-
-    def _window(self, layer, hidden: Tensor, position_embeddings, prompt: Prompt) -> tuple:
-        """Rotated queries [batch, heads, window, D] of the last tokens of each sample."""
-        window = min(self.method.window, hidden.shape[1])
-        cos, sin = position_embeddings
-        with torch.no_grad():
-            if prompt.sizes.ends_full:
-                hidden, cos, sin = (x[:, -window:] for x in (hidden, cos, sin))
-            else:
-                if prompt.rows is None:  # the same in every layer
-                    from_end = prompt.valid.flip(1).cumsum(1).flip(1)
-                    last = prompt.valid & (from_end <= window)
-                    prompt.rows = (pyvtk.Selection.from_mask(last, capacity=window, align="right"),)
-                hidden, cos, sin = pyvtk.compact(prompt.rows[0], hidden, cos, sin)
-            return models.rotate(models.project(layer, "q", layer.input_layernorm(hidden)), cos, sin)
-
     def _evict_hook(self, number: int):
         def hook(layer, args, kwargs, output):
-            prompt, cache = kwargs.get(KEY), _cache_of(kwargs)
-            if not isinstance(prompt, Prompt) or cache is None:
-                return
-            held, tokens = cache.layers[number], prompt.visual.shape[1]
-            counts = [self.method.cached(length) for length in prompt.sizes.lengths]
-            capacity = max(counts)
-            num_keep = capacity if len(set(counts)) == 1 else _on(prompt.visual.device, counts)
-            with torch.no_grad():
-                keys, values = held.keys[:, :, :tokens], held.values[:, :, :tokens]
-                selection = self.method.evict(prompt.scores.pop(number), keys, num_keep, capacity, prompt.valid)
-                keys, values = pyvtk.compact(selection, keys, values, dim=2)
-                valid = None if len(set(counts)) == 1 else selection.valid[:, 0]
-                caches.replace_rows(held, keys, values)
-                caches.prune_layer(cache, number, valid, None, None, tokens - capacity)
+            prompt = kwargs.get(KEY)
+            if isinstance(prompt, Prompt) and caches.cache_of(kwargs) is not None:
+                eviction.evict(self, number, kwargs, prompt)
 
         return hook
-
-    # Behind the prompt
-
-    def _step(self, number: int, run: int, args, kwargs, step: Step) -> dict:
-        """The keyword arguments that a layer gets instead of the model's own behind a prompt."""
-        held = caches.layer_of(_cache_of(kwargs), number)
-        if not isinstance(held, caches.PrunedLayer) or not held.is_initialized:
-            return {}
-        if held.visual is not None:
-            step.visual[number] = self.method.heads_of(number), held
-        if run < 0:
-            return {}
-        if run not in step.changes:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            batch, queries = hidden.shape[:2]
-            start = held.held
-            keys = held.max_cache_len if isinstance(held, caches.PrunedStaticLayer) else start + queries
-            changes = {
-                "attention_mask": masks.causal(
-                    self.form, hidden.dtype, held.valid, batch, queries, keys, start, hidden.device
-                ),
-                "position_ids": None,
-            }
-            if held.dropped is not None:
-                changes["position_embeddings"] = self.language_model.rotary_emb(
-                    hidden, kwargs["position_ids"] - held.dropped
-                )
-            step.changes[run] = changes
-        return step.changes[run]
-
-
-def _cache_of(kwargs: dict):
-    """The KV cache: the argument was renamed in transformers 5.24."""
-    cache = kwargs.get("cache")
-    return kwargs.get("past_key_values") if cache is None else cache
 
 
 def _without(kwargs: dict, key: str) -> dict:
     return {name: value for name, value in kwargs.items() if name != key}
-
-
-def _run_before(prompt: Prompt, number: int) -> int:
-    """Where the run of layers begins that layer ``number - 1`` belongs to."""
-    return max(layer for layer in prompt.tokens if layer < number)
-
-
-def _on(device: torch.device, numbers: list[int]) -> Tensor:
-    return torch.tensor(numbers, device="cpu").to(device, non_blocking=True)

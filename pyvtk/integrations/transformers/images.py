@@ -1,7 +1,7 @@
 """What is known of a batch's images between the vision tower and the decoder.
 
-``generate`` encodes images before it calls the model's ``forward``, and repeats their features for beams. So what a tower
-says of them is kept here, by image, until the decoder asks for it.
+``generate`` encodes images before it calls the model's ``forward``, and repeats their features for beams. So what a
+tower says of them is kept here, by image, until the decoder asks for it.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Images:
         return self._lay_out(values, values.new_zeros(values.shape[-1]) if newline is None else newline)
 
     def to_tokens(self, prompt: Prompt, values: Tensor, fill) -> Tensor:
-        """[batch, tokens, ...], from a value [placeholders, ...] for each placeholder of an image; ``fill`` for all else."""
+        """[batch, tokens, ...], from a value [placeholders, ...] for each placeholder of an image; else ``fill``."""
         visual = prompt.visual
         rows = visual.sum(1)
         before = rows.cumsum(0) - rows  # placeholders of earlier rows

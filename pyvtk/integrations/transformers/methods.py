@@ -1,13 +1,14 @@
-"""The methods that :func:`accelerate` runs: what is chosen, and where. Everything else (masks, caches, positions, sizes) is
-the adapter's.
+"""The methods that :func:`accelerate` runs: what is chosen, and where. Everything else (masks, caches, positions,
+sizes) is the adapter's.
 
-A method is a small frozen dataclass over functions of :mod:`pyvtk.methods`. Layers count from 0 and a stage acts before
-its layer; shares are of the sample's visual tokens. A method of your own subclasses :class:`Method` and says where it acts
-(``stages``) and what stays (``num_keep``, ``select``): ``examples/write_a_method.py``.
+A method is a small frozen dataclass over functions of :mod:`pyvtk.methods`. Layers count from 0 and a stage acts
+before its layer; shares are of the sample's visual tokens. A method of your own subclasses :class:`Method` and says
+where it acts (``stages``) and what stays (``num_keep``, ``select``): ``examples/write_a_method.py``.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -134,7 +135,7 @@ def _ladder(op: str, layers, keep) -> None:
         _layer(op, "layers", layer)
     for share in keep:
         _share(op, "keep", share)
-    if any(b <= a for a, b in zip(layers, layers[1:])) or any(b > a for a, b in zip(keep, keep[1:])):
+    if any(b <= a for a, b in itertools.pairwise(layers)) or any(b > a for a, b in itertools.pairwise(keep)):
         raise ValueError(f"{op}: layers must ascend and keep must not, got {layers!r} and {keep!r}")
 
 
@@ -168,8 +169,8 @@ class PyramidDrop(Method):
     """Drop visual tokens in stages, by the attention of the last instruction token (in training: of every token that an
     answer follows) in the stage's own layer.
 
-    ``keep``: shares of the prompt's visual tokens, rounded down. Positions are counted anew, but where they are those of a
-    grid (M-RoPE). In training a sample without an answer keeps everything.
+    ``keep``: shares of the prompt's visual tokens, rounded down. Positions are counted anew, but where they are those
+    of a grid (M-RoPE). In training a sample without an answer keeps everything.
     Source: PyramidDrop (arXiv 2410.17247), :mod:`pyvtk.methods.pyramiddrop`.
     """
 
@@ -238,11 +239,11 @@ class Feather(Method):
 class YOPO(Method):
     """Visual tokens attend to their neighbours only, leave at a layer, and take less of heads and feed-forward layers.
 
-    ``radius``: neighbours along each axis of the grid. ``cut``: the layer at which visual tokens leave; None: they stay.
-    ``heads``: bool [layers, heads], or a list of bool [heads] or None for each layer: heads that are off give no weight to
-    visual keys, which stay in the denominator (:func:`calibrate_heads` makes it). ``ffn``: visual tokens take the first
-    1 / ffn of the feed-forward channels. ``causal_window``, ``cross_image``: as of :func:`pyvtk.neighbor_plan`; with both
-    and a radius past the grid, attention is the model's own.
+    ``radius``: neighbours along each axis of the grid. ``cut``: the layer at which visual tokens leave; None: they
+    stay. ``heads``: bool [layers, heads], or a list of bool [heads] or None for each layer: heads that are off give
+    no weight to visual keys, which stay in the denominator (:func:`calibrate_heads` makes it). ``ffn``: visual tokens
+    take the first 1 / ffn of the feed-forward channels. ``causal_window``, ``cross_image``: as of
+    :func:`pyvtk.neighbor_plan`; with both and a radius past the grid, attention is the model's own.
     Source: YOPO (arXiv 2410.06169), :mod:`pyvtk.methods.yopo`.
     """
 
@@ -334,9 +335,9 @@ class _Tower(Method):
 class HiRED(_Tower):
     """Keep the patches that the tower's CLS token attends to, with a budget for each crop of an image.
 
-    ``keep``: the share of the tower's patches that stays; ``alpha``: what of it the small picture of the whole image gets.
-    The budget of a crop follows the attention of the tower's first layer, the choice that of the layer whose output the
-    decoder takes. Positions are counted anew. Models with a CLIP tower.
+    ``keep``: the share of the tower's patches that stays; ``alpha``: what of it the small picture of the whole image
+    gets. The budget of a crop follows the attention of the tower's first layer, the choice that of the layer whose
+    output the decoder takes. Positions are counted anew. Models with a CLIP tower.
     Source: HiRED (arXiv 2408.10945), :mod:`pyvtk.methods.hired`.
     """
 
@@ -358,9 +359,9 @@ class HiRED(_Tower):
 class VisionZip(_Tower):
     """Keep the patches that the tower's CLS token attends to, and merge the others into a few more.
 
-    ``dominant``, ``contextual``: of each crop, how many patches stay as they are and how many merged ones there are: ints,
-    or shares of the patches, rounded down. (The paper counts the CLS token, which these models drop, as dominant: its
-    54 + 10 are 53 and 10 here.) Positions are counted anew. Models with a CLIP tower.
+    ``dominant``, ``contextual``: of each crop, how many patches stay as they are and how many merged ones there are:
+    ints, or shares of the patches, rounded down. (The paper counts the CLS token, which these models drop, as
+    dominant: its 54 + 10 are 53 and 10 here.) Positions are counted anew. Models with a CLIP tower.
     Source: VisionZip (arXiv 2412.04467), :mod:`pyvtk.methods.visionzip`.
     """
 

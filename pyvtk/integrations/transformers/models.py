@@ -1,7 +1,7 @@
 """What the adapter has to know about a model: one :class:`Anatomy` each, and nothing of it anywhere else.
 
-A model that is built like these (a vision tower, a projector, placeholders in ``input_ids``, a decoder of Llama's form) is
-added by one line::
+A model that is built like these (a vision tower, a projector, placeholders in ``input_ids``, a decoder of Llama's
+form) is added by one line::
 
     models.ANATOMIES["my_model"] = Anatomy(layout=mrope_layout)      # by config.model_type
 
@@ -27,8 +27,9 @@ class Anatomy:
     """Facts about one kind of model.
 
     Attributes:
-        layout: from a :class:`~pyvtk.integrations.transformers.prompt.Prompt` to the TokenLayout of its tokens, on their
-            device and without waiting for it; None while it cannot be known. If it is None itself, methods that need a layout take ``accelerate(..., layout=)``.
+        layout: from a :class:`~pyvtk.integrations.transformers.prompt.Prompt` to the TokenLayout of its tokens, on
+            their device and without waiting for it; None while it cannot be known. If it is None itself, methods that
+            need a layout take ``accelerate(..., layout=)``.
         ids: attributes of the config that hold the ids of placeholders.
         mrope: whether positions are (t, y, x): such positions are never counted anew.
         tower: from the model to the layers of its vision tower, where a CLS token comes first; None: there is none.
@@ -40,28 +41,30 @@ class Anatomy:
     tower: Callable[[nn.Module], nn.ModuleList] | None = None
 
 
-# Layouts ---------------------------------------------------------------------------------------------------------------
+# Layouts ------------------------------------------------------------------------------------------------------------
 
 
-def square_layout(prompt) -> pyvtk.TokenLayout:
-    """Every image has the same square grid: LLaVA-1.5, InternVL (its tiles are images)."""
+def fixed_layout(prompt) -> pyvtk.TokenLayout:
+    """Every image has the same grid: LLaVA-1.5, InternVL (its tiles are images)."""
     config = prompt.handle.model.config
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    if isinstance(side, (list, tuple)):
-        raise TypeError("square_layout: image_size must be an int")
-    side = round(side * getattr(config, "downsample_ratio", 1.0))
-    return pyvtk.TokenLayout.from_ids(prompt.input_ids, prompt.handle.visual_ids, (1, side, side), mask=prompt.valid)
+    sizes, patches = (
+        value if isinstance(value, (list, tuple)) else (value, value)
+        for value in (config.vision_config.image_size, config.vision_config.patch_size)
+    )
+    shrink = getattr(config, "downsample_ratio", 1.0)  # InternVL's pixel shuffle
+    grid = (1, *(round(size // patch * shrink) for size, patch in zip(sizes, patches)))
+    return pyvtk.TokenLayout.from_ids(prompt.input_ids, prompt.handle.visual_ids, grid, mask=prompt.valid)
 
 
 def mrope_layout(prompt) -> pyvtk.TokenLayout | None:
-    """Positions are the coordinates: Qwen2-VL and what followed it. (Grids are out of reach: ``generate`` encodes images
-    before it calls ``forward``.)"""
+    """Positions are the coordinates: Qwen2-VL and what followed it. (Grids are out of reach: ``generate`` encodes
+    images before it calls ``forward``.)"""
     if prompt.position_ids is None:  # the model makes them
         return None
     return pyvtk.TokenLayout.from_mrope(prompt.visual, prompt.position_ids, mask=prompt.valid)
 
 
-# Towers ----------------------------------------------------------------------------------------------------------------
+# Towers -------------------------------------------------------------------------------------------------------------
 
 
 def clip_tower(inner: nn.Module) -> nn.ModuleList:
@@ -71,13 +74,13 @@ def clip_tower(inner: nn.Module) -> nn.ModuleList:
 
 
 ANATOMIES: dict[str, Anatomy] = {
-    "llava": Anatomy(layout=square_layout, tower=clip_tower),
+    "llava": Anatomy(layout=fixed_layout, tower=clip_tower),
     "llava_next": Anatomy(layout=anyres_layout, tower=clip_tower),
     "llava_onevision": Anatomy(layout=anyres_layout),
     "qwen2_vl": Anatomy(layout=mrope_layout, mrope=True),
     "qwen2_5_vl": Anatomy(layout=mrope_layout, mrope=True),
     "qwen3_vl": Anatomy(layout=mrope_layout, mrope=True),
-    "internvl": Anatomy(layout=square_layout),
+    "internvl": Anatomy(layout=fixed_layout),
 }
 
 
@@ -101,7 +104,7 @@ def parts_of(model: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
     return whole, inner, language_model
 
 
-# Decoders of Llama's form ----------------------------------------------------------------------------------------------
+# Decoders of Llama's form -------------------------------------------------------------------------------------------
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

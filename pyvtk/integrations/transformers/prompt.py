@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticLayer
 
 import pyvtk
 
@@ -121,8 +120,8 @@ class Prompt:
         labels: int [batch, tokens] in training; a copy that may be written to.
         keep: bool [batch, tokens]: visual tokens that were chosen before the decoder, and stay at the first stage.
         ready: whether sizes, layout and plan are known; a prompt without images never is.
-        layout, plan, rows: of methods that need a layout, change attention, or split the feed-forward layers (selections
-            of visual and of other tokens).
+        layout, plan, rows: of methods that need a layout, change attention, or split the feed-forward layers
+            (selections of visual and of other tokens).
         answers: bool [batch, tokens], the rows from which training scores; None: the last row of each sample.
         tokens: by the layer at which a run of layers begins; -1 is the prompt itself.
         scores: by layer, what was projected there for the next stage: (q, k or None, q_positions, q_mask).
@@ -150,36 +149,6 @@ class Prompt:
         return self.plan if layer < self.handle.plan_ends else None
 
 
-@dataclass(eq=False)
-class Step:
-    """A forward pass behind a prompt: decode, candidates of assisted decoding, a later turn.
-
-    Attributes:
-        changes: by the layer at which a run of layers begins, the keyword arguments that its layers get.
-        visual: by layer, for those of which some heads are off: (which heads are on [heads], the cache's layer).
-    """
-
-    changes: dict[int, dict] = field(default_factory=dict)
-    visual: dict[int, tuple] = field(default_factory=dict)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Attention of a layer of which some heads are off: [batch, heads, queries, D]."""
-        heads, held = self.visual[layer]
-        slots, queries = key.shape[2], query.shape[2]
-        visual = torch.nn.functional.pad(held.visual, (0, slots - held.visual.shape[1]))
-        valid = held.valid
-        if valid is not None:
-            valid = torch.nn.functional.pad(valid, (0, slots - valid.shape[1]), value=True)
-        if not isinstance(held, StaticLayer):  # nothing behind the last query
-            return pyvtk.text_attention(query, key, value, visual=visual, k_mask=valid, visual_heads=heads, scale=scale)
-        place, start = torch.arange(slots, device=key.device), held.cumulative_length - queries
-        rows = []
-        for row in range(queries):
-            there = (place <= start + row).expand(visual.shape)
-            rows.append(
-                pyvtk.text_attention(
-                    query[:, :, row : row + 1], key, value, visual=visual, visual_heads=heads, scale=scale,
-                    k_mask=there if valid is None else there & valid,
-                )
-            )  # fmt: skip
-        return torch.cat(rows, 2)
+def on_device(device: torch.device, numbers: list[int]) -> Tensor:
+    """int64 [numbers], sent without waiting."""
+    return torch.tensor(numbers, device="cpu").to(device, non_blocking=True)
