@@ -64,7 +64,7 @@ from .report import (
     write,
 )
 
-FAMILIES = ("score", "select", "compact", "merge", "attention", "sparse24")
+FAMILIES = ("score", "select", "selection", "compact", "merge", "attention", "sparse24")
 GO_ON = 86  # exit status where the device is of no use to this process any more: another one can go on with --resume
 _PATIENCE = 60  # seconds; what was cut off later than that into a case may never end, and counts as lost
 

@@ -6,25 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pyvtk import _pytree, checks
+from pyvtk.ops import selection as page
 
 
-def _slots_of(flags: Tensor, capacity: int, align: str) -> Tensor:
-    """Output slot of every True in ``flags`` [..., n], in order; ``capacity`` (one past the end) for all others."""
-    rank = flags.cumsum(-1) - 1
-    if align == "right":
-        rank = rank + (capacity - flags.sum(-1, keepdim=True).clamp(max=capacity))
-    return torch.where(flags & (rank < capacity), rank, capacity)
-
-
-def _pack(values: Tensor, flags: Tensor, capacity: int, align: str) -> Tensor:
-    """The flagged ``values`` [..., n] in order, as [..., capacity], padded with -1 on the side opposite to align."""
-    packed = values.new_full((*values.shape[:-1], capacity + 1), -1)
-    return packed.scatter(-1, _slots_of(flags, capacity, align), values)[..., :capacity].contiguous()
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Selection:
     """The tokens that stay.
 
@@ -50,6 +38,25 @@ class Selection:
     overflow: Tensor | None = None
     source_cu_seqlens: Tensor | None = None
 
+    def __repr__(self) -> str:
+        """Its facts in two lines; numbers of rows only where they are on the CPU, so that nothing waits."""
+        if not (isinstance(self.indices, Tensor) and isinstance(self.counts, Tensor)):
+            return f"Selection(of {type(self.indices).__name__})"  # unflattened with something else
+        facts = f"capacity={self.capacity}, num_tokens={self.num_tokens}, ascending={self.ascending}"
+        side = f"align={self.align!r}" + (", packed source" if self.packed else "")
+        overflow = "None" if self.overflow is None else "known"
+        counts = _on_cpu(self.counts)
+        if counts is None:
+            counts = f"on {self.counts.device}"
+        elif len(counts) > _SHOWN:
+            counts = f"{min(counts)} to {max(counts)}"
+        if overflow == "known" and (flags := _on_cpu(self.overflow)) is not None:
+            overflow = f"{sum(flags)} of {len(flags)} rows"
+        return (
+            f"Selection(rows={list(self.counts.shape)}, {facts}, {side},\n"
+            f"          counts={counts}, overflow={overflow})"
+        )
+
     @property
     def capacity(self) -> int:
         return self.indices.shape[-1]
@@ -65,70 +72,74 @@ class Selection:
         return self.source_cu_seqlens is not None
 
     @property
+    def _rows(self) -> tuple[Tensor, Tensor, bool]:
+        return self.indices, self.counts, self.align == "right"
+
+    @property
     def valid(self) -> Tensor:
         """bool, shaped like indices: which entries are real."""
-        slot = torch.arange(self.capacity, device=self.indices.device)
-        counts = self.counts[..., None]
-        return slot < counts if self.align == "left" else slot >= self.capacity - counts
-
-    def _scatter(self, values: Tensor, fill) -> Tensor:
-        """``values`` (shaped like indices) at the tokens they belong to: [..., num_tokens], packed: [num_tokens]."""
-        # Padding goes to a slot one past the end, which is cut off.
-        where = torch.where(self.valid, self.indices, self.num_tokens)
-        if self.packed:
-            where, values = where.flatten(), values.flatten()
-        out = values.new_full((*where.shape[:-1], self.num_tokens + 1), fill)
-        return out.scatter(-1, where, values)[..., : self.num_tokens]
+        return page.selection_valid(self.counts, self.capacity, self.align == "right")
 
     def mask(self) -> Tensor:
-        """bool [batch, (heads,) num_tokens], of a packed source [num_tokens]: which tokens stay."""
-        return self._scatter(torch.ones_like(self.indices, dtype=torch.bool), False)
+        """bool [batch, (heads,) num_tokens], of a packed source [num_tokens]: which tokens stay.
+
+        Raises:
+            RuntimeError: an entry is no token, on the CPU; on CUDA it is padding. So it is in ``inverse`` and
+                ``complement``.
+        """
+        return page.selection_mask(*self._rows, self.num_tokens, self.packed)
 
     def inverse(self) -> Tensor:
-        """int64, shaped like mask(): the slot that each token moved to, -1 if it is gone."""
-        slot = torch.arange(self.capacity, device=self.indices.device).expand(self.indices.shape)
-        return self._scatter(slot.contiguous(), -1)
+        """int64, shaped like mask(): the slot that each token moved to (the last one, if several hold it), -1 if it is
+        gone."""
+        return page.selection_inverse(*self._rows, self.num_tokens, self.packed)
 
     def cu_seqlens(self) -> Tensor:
         """int32 [rows + 1]: where each row begins when the kept tokens are packed (batch-major over heads)."""
         return torch.cat([self.counts.new_zeros(1), self.counts.flatten().cumsum(0, dtype=torch.int32)])
 
-    def complement(self, capacity: int | None = None) -> Selection:
-        """The tokens that did not stay, ascending. ``capacity`` defaults to num_tokens, which always suffices."""
-        gone = ~self.mask()
-        if not self.packed:
-            return Selection.from_mask(gone, capacity=capacity, align=self.align)
-        token = torch.arange(self.num_tokens, device=gone.device)
-        starts = self.source_cu_seqlens.long()
-        inside = (token >= starts[:-1, None]) & (token < starts[1:, None])
-        selection = Selection.from_mask(gone & inside, capacity=capacity, align=self.align)
-        return _replace(selection, source_cu_seqlens=self.source_cu_seqlens)
+    def complement(self, capacity: int | str | None = None) -> Selection:
+        """The tokens that did not stay, ascending, aligned to the same side.
+
+        Args:
+            capacity: slots per row; None: num_tokens, which always suffices; "exact": the longest row (one host
+                synchronisation). A row that does not fit keeps its first tokens and is marked in ``overflow``.
+        """
+        slots = self.num_tokens if capacity is None or capacity == "exact" else capacity
+        checks.integer("Selection.complement", "capacity", slots)
+        made = page.selection_complement(*self._rows, self.num_tokens, self.source_cu_seqlens, slots)
+        indices, counts, overflow = made
+        facts = (self.num_tokens, True, self.align, overflow, self.source_cu_seqlens)
+        selection = _new()(indices, counts, *facts)
+        return selection.trim() if capacity == "exact" else selection
 
     def then(self, other: Selection) -> Selection:
         """Select from what this selection kept: ``other`` numbers this one's slots; the result numbers our tokens.
 
         Slots of ours that are padding are left out. ``overflow`` is set where it was set in either.
+
+        Raises:
+            ValueError: ``other`` does not select from this one's slots. RuntimeError: one of its entries is no slot, on
+                the CPU; on CUDA it is left out.
         """
-        if other.packed:
+        if other.source_cu_seqlens is not None:
             raise ValueError("Selection.then: other must select from padded rows, got one of a packed source")
-        if other.num_tokens != self.capacity:
+        if other.num_tokens != self.indices.shape[-1]:
             raise ValueError(
                 f"Selection.then: other must select from {self.capacity} slots, got one over {other.num_tokens}"
             )
-        if other.indices.shape[:-1] != self.indices.shape[:-1]:
+        if other.counts.shape != self.counts.shape:
             raise ValueError(
-                f"Selection.then: other must have rows {list(self.indices.shape[:-1])}, "
-                f"got {list(other.indices.shape[:-1])}"
+                f"Selection.then: other must have rows {list(self.counts.shape)}, got {list(other.counts.shape)}"
             )
-        overflows = [s.overflow for s in (self, other) if s.overflow is not None]
-        overflow = overflows[0] | overflows[-1] if overflows else None
+        indices, counts, overflow = page.selection_then(
+            self.indices, self.counts, self.align == "right", other.indices, other.counts, other.align == "right",
+            self.overflow, other.overflow,
+        )  # fmt: skip
+        if self.overflow is None and other.overflow is None:
+            overflow = None
         facts = (self.num_tokens, self.ascending and other.ascending, other.align, overflow, self.source_cu_seqlens)
-        if self.capacity == 0:  # other holds padding only, and gather would refuse its indices
-            return Selection(other.indices, other.counts, *facts)
-        slots = other.indices.clamp(min=0)
-        indices = self.indices.gather(-1, slots)
-        flags = other.valid & self.valid.gather(-1, slots)
-        return Selection(_pack(indices, flags, other.capacity, other.align), flags.sum(-1, dtype=torch.int32), *facts)
+        return _new()(indices, counts, *facts)
 
     def trim(self) -> Selection:
         """The same selection with the smallest capacity that holds every row. Synchronises with the host once."""
@@ -159,15 +170,14 @@ class Selection:
         checks.dtype("Selection.from_mask", "mask", mask, (torch.bool,))
         checks.choice("Selection.from_mask", "align", align, ("left", "right"))
         num_tokens = mask.shape[-1]
-        total = mask.sum(-1, dtype=torch.int32)
         if capacity == "exact":
+            total = mask.sum(-1, dtype=torch.int32)
             capacity = checks.on_host("Selection.from_mask", "capacity", total.max()) if total.numel() else 0
         elif capacity is None:
             capacity = num_tokens
         checks.integer("Selection.from_mask", "capacity", capacity)
-        token = torch.arange(num_tokens, device=mask.device).expand(mask.shape)
-        indices = _pack(token, mask, capacity, align)
-        return Selection(indices, total.clamp(max=capacity), num_tokens, True, align, total > capacity)
+        indices, counts, overflow = page.selection_of_mask(mask, capacity, align == "right")
+        return _new()(indices, counts, num_tokens, True, align, overflow)
 
     @staticmethod
     def from_indices(
@@ -219,6 +229,23 @@ def assemble(
         source_cu_seqlens=source_cu_seqlens,
     )  # fmt: skip
     return selection
+
+
+def _new():
+    """What makes a Selection here: torch.compile traces its constructor."""
+    return Selection if torch.compiler.is_compiling() else assemble
+
+
+_SHOWN = 8  # counts; of more rows the least and the most
+
+
+def _on_cpu(values: Tensor) -> list | None:
+    """The values of a tensor on the CPU, flat; None for all that has none at hand (fake, mapped, traced)."""
+    plain = type(values) is Tensor and values.is_cpu and not torch.compiler.is_compiling()
+    if not plain or torch._C._functorch.is_functorch_wrapped_tensor(values):
+        return None
+    with _disable_current_modes():  # to print a value is no use of it, which a mode would trace
+        return values.flatten().tolist()
 
 
 _TENSORS = ("indices", "counts", "overflow", "source_cu_seqlens")

@@ -155,6 +155,16 @@ def _(selection, other, flags):
     )  # fmt: skip
 
 
+@entry_point(
+    "Selection",
+    "packed",
+    lambda: (pyvtk.select(torch.randn(12), 3, cu_seqlens=starts(5, 7), capacity=4), chosen(tokens=4, keep=2)),
+    backends=False,
+)
+def _(selection, other):
+    return selection.valid, selection.mask(), selection.inverse(), selection.complement(5), selection.then(other)
+
+
 # ---- moves
 
 

@@ -220,6 +220,11 @@ TINY = {
         lambda b: b.segmented(3, "cuda"),
         lambda b: b.ragged(3, "cuda"),
     ],
+    "selection": [
+        lambda b: b.of_mask((3, 90), 40, {"best": 1.0}, "cuda"),
+        lambda b: b.complement((3, 90), 40, {"best": 1.0}, "cuda"),
+        lambda b: b.then((3, 90), 40, 9, {"best": 1.0}, "cuda"),
+    ],
     "compact": [
         lambda b: b.hidden("x", (2, 40, 16), 9, torch.bfloat16, {"limit": 0.85}, device="cuda"),
         lambda b: b.hidden("x", (2, 40, 16), 9, torch.bfloat16, {"limit": 0.85}, into=False, device="cuda"),

@@ -447,6 +447,19 @@ def test_bad_indices_touch_nothing():
 
 
 @cuda
+@pytest.mark.skipif(not ways(Call("selection_mask", None, None)), reason="selection_mask has no kernel here")
+def test_bad_indices_are_no_tokens_of_a_selection():
+    selection, legal = bad(), torch.zeros(2, 40, dtype=torch.bool, device=DEVICE)
+    for row, tokens in enumerate(([0, 3, 5], [1, 2, 6, 39])):
+        legal[row, tokens] = True
+    assert same(selection.mask(), legal) and same(selection.inverse() >= 0, legal)
+    assert same(selection.complement().mask(), ~legal)
+    seven = Selection.from_indices(torch.tensor([[6, 0, 7, 1 << 40, -1, 2]] * 2), 7).to(DEVICE)
+    assert same(selection.then(seven).indices[:, :3], selection.indices[:, [6, 0, 2]])
+    assert selection.then(seven).counts.tolist() == [3, 3]
+
+
+@cuda
 @pytest.mark.skipif(not ways(Call("compact_kv_", None, None)), reason="compact_kv_ has no kernel here")
 def test_bad_indices_stay_inside_the_cache():
     around = torch.randn(4, 2, 40, 64, device=DEVICE)

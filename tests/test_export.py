@@ -95,9 +95,11 @@ class Case(NamedTuple):
 
 SPAN = ImageSpan(0, 2, (1, 3, 5))
 CASES = {
-    "takes Selection": Case(TakesSelection(), (selection_of, heads_of), ("compact_forward", "restore")),
+    "takes Selection": Case(
+        TakesSelection(), (selection_of, heads_of), ("compact_forward", "restore", "selection_inverse")
+    ),
     "gives Selection": Case(GivesSelection(), (heads_of,), ("score_and_select",)),
-    "takes and gives Selection": Case(TakesAndGivesSelection(), (selection_of,), ()),
+    "takes and gives Selection": Case(TakesAndGivesSelection(), (selection_of,), ("selection_complement",)),
     "takes TokenLayout": Case(TakesLayout(), (layout_of, heads_of), ("attention_plan", "neighbor_attention")),
     "gives TokenLayout": Case(GivesLayout(), (layout_of, heads_of), ("select", "compact_forward")),
     "takes AttentionPlan": Case(

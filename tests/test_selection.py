@@ -9,6 +9,9 @@ import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyvtk import Selection, select
 
@@ -86,6 +89,101 @@ def test_inverse_and_then(mask, align, other_align, capacity):
     assert torch.equal(both.overflow, selection.overflow)
 
 
+class Launches(TorchDispatchMode):
+    """Counts the operators that compute, or allocate: on a GPU, each is a launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if not function.is_view:
+            self.names.append(function._schema.name)
+        return function(*arguments, **(options or {}))
+
+
+CU_SEQLENS = torch.tensor([0, 4, 9], dtype=torch.int32)
+PADDED = select(torch.arange(18.0).reshape(2, 9) % 7, 4)
+PACKED = select(torch.arange(9.0) % 5, 3, cu_seqlens=CU_SEQLENS, capacity=4)
+SECOND = Selection.from_mask(torch.tensor([[True, False, True, True]] * 2), capacity=2)
+BOOKKEEPING = {
+    "valid": lambda s: s.valid,
+    "mask": lambda s: s.mask(),
+    "inverse": lambda s: s.inverse(),
+    "complement": lambda s: s.complement(),
+    "then": lambda s: s.then(SECOND),
+    "of_mask": lambda s: Selection.from_mask(SECOND.overflow[:, None], capacity=1, align="right"),
+}
+
+
+@pytest.mark.parametrize("selection", [PADDED, PACKED], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", BOOKKEEPING)
+def test_is_one_operator(name, selection):
+    with Launches() as launches:
+        BOOKKEEPING[name](selection)
+    assert launches.names == [f"pyvtk::selection_{name}"]
+
+
+def test_complement_of_exact_capacity():
+    selection = select(torch.rand(3, 9), 4, align="right")
+    assert_same(selection.complement("exact"), selection.complement().trim())
+    assert selection.complement("exact").capacity == 5
+    small = selection.complement(3)
+    assert small.overflow.all() and small.counts.tolist() == [3, 3, 3] and small.align == "right"
+    assert_same(small, Selection.from_mask(~selection.mask(), capacity=3, align="right"))
+
+
+@pytest.mark.parametrize("which", [(True, True), (True, False), (False, True), (False, False)])
+def test_then_merges_overflow(which):
+    flags = [torch.tensor([True, False, False]), torch.tensor([False, False, True])]
+    first, second = (
+        Selection(torch.tensor([[0, 1]] * 3), torch.tensor([2] * 3).int(), 2, overflow=flag if there else None)
+        for flag, there in zip(flags, which)
+    )
+    overflow = first.then(second).overflow
+    if which == (False, False):
+        assert overflow is None
+    else:
+        assert overflow.tolist() == [which[0], False, which[1]]
+
+
+def test_repr():
+    selection = select(torch.arange(12.0).reshape(2, 6), 3)
+    assert repr(selection) == (
+        "Selection(rows=[2], capacity=3, num_tokens=6, ascending=True, align='left',\n"
+        "          counts=[3, 3], overflow=0 of 2 rows)"
+    )
+    assert "align='left', packed source" in repr(PACKED)
+    assert "overflow=None" in repr(Selection.from_indices(torch.tensor([[1]]), 3))
+    many = Selection.from_mask(torch.ones(9, 5, dtype=torch.bool).tril(), capacity=4)
+    assert "counts=1 to 4, overflow=5 of 9 rows" in repr(many)
+    assert "counts=[], overflow=0 of 0 rows" in repr(Selection.from_mask(torch.ones(0, 5).bool()))
+    for shown in (repr(selection), repr(many), repr(PACKED)):
+        assert "tensor" not in shown and shown.count("\n") < 3
+
+
+def test_repr_reads_no_values_where_there_are_none():
+    selection = select(torch.arange(12.0).reshape(2, 6), 3)
+    assert "counts=on meta, overflow=known" in repr(selection.to("meta"))
+    with FakeTensorMode() as mode:
+        assert "counts=[3, 3]" in repr(selection)  # a real one in spite of the mode
+        fake = pytree.tree_map_only(torch.Tensor, mode.from_tensor, selection)
+    assert "counts=on cpu, overflow=known" in repr(fake)
+
+    shown = []
+
+    def kept(indices, counts):
+        shown.append(repr(Selection(indices, counts, 6)))
+        return indices + 1
+
+    torch.vmap(kept)(selection.indices, selection.counts)
+    make_fx(kept, tracing_mode="symbolic")(selection.indices, selection.counts)
+    torch.compile(kept, fullgraph=True, backend="eager")(selection.indices, selection.counts)
+    assert all("counts=on cpu" in text for text in shown) and len(shown) >= 3
+    leaves, spec = pytree.tree_flatten(selection)
+    assert repr(pytree.tree_unflatten(["leaf"] * len(leaves), spec)) == "Selection(of str)"
+
+
 def test_then_of_an_empty_selection():
     nothing = Selection.from_mask(torch.zeros(2, 5, dtype=torch.bool), capacity="exact")
     other = Selection.from_indices(torch.full((2, 3), -1), 0, counts=torch.zeros(2, dtype=torch.int64))
@@ -143,6 +241,8 @@ WRONG = [
     (lambda: Selection.from_mask(torch.zeros(2, 3, dtype=torch.bool), align="up"), ValueError, "align must be"),
     (lambda: Selection.from_mask(torch.zeros(2, 3, dtype=torch.bool), capacity=-1), ValueError, "capacity must be"),
     (lambda: Selection.from_mask(torch.zeros(2, 3, dtype=torch.bool), capacity="all"), TypeError, "capacity must be"),
+    (lambda: PADDED.complement(-1), ValueError, "capacity must be at least 0, got -1"),
+    (lambda: PADDED.complement(2.0), TypeError, "capacity must be an int, got float"),
     (lambda: Selection.from_indices([[1]], 3), TypeError, "indices must be a tensor"),
     (lambda: Selection.from_indices(torch.zeros(2, 3), 3), TypeError, "indices must have dtype"),
     (lambda: Selection.from_indices(torch.zeros(3, dtype=torch.int64), 3), ValueError, "indices must have"),

@@ -5,5 +5,6 @@
 #include "cuda/probe.cuh"
 #include "cuda/score_and_select.cuh"
 #include "cuda/select_long.cuh"
+#include "cuda/selection.cuh"
 #include "cuda/sparse24.cuh"
 #include "cuda/sparse24_wgmma.cuh"
