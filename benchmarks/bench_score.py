@@ -227,6 +227,39 @@ LAST_TOKEN = [
     for dtype in BOTH
 ]
 
+
+def side_by_side(name, shape, dtype):
+    """Keys as a projection leaves them, the heads of a token side by side in memory; the peer reads keys of each head
+    on their own. Both get the same two tensors."""
+
+    def inputs():
+        q, k = cached(*shape, dtype)()
+        return q, k, k.transpose(1, 2).contiguous().transpose(1, 2)
+
+    return Case(
+        "score",
+        name,
+        dtype,
+        inputs,
+        {
+            "pyvtk": lambda q, k, beside: pyvtk.attention_scores(q, beside),
+            "heads apart": lambda q, k, beside: pyvtk.attention_scores(q, k),
+        },
+        lambda q, k, beside: close(
+            exact(q, k, None, lambda p: p)[:, :, 0].mean(1), attention_map(q, k)[:, :, 0].mean(1)
+        ),
+        limit=reading("cpu", lambda q, k, beside: k),
+        bars={"heads apart": 0.87},  # 1.15 times as long at most
+    )
+
+
+SIDE_BY_SIDE = [
+    side_by_side(f"last token, heads side by side, {heads}/{groups} heads, N={keys}, D={size}",
+                 (1, heads, groups, 1, keys, size), dtype)
+    for heads, groups, keys, size in ((16, 16, 2945, 64), (32, 32, 2945, 128), (28, 4, 4096, 128))
+    for dtype in BOTH
+]  # fmt: skip
+
 CLS = [
     last_token(
         "HiRED CLS row, 5 crops x 16 heads, N=577, D=64", (5, 16, 577, 64), dtype, {"best": 1.0}, "sum", make=tower
@@ -613,6 +646,7 @@ def training(name, shape, dtype, device="cpu"):
 CASES = [
     *LAST_TOKEN,
     *SCORE_AND_SELECT,
+    *SIDE_BY_SIDE,
     *CLS,
     *[text_rows(queries, dtype) for queries in (20, 200) for dtype in BOTH],
     *[window(16384, 32, dtype) for dtype in BOTH],

@@ -394,6 +394,41 @@ def test_views_and_large_strides():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "query_reduce": ("sum", "max"), "head_reduce": None},
+        {"causal": True, "head_reduce": "max", "reduce_order": "heads_first"},
+        {"key_range": (5, 30), "denominator": "range", "head_reduce": "group_mean"},
+    ],
+)
+def test_same_bits_where_the_heads_of_a_token_lie_side_by_side(options, dtype, instruction_set):
+    """Few queries take the heads of such keys together, and the masked logits of one head are no other's."""
+    for queries, (q_heads, kv_heads), keys in itertools.product((1, 2, 8), ((4, 4), (6, 2), (5, 1)), (1, 37)):
+        if "key_range" in options and keys < 37:
+            continue
+        q, k = inputs(2, q_heads, kv_heads, queries, keys, 24, dtype)
+        beside = torch.empty(2, keys, kv_heads + 1, 24, dtype=dtype)[:, :, :kv_heads].transpose(1, 2).copy_(k)
+        k_mask = torch.rand(2, keys) > 0.2
+        for mask in (None, k_mask):
+            expected = pyvtk.attention_scores(q, k, k_mask=mask, return_lse=True, backend="compiled", **options)
+            actual = pyvtk.attention_scores(q, beside, k_mask=mask, return_lse=True, backend="compiled", **options)
+            assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+
+
+def test_same_bits_where_all_heads_do_not_fit_at_once():
+    """So many logits that heads of keys are taken in two runs."""
+    q = torch.randn(1, 4, 8, 8)
+    k = torch.randn(1, 70000, 4, 8).transpose(1, 2)
+    for options in ({}, {"head_reduce": "max", "reduce_order": "heads_first"}):
+        assert torch.equal(
+            pyvtk.attention_scores(q, k, backend="compiled", **options),
+            pyvtk.attention_scores(q, k.contiguous(), backend="compiled", **options),
+        )
+
+
 def test_same_bits_on_any_number_of_threads():
     q, k = inputs(1, 8, 2, 300, 500, 64)
     q.requires_grad_()

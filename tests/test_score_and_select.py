@@ -35,6 +35,9 @@ def expected_selection(scores, keys, k_mask=None, key_range=None, **options):
     for mask in (k_mask, options.pop("candidates", None)):
         if mask is not None:
             candidates &= mask if mask.dim() == candidates.dim() else mask[:, None]
+    if k_mask is not None:
+        hidden = ~k_mask if options.get("keep") is None else ~k_mask & ~options["keep"]
+        options["drop"] = hidden if options.get("drop") is None else hidden | options["drop"]
     return pyvtk.select(whole, candidates=candidates, backend="reference", **options)
 
 
@@ -121,6 +124,60 @@ def test_masked_keys_are_forced_only_by_keep():
     keep = torch.tensor([[False, True, False, False, False, False]])
     selection = pyvtk.score_and_select(q, k, 6, k_mask=mask, keep=keep)
     assert selection.indices[0, :5].tolist() == [0, 1, 2, 3, 5] and selection.counts.tolist() == [5]
+
+
+@pytest.mark.parametrize("backend", ("compiled", "reference"))
+def test_padding_stays_nowhere(backend):
+    """others="keep" keeps what does not compete, and hidden keys do not exist."""
+    q, k = inputs(batch=2, keys=5)
+    mask = torch.tensor([[True, True, True, False, False], [True, True, True, True, True]])
+    visual = torch.tensor([False, True, True, True, False]).expand(2, 5)
+    options = {"k_mask": mask, "candidates": visual, "others": "keep", "backend": backend}
+    selection = pyvtk.score_and_select(q, k, 3, **options)
+    assert selection.counts.tolist() == [3, 5]
+    assert selection.mask().tolist() == mask.tolist()
+    none = pyvtk.score_and_select(q, k, 0, **options)
+    assert none.mask().tolist() == [[True, False, False, False, False], [True, False, False, False, True]]
+    # keep names one of them, drop wins over keep, and a range changes nothing
+    named = torch.tensor([[False, False, False, True, True], [False] * 5])
+    dropped = torch.tensor([False, False, False, False, True]).expand(2, 5)
+    kept = pyvtk.score_and_select(q, k, 0, keep=named, drop=dropped, key_range=(1, 3), **options)
+    assert kept.mask().tolist() == [[True, False, False, True, False], [True, False, False, True, False]]
+
+
+@pytest.mark.parametrize("head_reduce", (None, "group"))
+def test_padding_stays_nowhere_with_masks_of_heads(head_reduce):
+    q, k = inputs(keys=30)
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(2, 30, generator=generator) > 0.4
+    heads = 4 if head_reduce is None else 2
+    for names in ((), ("keep",), ("drop",), ("candidates", "keep"), ("keep", "drop", "candidates")):
+        for shape in ((2, 30), (2, heads, 30)):
+            masks = {name: torch.rand(shape, generator=generator) > 0.6 for name in names}
+            options = {"k_mask": mask, "others": "keep", "head_reduce": head_reduce, **masks}
+            compiled, again = (
+                pyvtk.score_and_select(q, k, 4, backend=backend, **options) for backend in ("compiled", "reference")
+            )
+            assert_same(compiled, again)
+            stays = compiled.mask()
+            forced = masks.get("keep", torch.zeros(shape, dtype=torch.bool))
+            forced = forced if len(shape) == 3 else forced[:, None]
+            assert not (stays & ~mask[:, None] & ~forced).any()
+            assert (stays & mask[:, None]).any()
+
+
+def test_padding_of_packed_samples_stays_nowhere():
+    q, k = torch.randn(2, 4, 16), torch.randn(9, 2, 16)
+    cu_q, cu_k = torch.tensor([0, 1, 2]), torch.tensor([0, 4, 9])
+    mask = torch.tensor([True, True, False, False, True, True, True, False, False])
+    candidates = torch.tensor([False, True, True, False, False, True, True, True, False])
+    for backend in ("compiled", "reference"):
+        selection = pyvtk.score_and_select(
+            q, k, 1, k_mask=mask, candidates=candidates, others="keep", cu_seqlens_q=cu_q, cu_seqlens_k=cu_k,
+            capacity=5, backend=backend,
+        )  # fmt: skip
+        assert selection.counts.tolist() == [2, 2]
+        assert selection.indices[:, 0].tolist() == [0, 4] and mask[selection.indices[:, 1]].all()
 
 
 def operator_arguments(requires_grad):

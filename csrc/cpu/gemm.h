@@ -201,21 +201,34 @@ PYVTK_INLINE void dot_block(const float* q, int64_t ldq, const T* const* key, in
   }
 }
 
+// Elements from a row of keys to what will be read soon, for the first and the second half of a vector of keys.
+struct Ahead {
+  int64_t early, late;
+};
+
+// Where rows are walked one after the other.
+template <class T>
+PYVTK_INLINE Ahead rows_ahead() {
+  constexpr int64_t distance = 2048 / static_cast<int64_t>(sizeof(T));
+  return {distance, distance};
+}
+
 template <int64_t rows, class T>
-PYVTK_INLINE void logits_few_tile(const float* q, int64_t ldq, const T* keys, int64_t stride, int64_t count,
-                                  int64_t dim, float* z, int64_t ldz) {
+PYVTK_INLINE void logits_few_tile(const float* q, int64_t ldq, const T* keys, int64_t stride, Ahead ahead,
+                                  int64_t count, int64_t dim, float* z, int64_t ldz) {
   // A single query shares its loads among several keys; several queries share those of one key.
   constexpr int64_t kKeys = rows == 1 ? 4 : (rows == 2 ? 2 : 1);
   // The hardware prefetcher stops at the end of a 4 KiB page and likes a single stream; the rows that follow are
   // asked for by hand.
-  constexpr int64_t kAhead = 2048 / static_cast<int64_t>(sizeof(T)), kLine = 64 / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
   vfloat sum[rows * kLanes];
   for (int64_t lane = 0; lane < kLanes; lane += kKeys) {
     const T* key[kKeys];
 #pragma GCC unroll 4
     for (int64_t n = 0; n < kKeys; ++n) {
       key[n] = keys + std::min(lane + n, count - 1) * stride;
-      for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(key[n] + d + kAhead);
+      const int64_t distance = lane < kLanes / 2 ? ahead.early : ahead.late;
+      for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(key[n] + d + distance);
     }
     dot_block<kKeys, rows>(q, ldq, key, dim, sum + lane);
   }
@@ -225,17 +238,17 @@ PYVTK_INLINE void logits_few_tile(const float* q, int64_t ldq, const T* keys, in
 
 // The same without packing, for few rows: keys are read once, in their own type.
 template <class T>
-void logits_few(const float* q, int64_t ldq, int64_t rows, const T* keys, int64_t stride, int64_t count, int64_t dim,
-                float* z, int64_t ldz) {
+void logits_few(const float* q, int64_t ldq, int64_t rows, const T* keys, int64_t stride, Ahead ahead, int64_t count,
+                int64_t dim, float* z, int64_t ldz) {
   for (int64_t first = 0; first < count; first += kLanes) {
     const T* some = keys + first * stride;
     const int64_t left = std::min(count - first, kLanes);
     int64_t row = 0;
     for (; row + 4 <= rows; row += 4) {
-      logits_few_tile<4>(q + row * ldq, ldq, some, stride, left, dim, z + row * ldz + first, ldz);
+      logits_few_tile<4>(q + row * ldq, ldq, some, stride, ahead, left, dim, z + row * ldz + first, ldz);
     }
     remaining_rows<3>(row, rows - row, [&](auto tile, int64_t r) {
-      logits_few_tile<tile>(q + r * ldq, ldq, some, stride, left, dim, z + r * ldz + first, ldz);
+      logits_few_tile<tile>(q + r * ldq, ldq, some, stride, ahead, left, dim, z + r * ldz + first, ldz);
     });
   }
 }

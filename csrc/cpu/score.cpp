@@ -9,10 +9,9 @@ void run_score(const ScoreProblem& p, ScalarType dtype) {
     using T = decltype(element);
     const auto workspace = std::make_unique_for_overwrite<float[]>(PYVTK_FOR_ISA(score_workspace)(p));
     const ScorePlanSizes plan = PYVTK_FOR_ISA(score_plan_sizes)(p);
-    const auto item = PYVTK_FOR_ISA(score_item<T>);
-    parallel_for(plan.items, plan.item_cost, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) item(p, workspace.get(), i);
-    });
+    const auto items = PYVTK_FOR_ISA(score_items<T>);
+    parallel_for(plan.items, plan.item_cost,
+                 [&](int64_t begin, int64_t end) { items(p, workspace.get(), begin, end); });
     const auto finish = PYVTK_FOR_ISA(score_finish);
     const int64_t runs = ceil_div(p.max_scored(), plan.finish_columns);
     const double cost = 0.5 * static_cast<double>(plan.finish_columns * p.q_heads * p.num_reducers);

@@ -131,12 +131,13 @@ void clear_unseen(const ScoreWalk<T>& walk, const ScoreRow& row, float* factor) 
   if (poisoned) *factor = 1.0f;
 }
 
+// One item; `walk` is that of its sample, and items up to `stop` follow.
 template <class T>
-void score_item(const ScoreProblem& p, float* workspace, int64_t item) {
+void score_item(const ScoreProblem& p, float* workspace, int64_t item, int64_t stop, const ScoreSample& s,
+                ScoreWalk<T>& walk) {
   const ScorePlan plan = score_plan(p);
   const int64_t chunk = item % plan.chunks, group = item / plan.chunks % plan.groups;
   const int64_t sample_number = item / plan.chunks / plan.groups;
-  const ScoreSample s = score_sample(p, sample_number);
   const int64_t step = ceil_div<int64_t>(std::max<int64_t>(s.queries, 1), plan.chunks);
   const int64_t first = std::min(chunk * step, s.queries), last = std::min(first + step, s.queries);
   for (int64_t slot = 0; slot < plan.slots; ++slot) {
@@ -147,7 +148,6 @@ void score_item(const ScoreProblem& p, float* workspace, int64_t item) {
   }
   if (first == last) return;
 
-  ScoreWalk<T> walk(p, s);
   const int64_t start = walk.scored_start(), scored = s.scored();
   const auto values = [&](const ScoreRow& row, float* factor) {
     return score_row_values(p, s, walk, sample_number, row, p.lse, factor);
@@ -156,7 +156,7 @@ void score_item(const ScoreProblem& p, float* workspace, int64_t item) {
   if (!p.pairwise()) {
     std::vector<float> factors;
     walk.visit(
-        group, first, last,
+        group, plan.chunks == 1 ? group + stop - item : group + 1, first, last,
         [&](const ScoreRow& row) {
           float factor;
           if (!values(row, &factor)) {
@@ -205,7 +205,7 @@ void score_item(const ScoreProblem& p, float* workspace, int64_t item) {
     std::fill(panel.begin(), panel.end(), p.head_max() ? -kInfinity : 0.0f);
     for (int64_t kv_head = kv_first; kv_head < kv_last; ++kv_head) {
       walk.visit(
-          kv_head, begin, end,
+          kv_head, kv_last, begin, end,
           [&](const ScoreRow& row) {
             float factor;
             const bool alive = values(row, &factor);
@@ -251,6 +251,19 @@ void score_item(const ScoreProblem& p, float* workspace, int64_t item) {
         if (columns.sum) store(columns.sum + j, load(columns.sum + j) + sum);
       }
     }
+  }
+}
+
+// Items [begin, end): those of one sample share what is made for it once, and the logits of several heads.
+template <class T>
+void score_items(const ScoreProblem& p, float* workspace, int64_t begin, int64_t end) {
+  const ScorePlan plan = score_plan(p);
+  const int64_t per_sample = plan.groups * plan.chunks;
+  while (begin < end) {
+    const int64_t sample_number = begin / per_sample, stop = std::min((sample_number + 1) * per_sample, end);
+    const ScoreSample s = score_sample(p, sample_number);
+    ScoreWalk<T> walk(p, s);
+    for (; begin < stop; ++begin) score_item(p, workspace, begin, stop, s, walk);
   }
 }
 

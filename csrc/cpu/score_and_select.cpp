@@ -7,37 +7,61 @@
 namespace pyvtk::cpu {
 namespace {
 
-// Candidates that k_mask shows and that lie inside of the scored range; nothing if that is every key.
-OptionalTensor competing(const ScoreProblem& p, const Tensor& like, const OptionalTensor& candidates, int64_t heads) {
-  const bool whole = p.packed() || (p.key_start == 0 && p.key_stop == p.keys);
-  if (!p.k_mask && whole) return candidates;
+// A mask of select, [batch, keys], or [batch, heads, keys] if one of the given masks is: f(key, its place in k_mask,
+// says) of every key, where says(mask) is what a given mask says of it.
+template <class F>
+Tensor combined(const ScoreProblem& p, const Tensor& like, int64_t heads,
+                std::initializer_list<std::pair<const OptionalTensor*, const char*>> masks, F&& f) {
   const int64_t rows = p.packed() ? 1 : p.batch;
-  const bool per_head = candidates.has_value() && candidates->dim() == 3;
-  std::vector<int64_t> shape = p.packed() ? std::vector<int64_t>{p.keys} : std::vector<int64_t>{rows, p.keys};
-  if (per_head) shape = {rows, heads, p.keys};
-  if (candidates.has_value()) {
-    guard_dtype(*candidates, ScalarType::Bool, "candidates");
-    guard_contiguous(*candidates, "candidates");
-    guard_dim(*candidates, static_cast<int64_t>(shape.size()), "candidates");
+  bool per_head = false;
+  for (const auto& [mask, name] : masks) per_head |= mask->has_value() && (*mask)->dim() == 3;
+  const std::vector<int64_t> row_shape = p.packed() ? std::vector<int64_t>{p.keys} : std::vector<int64_t>{rows, p.keys};
+  const std::vector<int64_t> head_shape{rows, heads, p.keys};
+  for (const auto& [mask, name] : masks) {
+    if (!mask->has_value()) continue;
+    guard_dtype(**mask, ScalarType::Bool, name);
+    guard_contiguous(**mask, name);
+    const std::vector<int64_t>& shape = !p.packed() && (*mask)->dim() == 3 ? head_shape : row_shape;
+    guard_dim(**mask, static_cast<int64_t>(shape.size()), name);
     for (size_t dim = 0; dim < shape.size(); ++dim) {
-      PYVTK_GUARD(candidates->size(static_cast<int64_t>(dim)) == shape[dim], "candidates must be shaped like the keys");
+      PYVTK_GUARD((*mask)->size(static_cast<int64_t>(dim)) == shape[dim], name, " must be shaped like the keys");
     }
   }
-  Tensor out = new_empty(like, shape, ScalarType::Bool);
+  Tensor out = new_empty(like, per_head ? head_shape : row_shape, ScalarType::Bool);
   bool* to = mutable_data<bool>(out);
-  const bool* from = data<bool>(candidates);
   const int64_t repeats = per_head ? heads : 1;
   for (int64_t row = 0; row < rows * repeats; ++row) {
-    const bool* shown = p.k_mask ? p.k_mask + row / repeats * p.keys : nullptr;
     for (int64_t key = 0; key < p.keys; ++key) {
-      const bool inside = whole || (key >= p.key_start && key < p.key_stop);
-      to[row * p.keys + key] = inside && (!shown || shown[key]) && (!from || from[row * p.keys + key]);
+      const int64_t of_sample = row / repeats * p.keys + key;
+      const auto says = [&](const OptionalTensor& mask) {
+        return data<bool>(*mask)[mask->dim() == 3 ? row * p.keys + key : of_sample];
+      };
+      to[row * p.keys + key] = f(key, of_sample, says);
     }
   }
   return out;
 }
 
-// Scores the problem and selects among them; `arguments` has the candidates of competing() already.
+// Candidates that k_mask shows and that lie inside of the scored range; nothing if that is every key.
+OptionalTensor competing(const ScoreProblem& p, const Tensor& like, const OptionalTensor& candidates, int64_t heads) {
+  const bool whole = p.packed() || (p.key_start == 0 && p.key_stop == p.keys);
+  if (!p.k_mask && whole) return candidates;
+  return combined(p, like, heads, {{&candidates, "candidates"}}, [&](int64_t key, int64_t of_sample, auto&& says) {
+    const bool inside = whole || (key >= p.key_start && key < p.key_stop);
+    return inside && (!p.k_mask || p.k_mask[of_sample]) && (!candidates.has_value() || says(candidates));
+  });
+}
+
+// What is dropped, and what k_mask hides and keep does not name. Where others go, the latter do anyway.
+OptionalTensor dropped(const ScoreProblem& p, const Tensor& like, const OptionalTensor& keep,
+                       const OptionalTensor& drop, bool keep_others, int64_t heads) {
+  if (!p.k_mask || !keep_others) return drop;
+  return combined(p, like, heads, {{&keep, "keep"}, {&drop, "drop"}}, [&](int64_t, int64_t of_sample, auto&& says) {
+    return (!p.k_mask[of_sample] && !(keep.has_value() && says(keep))) || (drop.has_value() && says(drop));
+  });
+}
+
+// Scores the problem and selects among them; `arguments` has what competing() and dropped() made.
 std::tuple<Tensor, Tensor, Tensor, Tensor> run(ScoreProblem& p, const Tensor& q, const SelectArguments& arguments) {
   PYVTK_GUARD(p.num_reducers == 1, "score_and_select takes one query reduction, got ", p.num_reducers);
   PYVTK_GUARD(p.packed() == arguments.cu_seqlens.has_value(), "cu_seqlens goes with cu_seqlens_k");
@@ -84,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> score_and_select(
                                   threshold,
                                   top_p,
                                   keep,
-                                  drop,
+                                  dropped(p, q, keep, drop, keep_others, p.out_heads()),
                                   competing(p, q, candidates, p.out_heads()),
                                   keep_others,
                                   segments,

@@ -73,7 +73,7 @@ class ScoreBackward {
       const int64_t start = walk_.scored_start();
       for (int64_t kv_head = kv_first; kv_head < kv_last; ++kv_head) {
         walk_.visit(
-            kv_head, begin, end,
+            kv_head, kv_head + 1, begin, end,
             [&](const ScoreRow& row) {
               float factor;
               if (!score_row_values(p_, s_, walk_, sample_, row, nullptr, &factor)) return;
@@ -119,7 +119,7 @@ class ScoreBackward {
   void visit(int64_t kv_head, int64_t first, int64_t last, const int32_t* pair_winner) {
     int64_t rows_done = 0;
     walk_.visit(
-        kv_head, first, last,
+        kv_head, kv_head + 1, first, last,
         [&](const ScoreRow& row) {
           const int64_t pitch = padded(s_.scored()) + kStrip;
           gradient_of_logits(row, kv_head, pair_winner ? pair_winner + (row.query - first) * pitch : nullptr);

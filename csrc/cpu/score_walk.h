@@ -25,8 +25,10 @@ struct ScoreRow {
   bool valid;        // q_mask
 };
 
-// Walks the logits of a sample, head by head of keys. The window is what the denominator needs: all keys, or the
-// scored ones.
+// Walks the logits of a sample, head by head of keys. Where the heads of a token lie side by side (what a projection
+// leaves) and queries are few, the logits of several heads are taken beforehand, token by token: head by head, every
+// row of keys would be in another page, and each page would be visited once for each head. The window is what the
+// denominator needs: all keys, or the scored ones.
 template <class T>
 class ScoreWalk {
  public:
@@ -58,9 +60,10 @@ class ScoreWalk {
   const int32_t* key_positions() const { return key_positions_.empty() ? nullptr : key_positions_.data(); }
 
   // Calls row(ScoreRow&) for every query in [first, last) of every head of the group, and after each block
-  // block(rows, q, ldq, z, ldz, count): the widened queries and the panel as row() left it.
+  // block(rows, q, ldq, z, ldz, count): the widened queries and the panel as row() left it. Heads of keys up to kv_stop
+  // are visited next, with the same queries.
   template <class RowFunction, class BlockFunction>
-  void visit(int64_t kv_head, int64_t first, int64_t last, RowFunction&& row, BlockFunction&& block) {
+  void visit(int64_t kv_head, int64_t kv_stop, int64_t first, int64_t last, RowFunction&& row, BlockFunction&& block) {
     const int64_t group = p_.group();
     const int64_t rows = (last - first) * group;
     const T* keys =
@@ -75,38 +78,34 @@ class ScoreWalk {
     const int64_t chunk = pack_once ? reach : padded(std::max<int64_t>(kPackedFloats / 8 / p_.dim, 1));
     const int64_t ldq = padded(p_.dim);
     const int64_t ldz = padded(reach) + kStrip;
+    const bool prepared = few && prepare(kv_head, kv_stop, first, last);
     q_.resize(block_rows * ldq);
-    z_.resize(block_rows * ldz);
+    if (!prepared) z_.resize(block_rows * ldz);
+    float* const z = prepared ? prepared_.data() + (kv_head - prepared_first_) * rows * ldz : z_.data();
     if (!few) packed_.resize(padded(std::min(chunk, reach)) * p_.dim);
     if (pack_once) pack_keys(keys, p_.k_row_stride, reach, p_.dim, packed_.data());
 
     for (int64_t begin = 0; begin < rows; begin += block_rows) {
       const int64_t block_count = std::min(block_rows, rows - begin);
       const int64_t block_reach = visible_end(first + (begin + block_count - 1) / group);
-      for (int64_t r = 0; r < block_count; ++r) {
-        const int64_t head = kv_head * group + (begin + r) % group, query = first + (begin + r) / group;
-        const T* source = static_cast<const T*>(p_.q) + s_.q_offset + head * p_.q_head_stride + query * p_.q_row_stride;
-        widen_row(source, p_.dim, ldq, q_.data() + r * ldq);
-        // What an invalid query holds must reach nothing, not even as 0 times NaN.
-        if (!valid(query)) std::fill_n(q_.data() + r * ldq, ldq, 0.0f);
-      }
-      if (few) {
-        logits_few(q_.data(), ldq, block_count, keys, p_.k_row_stride, block_reach, p_.dim, z_.data(), ldz);
-      } else {
+      widen_queries(kv_head, first, begin, block_count, ldq, q_.data());
+      if (few && !prepared) {
+        logits_few(q_.data(), ldq, block_count, keys, p_.k_row_stride, rows_ahead<T>(), block_reach, p_.dim, z, ldz);
+      } else if (!few) {
         for (int64_t key = 0; key < block_reach; key += chunk) {
           const int64_t count = std::min(chunk, block_reach - key);
           if (!pack_once) pack_keys(keys + key * p_.k_row_stride, p_.k_row_stride, count, p_.dim, packed_.data());
-          logits(q_.data(), ldq, block_count, packed_.data(), count, p_.dim, z_.data() + key, ldz);
+          logits(q_.data(), ldq, block_count, packed_.data(), count, p_.dim, z + key, ldz);
         }
       }
       for (int64_t r = 0; r < block_count; ++r) {
         ScoreRow x = row_of(first + (begin + r) / group);
         x.head = kv_head * group + (begin + r) % group;
-        x.z = z_.data() + r * ldz;
+        x.z = z + r * ldz;
         x.reach = block_reach;
         row(x);
       }
-      block(block_count, q_.data(), ldq, z_.data(), ldz, block_reach);
+      block(block_count, q_.data(), ldq, z, ldz, block_reach);
     }
   }
 
@@ -154,6 +153,59 @@ class ScoreWalk {
   static constexpr int64_t kPackedFloats = int64_t{2} << 20;  // 8 MiB
   static constexpr int64_t kBlockRows = 24, kLargeBlockRows = 96;
 
+  // The logits of queries [first, last) for this head of keys and those up to kv_stop, as many as fit; false where that
+  // is no gain.
+  bool prepare(int64_t kv_head, int64_t kv_stop, int64_t first, int64_t last) {
+    // Visits change the logits, so that they serve one each.
+    if (kv_head == prepared_next_ && kv_head < prepared_last_ && first == prepared_query_) {
+      ++prepared_next_;
+      return true;
+    }
+    const int64_t reach = visible_end(last - 1), rows = (last - first) * p_.group();
+    const int64_t ldq = padded(p_.dim), ldz = padded(reach) + kStrip;
+    const int64_t heads = std::min(kv_stop - kv_head, std::max<int64_t>(kPackedFloats / (rows * ldz), 1));
+    if (heads < 2 || p_.k_head_stride >= p_.k_row_stride) return false;
+    prepared_first_ = kv_head;
+    prepared_next_ = kv_head + 1;
+    prepared_last_ = kv_head + heads;
+    prepared_query_ = first;
+    prepared_.resize(heads * rows * ldz);
+    std::vector<float> queries(heads * rows * ldq);
+    for (int64_t head = 0; head < heads; ++head) {
+      widen_queries(kv_head + head, first, 0, rows, ldq, queries.data() + head * rows * ldq);
+    }
+    const T* keys =
+        static_cast<const T*>(p_.k) + s_.k_offset + kv_head * p_.k_head_stride + window_start_ * p_.k_row_stride;
+    // Half a vector of keys is asked for ahead: more rows, where they lie a power of two apart, push each other out of
+    // the first-level cache. Short rows are asked for a whole vector ahead, or memory would be too late.
+    const int64_t half = kLanes / 2 * p_.k_row_stride;
+    const bool short_rows = kLanes * p_.dim * static_cast<int64_t>(sizeof(T)) <= 2048;
+    for (int64_t key = 0; key < reach; key += kLanes) {
+      for (int64_t head = 0; head < heads; ++head) {
+        // The last head is followed by the first one of the next tokens.
+        const int64_t next =
+            head + 1 < heads ? p_.k_head_stride : kLanes * p_.k_row_stride - (heads - 1) * p_.k_head_stride;
+        const Ahead ahead = short_rows ? Ahead{next, next} : Ahead{half, next - half};
+        logits_few(queries.data() + head * rows * ldq, ldq, rows,
+                   keys + key * p_.k_row_stride + head * p_.k_head_stride, p_.k_row_stride, ahead,
+                   std::min(reach - key, kLanes), p_.dim, prepared_.data() + head * rows * ldz + key, ldz);
+      }
+    }
+    return true;
+  }
+
+  // Rows [begin, begin + count) of the group's queries from `first` on, as float32.
+  void widen_queries(int64_t kv_head, int64_t first, int64_t begin, int64_t count, int64_t ldq, float* out) const {
+    const int64_t group = p_.group();
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t head = kv_head * group + (begin + r) % group, query = first + (begin + r) / group;
+      const T* source = static_cast<const T*>(p_.q) + s_.q_offset + head * p_.q_head_stride + query * p_.q_row_stride;
+      widen_row(source, p_.dim, ldq, out + r * ldq);
+      // What an invalid query holds must reach nothing, not even as 0 times NaN.
+      if (!valid(query)) std::fill_n(out + r * ldq, ldq, 0.0f);
+    }
+  }
+
   int32_t position(int64_t query) const {
     if (!p_.causal) return kHidden - 1;
     return p_.q_positions ? p_.q_positions[s_.row_offset + query] : static_cast<int32_t>(query + s_.keys - s_.queries);
@@ -167,6 +219,9 @@ class ScoreWalk {
   std::vector<float> bias_;
   std::vector<int32_t> key_positions_;
   std::vector<float> q_, packed_, z_;
+  int64_t prepared_first_ = 0, prepared_next_ = 0, prepared_last_ = 0;  // heads of keys that prepare() took
+  int64_t prepared_query_ = 0;                                          // the first of its queries
+  std::vector<float> prepared_;                                         // [heads][rows][ldz], the logits
 };
 
 // exp(z - shift) in place; returns the sum.

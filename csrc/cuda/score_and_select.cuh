@@ -40,7 +40,9 @@ struct FinishProblem {
   int splits;          // warps that share keys, each with other heads (or queries): 1, 2, 4 or 8
   float* whole;        // [rows, keys] as select's scores: -inf outside of the scored range; nullptr: not needed
   uint8_t* competing;  // [rows, keys] as select's candidates: those that k_mask shows, inside of the range; or nullptr
-  PerToken<uint8_t> candidates;  // given
+  uint8_t* dropped;    // [rows, keys] as select's drop: given ones, and those that k_mask hides and keep does not name;
+                       // or nullptr: what is no candidate goes anyway
+  PerToken<uint8_t> candidates, keep, drop;  // given
 };
 
 // One of some registers, by a number that the compiler does not know: a loop over them need not be unrolled.
@@ -122,7 +124,11 @@ static __global__ void __launch_bounds__(kFewThreads, 2)
   const int64_t first_row = p.cu_seqlens_k ? number : (number * few.units + unit) * few.outs_of_unit;
   const int64_t first_score = plane_of(p, s, int64_t{few.units} * few.outs_of_unit, unit * few.outs_of_unit);
   const int64_t first_of_row = p.cu_seqlens_k ? s.column : first_row * p.keys;
-  const unsigned rows_each = static_cast<unsigned>(finish.candidates.rows_each);
+  // What a mask says of a key, in the row of one of the unit's results.
+  const auto says = [&](const PerToken<uint8_t>& mask, int out, int key) {
+    const int64_t row = (static_cast<unsigned>(first_row) + out) / static_cast<unsigned>(mask.rows_each);
+    return mask.data[(p.cu_seqlens_k ? s.column : row * p.keys) + key] != 0;
+  };
   const auto write = [&](int out, float x, int i) {
     if (mine.key(i) >= s.keys) return;
     if (p.logit && pick(mine.seen_by, i) == 0) x = -kInfinity;
@@ -130,9 +136,11 @@ static __global__ void __launch_bounds__(kFewThreads, 2)
     const int64_t at = first_of_row + out * p.keys + mine.key(i);
     if (finish.whole) finish.whole[at] = mine.is_scored(i) ? x : -kInfinity;
     if (finish.competing) {
-      const uint8_t* given = finish.candidates.data;
-      if (given) given += p.cu_seqlens_k ? s.column : (static_cast<unsigned>(first_row) + out) / rows_each * p.keys;
-      finish.competing[at] = mine.is_there(i) && (!given || given[mine.key(i)]);
+      finish.competing[at] = mine.is_there(i) && (!finish.candidates.data || says(finish.candidates, out, mine.key(i)));
+    }
+    if (finish.dropped) {
+      const bool hidden = !exists(p, s, mine.key(i)) && !(finish.keep.data && says(finish.keep, out, mine.key(i)));
+      finish.dropped[at] = hidden || (finish.drop.data && says(finish.drop, out, mine.key(i)));
     }
   };
 
@@ -244,7 +252,7 @@ static __global__ void __launch_bounds__(kFewThreads, 2)
 struct ScoreAndSelectPlan {
   FewProblem few;
   FinishProblem finish;
-  SelectProblem select;  // of the result; scores and candidates as score_finish_kernel leaves them
+  SelectProblem select;  // of the result; scores, candidates and drop as score_finish_kernel leaves them
   int rows_of_block;     // of score_rows_kernel: 1, 4 or 8
   bool needs_lse;        // otherwise it is given, or logits are scored
   bool separate_lse;
@@ -275,9 +283,11 @@ inline void set_workspace(ScoreAndSelectPlan& plan, void* memory) {
     few.columns = space.take<float>(plan.columns, samples * few.units * few.columns_of_unit * scored);
     plan.finish.whole = space.take<float>(scored != p.keys, all);
     plan.finish.competing = space.take<uint8_t>(p.k_mask || scored != p.keys, all);
+    plan.finish.dropped = space.take<uint8_t>(p.k_mask && plan.select.keep_others, all);
   }
   if (plan.finish.whole) plan.select.scores = plan.finish.whole;
   if (plan.finish.competing) plan.select.candidates = {plan.finish.competing, 1};
+  if (plan.finish.dropped) plan.select.drop = {plan.finish.dropped, 1};
   if (plan.select_later) {
     plan.later = plan_select(plan.select);
     set_workspace(plan.later, space.take<unsigned char>(true, plan.later.workspace_bytes));
@@ -347,6 +357,8 @@ inline cudaError_t plan_score_and_select(const ScoreProblem& p, const SelectProb
   for (plan.finish.splits = 1; plan.finish.splits < std::min<int64_t>(outer, kFewWarps);) plan.finish.splits *= 2;
   plan.finish.runs = key_runs(p, p.keys, kFewWarps / plan.finish.splits * kKeysOfGroup);
   plan.finish.candidates = select.candidates;
+  plan.finish.keep = select.keep;
+  plan.finish.drop = select.drop;
 
   plan.is_plain = is_plain(p);
   if (plan.is_plain) plan_plain(p, few.aligned, few.segments, few.lanes_log2, select, plan.plain, plan.plain_finish);

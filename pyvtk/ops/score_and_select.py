@@ -130,8 +130,9 @@ def score_and_select(
     """Score the keys and choose those that stay: FastV's or PyramidDrop's pruning step in one call.
 
     The result is what :func:`pyvtk.select` gives of the scores that ``return_scores`` returns, bit for bit, with these
-    additions: indices are positions in k also with ``key_range``; keys that ``k_mask`` hides, and keys outside of the
-    range, are not candidates. (They go; stay with ``others="keep"``; or are forced by ``keep``.)
+    additions: indices are positions in k also with ``key_range``. Keys outside of the range are not candidates: they
+    go, stay with ``others="keep"``, or are forced by ``keep``. Keys that ``k_mask`` hides (padding) go, also with
+    ``others="keep"``, unless ``keep`` names them.
 
     Args:
         q, k: as in :func:`pyvtk.attention_scores`; meant for few queries, right for any number.
@@ -217,9 +218,12 @@ def score_and_select(
         competing = reference.competing(arguments[6], options["k_mask"], keys, key_start, key_stop, whole)
         if competing is not None:
             competing = competing.contiguous()  # it may be one row for all samples
+        gone = reference.dropped(*arguments[4:6], options["k_mask"])
+        if gone is not None:
+            gone = gone.contiguous()
         how = backends.pick("select", None if backend == "triton" else backend, whole, whole.dtype)
         run = torch.ops.pyvtk.select.default if how == "compiled" else selecting.select
-        outputs = run(whole, *arguments[:6], competing, *arguments[7:])
+        outputs = run(whole, *arguments[:5], gone, competing, *arguments[7:])
     selection = select.selection_of(tuple(outputs), keys, arguments, exact)
     if not return_scores:
         return selection

@@ -89,6 +89,10 @@ CALLS = {
                     ("k_mask", "keep"), capacity=120),
     "others stay": chosen(also(heads(3, 8, 2, 2, 600, 128, BRAIN), likely(0.8, 3, 600)), 99, ("candidates",),
                           others="keep", align="right"),
+    "others stay, padding does not": chosen(
+        also(heads(3, 8, 2, 2, 600, 128, BRAIN), likely(0.8, 3, 600), likely(0.7, 3, 600), likely(0.1, 3, 600),
+             likely(0.1, 3, 600)),
+        99, ("candidates", "k_mask", "keep", "drop"), others="keep", head_reduce="group_mean"),
     "bias": chosen(also(heads(3, 8, 2, 2, 600, 128), random(3, 600)), 99, ("k_bias",), top_p=0.9),
     "packed": Call("score_and_select", joined([1, 4, 2], [100, 577, 29], 8, 4, 64), scored_packed, exact=False),
     "packed, bf16": Call("score_and_select", joined([30, 1, 9], [100, 577, 29], 28, 4, 128, BRAIN), scored_packed,

@@ -73,7 +73,8 @@ def assert_right(q, k, options: dict):
     chosen = scores[0, 0, 0] if packed else scores[0] if per_head else scores[0, :, 0]
     whole = composing.whole_axis(chosen, keys, start)
     competing = composing.competing(options["candidates"], options["k_mask"], keys, start, stop, whole)
-    arguments = {name: options[name] for name in SELECTING} | {"candidates": competing}
+    gone = composing.dropped(options["keep"], options["drop"], options["k_mask"])
+    arguments = {name: options[name] for name in SELECTING} | {"candidates": competing, "drop": gone}
     expected = selecting.select(whole, *arguments.values())
     for name, ours, right in zip(("indices", "counts", "overflow"), outputs, expected):
         assert ours.dtype == right.dtype and ours.shape == right.shape
