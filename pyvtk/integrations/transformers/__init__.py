@@ -11,6 +11,7 @@ transformers 5.20 to 5.24 are tested. Importing this module needs transformers; 
 """
 
 from pyvtk.integrations.transformers.handle import Handle, accelerate, restore
+from pyvtk.integrations.transformers.heads import calibrate_heads
 from pyvtk.integrations.transformers.methods import (
     YOPO,
     Context,
@@ -39,5 +40,6 @@ __all__ = [
     "Stage",
     "VisionZip",
     "accelerate",
+    "calibrate_heads",
     "restore",
 ]

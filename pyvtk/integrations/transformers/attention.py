@@ -40,6 +40,7 @@ def attention(
     out = None
     if isinstance(known, Prompt):
         plan, method = known.plan_of(layer), known.handle.method
+        method.listen(known, layer, query, key)
         if plan is not None:
             if dropout:
                 raise NotImplementedError("accelerate: dropout in attention must be 0")

@@ -74,18 +74,25 @@ class Context:
 
 
 class Method:
-    """What the adapter asks of a method. Every answer is for the host and takes no tensors but those of ``select``."""
+    """What the adapter asks of a method. Every answer is for the host and takes no tensors but those of ``select``.
 
-    needs_layout = False  # whether it asks where tokens stand
-    attention = (
-        False  # whether it changes the attention of decoder layers: then it has plan(layout) and heads_of(layer)
-    )
-    forces = False  # whether the first stage keeps visual tokens that ``forced`` chooses before the decoder
-    tower_layers: tuple[
-        int, ...
-    ] = ()  # layers of the vision tower whose CLS scores it asks for; negative: from the end
-    evicts = False  # whether it shortens the cache behind the prompt: then it has evict(q, k, ...)
-    answers = False  # whether training scores from the rows before answers, instead of the last row
+    Attributes:
+        needs_layout: whether it asks where tokens stand.
+        answers: whether training scores from the rows before answers, instead of the last row.
+        forces: whether the first stage keeps visual tokens that ``forced`` chooses before the decoder.
+        tower_layers: layers of the vision tower whose CLS token and keys it asks for; negative: from the end.
+        attention: whether it has a say in the attention of decoder layers: ``plan``, ``heads_of``, ``ffn``, ``listen``.
+        ffn: before the first stage visual tokens take the first 1 / ffn of the feed-forward channels.
+        evicts: whether it shortens the cache behind the prompt: ``window``, ``cached``, ``evict``.
+    """
+
+    needs_layout = False
+    answers = False
+    forces = False
+    tower_layers: tuple[int, ...] = ()
+    attention = False
+    ffn = 1
+    evicts = False
 
     def stages(self, num_layers: int) -> list[Stage]:
         """Where tokens leave, in order."""
@@ -112,6 +119,17 @@ class Method:
         """bool [batch, tokens]: visual tokens that the first stage keeps besides those it chooses (``Context.keep``).
         None: what it depends on is not known yet."""
         return None
+
+    def plan(self, layout: pyvtk.TokenLayout | None) -> pyvtk.AttentionPlan | None:
+        """What attention follows before the first stage; None: the model's own rule."""
+        return None
+
+    def heads_of(self, layer: int) -> Tensor | None:
+        """bool [heads], which heads of a layer look at visual tokens; None: all."""
+        return None
+
+    def listen(self, prompt, layer: int, query: Tensor, key: Tensor) -> None:
+        """Hears the rotated queries and keys [batch, heads, tokens, D] of every layer of a prompt."""
 
     def merge(self, images, features: Tensor) -> Tensor:
         """What goes into the projector, of what comes out of the tower: [crops, patches, C]."""

@@ -38,12 +38,13 @@ class Report:
 
     Attributes:
         stages: (layer, Selection of the prompt's tokens that are there from this layer on).
+        visual: visual tokens of each sample.
     """
 
     def __init__(self, handle: Handle, prompt: Prompt) -> None:
         self._config, self._method = handle.config, handle.method
         self._num_layers, self._plan_ends = len(handle.layers), handle.plan_ends
-        self._lengths, self._visual = prompt.sizes.lengths, prompt.sizes.visual
+        self._lengths, self.visual = prompt.sizes.lengths, prompt.sizes.visual
         self._sizes = prompt.stages
         self.plan: pyvtk.AttentionPlan | None = None
         evicts = handle.method.evicts
@@ -68,11 +69,11 @@ class Report:
         scoring costs is left out."""
         dense = self._num_layers * layer_flops(self._config, sum(self._lengths), pairs_of(self._lengths))
         done = 0.0
-        ffn = getattr(self._method, "ffn", 1)
+        ffn = self._method.ffn
         seen = self.plan.density().needed if self.plan is not None else 0
         for layer, tokens in enumerate(self.tokens):
             if layer < self._plan_ends:
-                ffn_tokens = sum(tokens) - sum(self._visual) * (1 - 1 / ffn)
+                ffn_tokens = sum(tokens) - sum(self.visual) * (1 - 1 / ffn)
                 done += layer_flops(self._config, sum(tokens), seen, ffn_tokens)
             else:
                 done += layer_flops(self._config, sum(tokens), pairs_of(tokens))
