@@ -9,6 +9,7 @@ import sys
 # command -> module with add_arguments(parser) and main(arguments) -> exit status; one line of help
 COMMANDS = {
     "info": ("pyvtk._info", "versions, instruction set, backends, and why one is missing"),
+    "methods": ("pyvtk.methods._pages", "published methods: what they compute, where they act, what they need"),
     "bench": ("pyvtk.bench", "measure against peers (from a source checkout)"),
     "resources": ("pyvtk._resources", "registers, shared memory and occupancy of every CUDA kernel"),
     "demo": ("pyvtk.demo", "prune the tokens of a real photograph in a real model"),

@@ -1,4 +1,4 @@
-"""Where published methods differ from each other: each trap against an oracle written here from the method's formula.
+"""Where published methods differ: what the operators make of each formula, against oracles written here.
 
 The oracles build the attention map, on purpose. H, M, N, D: heads, queries, keys, head dimension.
 """
@@ -35,7 +35,7 @@ def inputs(heads=4, kv_heads=2, queries=1, keys=60, dim=16, batch=2, seed=0):
     return q, torch.randn(batch, kv_heads, keys, dim, generator=g)
 
 
-def test_trap_2_positions_are_rebased_or_kept():
+def test_positions_are_rebased_or_kept():
     """PyramidDrop counts the survivors anew from 0; FastV and FEATHER keep the positions they had."""
     q, k = inputs()
     system, visual = 5, 40
@@ -57,7 +57,7 @@ def test_trap_2_positions_are_rebased_or_kept():
 @pytest.mark.parametrize(
     "count_of", (lambda n: int(n * 0.33), lambda n: round(n * 0.33), lambda n: math.ceil(n * 0.33))
 )
-def test_trap_3_rounding_is_the_callers(count_of):
+def test_rounding_is_the_callers(count_of):
     """Floor (PyramidDrop), round (FastV), ceil (MustDrop): the count arrives as it was rounded."""
     counts = [count_of(n) for n in (50, 55, 59)]
     scores = torch.rand(3, 59)
@@ -70,7 +70,7 @@ def test_trap_3_rounding_is_the_callers(count_of):
 
 
 @pytest.mark.parametrize("of", ("original", "current"))
-def test_trap_4_share_of_the_original_or_of_the_current_count(of):
+def test_share_of_the_original_or_of_the_current_count(of):
     """PyramidDrop's second stage keeps a share of the original count, FEATHER's floor(N' (1 - R)^2) of what is left."""
     first_scores, second_scores = torch.rand(2, 60), torch.rand(2, 60)
     first = pyvtk.select(first_scores, 30)
@@ -83,7 +83,7 @@ def test_trap_4_share_of_the_original_or_of_the_current_count(of):
         assert both.indices[b].tolist() == [survivors[j] for j in among]
 
 
-def test_trap_5_feather_divides_by_the_visual_keys_only():
+def test_feather_divides_by_the_visual_keys_only():
     q, k = inputs()
     start, stop = 7, 47
     scores = pyvtk.attention_scores(q, k, causal=True, key_range=(start, stop), denominator="range")
@@ -100,7 +100,7 @@ def test_trap_5_feather_divides_by_the_visual_keys_only():
     assert (ratio.amax(-1) / ratio.amin(-1) > 1.01).all()
 
 
-def test_trap_7_what_the_reduction_over_heads_changes():
+def test_what_the_reduction_over_heads_changes():
     """Mean and sum rank alike but meet another threshold; max and groups rank differently."""
     q, k = inputs(batch=1, keys=40)
     by_head = attention_map(q, k)[:, :, -1]
@@ -122,7 +122,7 @@ def test_trap_7_what_the_reduction_over_heads_changes():
     assert per_group.indices[0].tolist() == expected and expected[0] != expected[1]
 
 
-def test_trap_10_order_of_the_survivors():
+def test_order_of_the_survivors():
     """VisionZip leaves raster order, PruMerge and SnapKV the order of scores, MustDrop's merge neither."""
     scores = torch.rand(1, 30)
     features = torch.randn(1, 30, 8)
@@ -147,7 +147,7 @@ def test_trap_10_order_of_the_survivors():
         torch.testing.assert_close(out[0, group].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_trap_11_padding_keys_that_are_not_masked_take_part():
+def test_padding_keys_that_are_not_masked_take_part():
     """BiFormer pads with zeros after the projection: logit 0, a share of the mass. A mask is the caller's choice."""
     q, k = inputs(queries=6, keys=20)
     padded = torch.cat([k, torch.zeros(2, 2, 5, 16)], dim=2)
@@ -160,7 +160,7 @@ def test_trap_11_padding_keys_that_are_not_masked_take_part():
     assert not masked[:, 20:].any()
 
 
-def test_trap_12_divisors_of_probe_rows():
+def test_divisors_of_probe_rows():
     """ZipCache divides the sum over its probes by S - j, as if all queries were in it; ZipVL by the viewers of j."""
     length = 40
     probes = torch.tensor([3, 11, 20, 33, 38, 39])
@@ -181,7 +181,7 @@ def test_trap_12_divisors_of_probe_rows():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_trap_13_half_precision_maps_collide(seed):
+def test_half_precision_maps_collide(seed):
     """Published code rounds each head's probabilities to fp16 before the mean; of 576 means near 1e-3 many collide.
 
     So sets may differ from ours, but only among tokens whose exact scores lie within that rounding of the boundary.
@@ -240,7 +240,7 @@ def values_of(v, heads):
 
 
 @pytest.mark.parametrize("rows", ("attend", "zero"))
-def test_trap_1_pruned_heads_are_not_renormalised(rows):
+def test_pruned_heads_are_not_renormalised(rows):
     """YOPO multiplies the weights of visual columns by 0 after the softmax; LLaVA's code zeroes visual rows as well."""
     layout, mask, visual = layout_of()
     q, k, v = whole_inputs(layout)
@@ -347,7 +347,7 @@ def test_yopo_visual_mass_needs_no_map():
     torch.testing.assert_close((mass.sum(-1) / (1 - mass).sum(-1)).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_trap_6_biformer_scales_by_all_channels():
+def test_biformer_scales_by_all_channels():
     """BiFormer: the scale is C ** -0.5 of all heads together; regions see the regions they are routed to."""
     layout = pyvtk.TokenLayout.from_images([64], [pyvtk.ImageSpan(0, 0, (1, 8, 8))])
     q, k = inputs(4, 4, 64, 64, 8, 1)
