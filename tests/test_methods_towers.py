@@ -41,7 +41,7 @@ def hired_budgets(scores, lengths, share, alpha, parts=None):
             continue
         patches = scores.shape[1]
         total = int(crops * patches * share)
-        whole = min(int(total * alpha), patches)
+        whole = min(int(total * alpha) if crops > 1 else total, patches)
         rest = min(total - whole, (crops - 1) * patches)
         found.append(whole)
         top = best(as_dict(scores[first]), int(patches * (1 - alpha)))

@@ -8,6 +8,7 @@ With P sub-images, T patches per crop and s the CLS row's attention, summed over
 
     total   = floor((P + 1) * T * share)
     whole   = min(floor(total * alpha), T)                         of the whole view, which is the image's first crop
+                                                                   (where P = 0: min(total, T))
     rest    = min(total - whole, P * T)
     hits_i  = those of the floor(T * (1 - alpha)) patches of largest s (layer 0) of the whole view that lie in part i
     crop i  = min(floor(float32(hits_i / sum of hits) * rest), T)
@@ -19,8 +20,8 @@ code (it reshapes the raster); the paper's figure shows spatial parts: pass ``pa
 divide T are ours, the code fails there. Positions: the language model counts the shorter sequence from 0.
 
 Not covered: the newline tokens, which the published run leaves out, and the padding of sub-images, which it cuts off
-after the selection. An image of one crop gets alpha of its total; published code leaves such an image whole. Formulas
-were read in the authors' code, not compared with a run of it.
+after the selection; published code leaves an image of one crop whole. Formulas were read in the authors' code, not
+compared with a run of it.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def budgets(
         return bounds.new_zeros(crops)
     starts, subs = bounds[:-1], (bounds.diff() - 1).clamp(min=0)
     total = (bounds.diff() * patches).double().mul(share).long()
-    whole = total.double().mul(alpha).long().clamp(max=patches)
+    whole = torch.where(subs == 0, total, total.double().mul(alpha).long()).clamp(max=patches)
     rest = torch.minimum(total - whole, subs * patches)
 
     attended = pyvtk.select(cls_scores_first[starts.clamp(max=crops - 1)], int(patches * (1 - alpha))).mask()
