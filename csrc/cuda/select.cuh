@@ -340,7 +340,7 @@ __device__ __forceinline__ bool has_count(const SelectProblem& problem) {
   return problem.num_keep >= 0 || problem.num_keep_per_row;
 }
 __device__ __forceinline__ int64_t count_of_row(const SelectProblem& problem, int64_t row, int64_t segment) {
-  return problem.num_keep_per_row ? problem.num_keep_per_row.at(row, segment) : problem.num_keep;
+  return problem.num_keep_per_row ? max(problem.num_keep_per_row.at(row, segment), int64_t{0}) : problem.num_keep;
 }
 
 // stay := the tokens of the set that the cut holds, and those of `others`, which may be stay itself; nullptr: none

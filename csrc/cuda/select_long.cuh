@@ -202,7 +202,7 @@ __device__ __forceinline__ LongCut long_cut(const SelectProblem& problem, const 
     }
   }
   LongCut cut{};
-  cut.wanted = has_count(problem) ? max(count_of_row(problem, row.number, 0), int64_t{0}) : problem.tokens;
+  cut.wanted = has_count(problem) ? count_of_row(problem, row.number, 0) : problem.tokens;
   cut.total = prefix_of_warps(sum_of_warp(sum)).total;
   cut.inside = -1;
   const int64_t most = min(cut.wanted, problem.capacity);

@@ -197,7 +197,7 @@ __device__ __forceinline__ void select_short_row(const SelectProblem& problem, i
     const int64_t given = problem.num_keep_per_row
                               ? problem.num_keep_per_row.data[number * problem.num_keep_per_row.per_row]
                               : problem.num_keep;
-    want = static_cast<int>(min(max(given, int64_t{-1}), int64_t{size}));
+    want = static_cast<int>(min(max(given, int64_t{0}), int64_t{size}));
   }
   uint32_t competing[kTokens];  // their ranks
   PYVTK_UNROLL

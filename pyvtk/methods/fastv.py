@@ -54,6 +54,5 @@ def select(
     if q.shape[2] != 1:
         raise ValueError(f"fastv.select: q must hold one row per sample, got shape {tuple(q.shape)}")
     return pyvtk.score_and_select(
-        q, k, num_keep, k_mask=valid, candidates=visual, others="keep", drop=None if valid is None else ~valid,
-        capacity=capacity, align=align,
-    )  # fmt: skip
+        q, k, num_keep, k_mask=valid, candidates=visual, others="keep", capacity=capacity, align=align
+    )

@@ -66,5 +66,5 @@ def select(
         num_keep = torch.where(q_mask.any(-1), num_keep, k.shape[2])
     return pyvtk.score_and_select(
         q, k, num_keep, causal=q_positions is not None, q_positions=q_positions, q_mask=q_mask, k_mask=valid,
-        candidates=visual, others="keep", drop=None if valid is None else ~valid, capacity=capacity, align=align,
+        candidates=visual, others="keep", capacity=capacity, align=align,
     )  # fmt: skip

@@ -178,7 +178,7 @@ def resolve(
     groups = 1 if num_segments is None else num_segments
     if isinstance(num_keep, Tensor):
         # Kernels take forced tokens off it: from int64's least that would wrap around to "all of them".
-        per_row = _per_row(op, "num_keep", num_keep.long().clamp(min=0), num_segments, scores, cu_seqlens)
+        per_row = _per_row(op, "num_keep", num_keep.long(), num_segments, scores, cu_seqlens)
     if threshold is not None:
         threshold = _number(op, "threshold", threshold, scores).to(scores.dtype)
         threshold = threshold if scores.dtype == torch.float64 else threshold.float()

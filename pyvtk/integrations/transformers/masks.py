@@ -63,17 +63,19 @@ def causal(
     if valid is not None and valid.shape[1] < keys:
         valid = torch.nn.functional.pad(valid, (0, keys - valid.shape[1]), value=True)
     if form == "keys":
-        slot = torch.arange(keys, device=device)
         if plain:
             return valid
-        there = slot < start + queries
+        there = torch.arange(keys, device=device) < start + queries
         return there.expand(batch, keys) if valid is None else there & valid
     if plain and queries == 1:
         seen = valid[:, None]
     else:
         slot = torch.arange(keys, device=device)
-        rows = torch.arange(queries, device=device) + start if queries > 1 else start
-        seen = slot <= (rows[:, None] if queries > 1 else rows)
+        if isinstance(start, int):
+            rows = torch.arange(start, start + queries, device=device)[:, None]
+        else:
+            rows = start if queries == 1 else (torch.arange(queries, device=device) + start)[:, None]
+        seen = slot <= rows
         seen = seen.expand(batch, queries, keys) if valid is None else seen & valid[:, None]
     seen = seen[:, None]
     if form == "bool":

@@ -84,7 +84,6 @@ class Tokens:
         additions: what is still to be added to the outputs of layers, [batch, tokens, C] by layer (DeepStack).
         answers: bool [batch, tokens], the rows from which training scores; None: the last row of each sample.
         dropped: int [batch, 1], tokens of each sample that positions no longer count; None: positions are the prompt's.
-        first: int [batch, 1], the position of each sample's first token; None while positions are the prompt's.
     """
 
     visual: Tensor
@@ -96,7 +95,6 @@ class Tokens:
     additions: dict[int, Tensor] = field(default_factory=dict)
     answers: Tensor | None = None
     dropped: Tensor | None = None
-    first: Tensor | None = None
 
     def changes(self) -> dict:
         """The keyword arguments that a decoder layer gets instead of the model's own."""
@@ -123,6 +121,7 @@ class Prompt:
         layout, plan, rows: of methods that need a layout, change attention, or split the feed-forward layers
             (selections of visual and of other tokens).
         answers: bool [batch, tokens], the rows from which training scores; None: the last row of each sample.
+        span: int [batch, 1] twice, where each sample begins and ends in positions, once asked for.
         tokens: by the layer at which a run of layers begins; -1 is the prompt itself.
         scores: by layer, what was projected there for the next stage: (q, k or None, q_positions, q_mask).
     """
@@ -141,6 +140,7 @@ class Prompt:
     layout: pyvtk.TokenLayout | None = None
     plan: pyvtk.AttentionPlan | None = None
     rows: tuple[pyvtk.Selection, pyvtk.Selection] | None = None
+    span: tuple[Tensor, Tensor] | None = None
     tokens: dict[int, Tokens] = field(default_factory=dict)
     scores: dict[int, tuple] = field(default_factory=dict)
 

@@ -88,7 +88,7 @@ def prune(handle: Handle, stage: Stage, layer, hidden: Tensor, kwargs, prompt: P
     if before.answers is not None:
         after.answers = more[-1]
     if stage.rebase and not handle.anatomy.mrope:
-        _rebase(handle, hidden, kwargs["position_ids"], prompt, before, after, selection)
+        _rebase(handle, hidden, kwargs["position_ids"], prompt, after, selection)
     held = caches.layer_of(cache, number)
     keys = held.max_cache_len if hasattr(held, "max_cache_len") else sizes.capacity
     after.attention_mask = masks.causal(handle.form, hidden.dtype, valid, batch, sizes.capacity, keys, 0, hidden.device)
@@ -132,18 +132,19 @@ def last_rows(tokens: Tokens, *values: Tensor) -> tuple[Tensor, ...]:
 
 
 def _rebase(
-    handle: Handle, hidden: Tensor, position_ids: Tensor, prompt: Prompt, before: Tokens, after: Tokens, selection
-):
+    handle: Handle, hidden: Tensor, position_ids: Tensor, prompt: Prompt, after: Tokens, selection: pyvtk.Selection
+) -> None:  # fmt: skip
     """Positions counted anew from each sample's first token, without those that are gone."""
-    capacity = after.visual.shape[1]
-    first = before.first
-    if first is None:
-        first = position_ids if before.valid is None else torch.where(before.valid, position_ids, 2**62)
-        first = first[:, :1] if before.valid is None else first.amin(1, keepdim=True)
-    place = torch.arange(capacity, device=hidden.device)
-    if after.valid is not None:
-        place = (place - capacity + selection.counts[:, None]).clamp(min=0)
-    after.first = first
-    after.position_embeddings = handle.language_model.rotary_emb(hidden, first + place)
-    whole = prompt.visual.shape[1] if prompt.valid is None else prompt.valid.sum(1, keepdim=True)
-    after.dropped = whole - selection.counts[:, None]
+    if prompt.span is None:
+        if prompt.valid is None:
+            first, count = position_ids[:, :1], prompt.visual.shape[1]
+        else:
+            first = torch.where(prompt.valid, position_ids, 2**62).amin(1, keepdim=True)
+            count = prompt.valid.sum(1, keepdim=True)
+        prompt.span = first, first + count
+    first, end = prompt.span
+    new_end = first + selection.counts[:, None]
+    # aligned to the right; what stands in front of a short row is padding
+    positions = torch.arange(-after.visual.shape[1], 0, device=hidden.device) + new_end
+    after.position_embeddings = handle.language_model.rotary_emb(hidden, positions)
+    after.dropped = end - new_end
