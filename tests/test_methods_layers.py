@@ -287,6 +287,7 @@ def test_yopo_heads_are_voted_for(votes, samples):
 def test_yopo_heads_of_one_measurement_and_errors():
     mass = torch.rand(4, 6)
     assert torch.equal(yopo.active_heads(mass, 0.3, whole_layers=0), mass > 0.3)
+    assert not yopo.active_heads(torch.full((4, 6), 0.5), 0.5, whole_layers=0).any()  # above, not at
     assert yopo.active_heads(mass, share=0.0).sum(1).tolist() == [6, 6, 0, 0]
     assert yopo.active_heads(mass, share=1.0).all()
     assert yopo.active_heads(mass, share=0.5, whole_layers=9).all()

@@ -81,6 +81,13 @@ def test_hired_of_llava_next_sizes(seed):
         assert int(crops * 576 * 0.2) - crops < total <= int(crops * 576 * 0.2)
 
 
+def test_hired_loses_a_token_where_float32_falls_short():
+    """168 of 288 hits of 108 tokens are 63, and 62.999996 in float32, which published code truncates."""
+    scores = torch.zeros(3, 576)
+    scores[0, :168] = scores[0, 288 : 288 + 120] = 1
+    assert hired.budgets(scores, torch.tensor([0, 3]), 0.125).tolist() == [108, 62, 45]
+
+
 def test_hired_of_spatial_parts_and_crops_beyond_the_images():
     scores = torch.rand(7, 36)
     quadrant = torch.tensor([(p // 6 // 3) * 2 + p % 6 // 3 for p in range(36)])

@@ -79,8 +79,7 @@ def _spread(features: Tensor, competes: Tensor, num_keep: int | Tensor, capacity
     static = isinstance(num_keep, int)
     steps = min(num_keep if static else tokens, tokens if capacity is None else capacity, tokens)
     wanted = torch.full((batch, 1), num_keep, device=features.device) if static else num_keep.view(batch, 1)
-    # what padding and text hold must not reach anybody, and 0 * inf would
-    features = features.masked_fill(~competes[..., None], 0)
+    # NaN stays in the rows and columns of whom it belongs to; those of padding and text are never read
     distance = (1 - cosine(features, features)).nan_to_num(0.0)
     place = torch.arange(tokens, device=features.device)
     alone = (place[:, None] == place) | ~competes[:, None]

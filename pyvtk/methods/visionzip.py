@@ -61,8 +61,8 @@ def contextual(metric: Tensor, dominant: pyvtk.Selection, num_contextual: int) -
     targets = pyvtk.Selection.from_mask(is_target, capacity=min(num_contextual, metric.shape[1]))
     if targets.capacity == 0:
         return targets, torch.full_like(rank, -1)
-    similarity = cosine(metric, pyvtk.compact(targets, metric))
-    nearest = similarity.masked_fill(~targets.valid[:, None], -torch.inf).argmax(-1)
+    # a crop with fewer targets than slots has no other patch left that could take an empty slot
+    nearest = cosine(metric, pyvtk.compact(targets, metric)).argmax(-1)
     return targets, torch.where(left & ~is_target, nearest, -1)
 
 
