@@ -7,8 +7,8 @@
 #              of registers, shared memory and occupancy of every kernel
 #   emulate, emulate-asan, emulate-tsan    the CUDA kernels on the CPU: results, bounds, races (no nvcc, no GPU)
 #   triton     the Triton kernels, compiled for every architecture (no GPU)
-#   oldest     the tests with the oldest torch and Triton that pyvtk takes, in an environment of its own; oldest-wheel,
-#              oldest-triton, ...: the other goals there
+#   oldest     the tests with the oldest torch, Triton and transformers that pyvtk takes, in an environment of its own;
+#              oldest-wheel, oldest-triton, ...: the other goals there
 #   newer      tests of the libraries that `make oldest` built, under the newer torch of $(VENV)
 #   gpu-bundle what a machine with a GPU takes along (needs nvcc, no GPU)
 #   lint       what a change must pass                                       format   rewrites the files so that it does
@@ -21,12 +21,16 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= triton
+# the newest that the adapter was tried with
+TRANSFORMERS ?= transformers==5.24.0
 # the oldest that pyvtk takes: the interpreter of Triton 3.6 needs numpy < 2.4. torch 2.11.0 is a CUDA build everywhere.
 OLDEST_VENV ?= .venv-oldest
 OLDEST_PYTHON ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12.*/bin/python3 $(PYTHON); do \
   $$python -c '' 2> /dev/null && echo $$python && break; done)
 OLDEST_TORCH := 2.11.0
-OLDEST = VENV=$(OLDEST_VENV) PYTHON=$(OLDEST_PYTHON) TORCH=torch==$(OLDEST_TORCH) TRITON="triton==3.6.0 'numpy<2.4'"
+OLDEST_TRANSFORMERS := 5.20.0
+OLDEST = VENV=$(OLDEST_VENV) PYTHON=$(OLDEST_PYTHON) TORCH=torch==$(OLDEST_TORCH) TRITON="triton==3.6.0 'numpy<2.4'" \
+  TRANSFORMERS=transformers==$(OLDEST_TRANSFORMERS)
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 PYTEST_ARGS ?=
 
@@ -68,7 +72,7 @@ $(VENV)/.tools: $(VENV)/.torch pyproject.toml
 # Without PYVTK_CUDA the CUDA library is built where this torch could load it; `make cuda` builds it everywhere.
 $(VENV)/.built: $(VENV)/.tools $(BUILD_INPUTS)
 	PYVTK_CUDA=$${PYVTK_CUDA:-$$($(BIN)/python -c 'import torch; print("auto" if torch.version.cuda else "0")')} \
-	  $(PIP) install -q --no-build-isolation -e '.[test]'
+	  $(PIP) install -q --no-build-isolation -e '.[test]' '$(TRANSFORMERS)'
 	$(BIN)/python -m pyvtk info
 	@touch $@
 
