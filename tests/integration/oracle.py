@@ -27,11 +27,12 @@ from __future__ import annotations
 import copy
 import math
 import types
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import tiny_models
 import torch
-from tiny_models import Place
+from oracle_before import DROPPED_BEFORE, DivPrune, HiRED, VisionZip  # noqa: F401  tests name all methods here
+from oracle_tokens import Tokens, Trace, best
 from torch import Tensor, nn
 
 
@@ -63,59 +64,11 @@ class YOPO:
 
 
 @dataclass(frozen=True)
-class HiRED:
-    """order: "crops", the authors' (crop after crop, padding of anyres images too), or "sequence" (:func:`_tower`)."""
-
-    keep: float = 0.2
-    alpha: float = 0.5
-    order: str = "crops"
-
-
-@dataclass(frozen=True)
-class VisionZip:
-    """Numbers of tokens per crop, or shares of its patches (floor).
-
-    The authors count CLS among the dominant ones (``cls``), and put contextual tokens behind dominant ones
-    (``order="crops"``); "sequence" leaves all at their places.
-    """
-
-    dominant: int | float = 12
-    contextual: int | float = 3
-    cls: bool = True
-    order: str = "crops"
-
-
-@dataclass(frozen=True)
-class DivPrune:
-    keep: float = 0.1
-
-
-@dataclass(frozen=True)
 class SnapKV:
     window: int = 8
     keep: float = 0.25
     kernel: int = 5
     pool: str = "avg"  # or "max"
-
-
-@dataclass
-class Trace:
-    """What :func:`trace` returns.
-
-    Attributes:
-        logits: float64 [rows of the last layers, vocabulary].
-        rows: of each of these rows, its place in [prompt, generated]; -1 for CLS of VisionZip.
-        kept: layer -> the places of all tokens that are there from this layer on, where some were dropped.
-        margin: smallest gap between a score that won and one that lost, of the largest magnitude among them. A float32
-            implementation may keep other tokens where it is about 1e-6.
-        cached: SnapKV: layer -> for each KV head the places in the prompt that stay, ascending.
-    """
-
-    logits: Tensor | None = None
-    rows: list[int] = field(default_factory=list)
-    kept: dict[int, list[int]] = field(default_factory=dict)
-    margin: float = math.inf
-    cached: dict[int, list[list[int]]] = field(default_factory=dict)
 
 
 # --- the model in float64 ---------------------------------------------------------------------------------------------
@@ -186,7 +139,7 @@ def trace(
     """As :func:`logits`, but all rows, and which tokens stayed where."""
     model = exact(model)
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
-    tokens = _embed(name, model, inputs, torch.as_tensor(generated, dtype=torch.int64), newlines)
+    tokens = embed(name, model, inputs, torch.as_tensor(generated, dtype=torch.int64), newlines)
     return _forward(name, model, inputs, tokens, method)
 
 
@@ -225,7 +178,7 @@ def gradients(
     for sample in range(len(labels)):
         alone = tiny_models.one(name, inputs, sample)
         label = labels[sample][inputs["attention_mask"][sample].bool()].tolist()
-        tokens = _embed(name, model, alone, torch.empty(0, dtype=torch.int64), newlines)
+        tokens = embed(name, model, alone, torch.empty(0, dtype=torch.int64), newlines)
         tokens.labels = label
         traces.append(_forward(name, model, alone, tokens, method))
         for row, place in enumerate(traces[-1].rows):
@@ -240,36 +193,7 @@ def gradients(
 # --- the sequence -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Tokens:
-    """The tokens that are there, in order; every list has one entry for each."""
-
-    hidden: Tensor  # [tokens, channels]
-    positions: Tensor  # int64 [3 or 1, tokens]
-    places: list[int]  # in [prompt, generated]
-    visual: list[bool]
-    cells: list[Place | None]  # of visual tokens that have a cell
-    prompt: int  # length of the prompt, before anything was dropped
-    deepstack: list[Tensor]  # added behind the first layers, [all tokens of the sequence, channels] by place
-    num_visual: int  # before anything was dropped
-    labels: list[int] | None = None  # by place, in training
-
-    def take(self, rows: list[int]) -> Tokens:
-        return replace(
-            self, hidden=self.hidden[rows], positions=self.positions[:, rows], places=[self.places[i] for i in rows],
-            visual=[self.visual[i] for i in rows], cells=[self.cells[i] for i in rows],
-        )  # fmt: skip
-
-    def counted_anew(self) -> Tokens:
-        if len(self.positions) == 3:
-            return self
-        return replace(self, positions=torch.arange(len(self.places))[None])
-
-    def candidates(self) -> list[int]:
-        return [row for row, visual in enumerate(self.visual) if visual]
-
-
-def _features(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+def features_of(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor | None, list[Tensor]]:
     """Visual features [visual tokens, channels] of the model's own tower, and those of the first layers."""
     if "pixel_values_videos" in inputs:
         out = model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True)
@@ -283,14 +207,14 @@ def _features(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor | Non
     return features, [layer if isinstance(layer, Tensor) else torch.cat(list(layer)) for layer in layers]
 
 
-def _embed(name: str, model: nn.Module, inputs: dict[str, Tensor], generated: Tensor, newlines: str) -> Tokens:
+def embed(name: str, model: nn.Module, inputs: dict[str, Tensor], generated: Tensor, newlines: str) -> Tokens:
     if newlines not in ("visual", "text"):
         raise ValueError(f"oracle: newlines must be 'visual' or 'text', got {newlines!r}")
     prompt = inputs["input_ids"][0]
     ids = torch.cat([prompt, generated])
     where = ((ids == tiny_models.IMAGE) | (ids == tiny_models.VIDEO)).nonzero()[:, 0]
     hidden = model.get_input_embeddings()(ids)
-    features, layers = _features(model, inputs)
+    features, layers = features_of(model, inputs)
     deepstack = []
     if features is not None:
         hidden = hidden.index_copy(0, where, features)
@@ -424,21 +348,11 @@ def _layer(
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 
-def _best(scores: list[float], count: int, found: Trace) -> list[int]:
-    """Indices of the ``count`` largest, ascending; of equal ones the lower index."""
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    if 0 < count < len(order):
-        last, first = scores[order[count - 1]], scores[order[count]]
-        largest = max(abs(last), abs(first))
-        found.margin = min(found.margin, (last - first) / largest if largest else 0.0)
-    return sorted(order[: max(count, 0)])
-
-
 def _staying(tokens: Tokens, scores: Tensor, count: int, found: Trace, always: frozenset[int] = frozenset()) -> list:
     """Rows that stay: the best visual ones, those of ``always`` and what is not visual."""
     candidates = tokens.candidates()
-    best = {candidates[i] for i in _best([float(scores[row]) for row in candidates], count, found)}
-    return [row for row, visual in enumerate(tokens.visual) if not visual or row in best or row in always]
+    stay = {candidates[i] for i in best([float(scores[row]) for row in candidates], count, found)} | always
+    return [row for row, visual in enumerate(tokens.visual) if not visual or row in stay]
 
 
 def _asked(tokens: Tokens) -> list[int]:
@@ -504,7 +418,7 @@ def _snapkv(attended: Tensor, tokens: Tokens, group: int, method, found: Trace) 
             for i in range(past):
                 near = padded[i : i + method.kernel]
                 scores[i] += max(near) if getattr(method, "pool", "avg") == "max" else sum(near) / method.kernel
-        kept.append([*_best(scores, count, found), *range(past, prompt)])
+        kept.append([*best(scores, count, found), *range(past, prompt)])
     return kept
 
 
@@ -515,160 +429,3 @@ def _of_cache(visible: Tensor, cached: list[list[int]], tokens: Tokens, group: i
         gone = sorted(set(range(tokens.prompt)) - set(cached[head // group]))
         seen[head, tokens.prompt :, gone] = False
     return seen
-
-
-# --- before the first layer -------------------------------------------------------------------------------------------
-
-
-def _divprune(name: str, model, inputs, tokens: Tokens, method, found: Trace) -> Tokens:
-    """Greedy: whoever is farthest (1 - cosine) from all chosen ones is next; the first is farthest from its nearest."""
-    candidates = tokens.candidates()
-    x = tokens.hidden[candidates]
-    x = x / x.norm(dim=-1, keepdim=True)
-    distance = (1 - x @ x.T).round(decimals=12).tolist()  # newlines are all alike: let the lower index win
-    count, chosen = round(len(candidates) * method.keep), []
-    everyone = range(len(candidates))
-    while len(chosen) < min(count, len(candidates)):
-        if chosen:
-            left = [i for i in everyone if i not in chosen]
-            gaps = [min(distance[i][j] for j in chosen) for i in left]
-        else:
-            left = list(everyone)
-            gaps = [min((distance[i][j] for j in left if j != i), default=0.0) for i in left]
-        chosen.append(left[_best(gaps, 1, found)[0]])
-    stay = {candidates[i] for i in chosen}
-    return tokens.take([row for row, visual in enumerate(tokens.visual) if not visual or row in stay])
-
-
-@dataclass
-class Tower:
-    """Of a CLIP tower, for every crop: attention of CLS to patches (heads added up), features, keys (mean of heads)."""
-
-    first: Tensor  # [crops, patches], of the first layer
-    selected: Tensor  # [crops, patches], of the layer whose output is used
-    features: Tensor  # [crops, 1 + patches, channels], of that layer, before the projector
-    keys: Tensor  # [crops, patches, head channels], of that layer
-
-
-def _clip(model: nn.Module, pixels: Tensor) -> Tower:
-    tower = model.model.vision_tower
-    tower = getattr(tower, "vision_model", tower)
-    layers = tower.encoder.layers
-    used = model.config.vision_feature_layer % (len(layers) + 1) - 1  # hidden states begin with the embeddings
-    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-    for index, layer in enumerate(layers[: used + 1]):
-        attention, x = layer.self_attn, layer.layer_norm1(hidden)
-        q, k, v = (
-            getattr(attention, part)(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-            for part in ("q_proj", "k_proj", "v_proj")
-        )
-        attended = (q @ k.transpose(2, 3) * attention.scale).softmax(-1)
-        hidden = hidden + attention.out_proj((attended @ v).transpose(1, 2).flatten(2))
-        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-        selected = attended[:, :, 0, 1:].sum(1)
-        if index == 0:
-            first = selected
-    return Tower(first, selected, hidden, k.mean(1)[:, 1:])
-
-
-def _tower_tokens(name: str, model, inputs, tokens: Tokens, order: str, choose) -> Tokens:
-    """Replaces every image's visual tokens by those that ``choose`` makes of its crops.
-
-    ``choose(tower, crops, grid)`` returns [(crop, patch, feature before the projector)] in the authors' order; patch -1
-    is CLS. With order "crops" these tokens, all of them, stand where the image stood; newlines are gone. With
-    "sequence" each stays where its patch is in the sequence, and what has no place there (CLS, patches of the padding
-    that anyres cuts off) is left out.
-    """
-    if name not in tiny_models.CLS:
-        raise ValueError(f"oracle: HiRED and VisionZip must have a model of {tiny_models.CLS}, got {name!r}")
-    pixels, crops = inputs["pixel_values"], tiny_models.crops_of(name, inputs)
-    where = (inputs["input_ids"][0] == tiny_models.IMAGE).nonzero()[:, 0].tolist()
-    placed = list(zip(where, tiny_models.places(name, inputs), strict=True))
-    pieces, begin = [], 0  # (place, hidden state) in order
-    for image, grid in enumerate(crops):
-        own = pixels[image, : 1 + grid[0] * grid[1]] if pixels.dim() == 5 else pixels[image : image + 1]
-        made = choose(_clip(model, own), len(own), grid)
-        features = model.model.multi_modal_projector(torch.stack([feature for _, _, feature in made]))
-        mine = [(row, place) for row, place in placed if place.image == image]
-        at = {(place.crop, place.patch): row for row, place in mine if place.cell is not None}
-        some = [(at.get((crop, patch), -1), feature) for (crop, patch, _), feature in zip(made, features)]
-        if order == "sequence":
-            some = [entry for entry in some if entry[0] >= 0]
-            some += [(row, tokens.hidden[row]) for row, _ in mine if not tokens.visual[row]]  # newlines as text
-            some.sort(key=lambda entry: entry[0])
-        pieces += [(row, tokens.hidden[row]) for row in range(begin, mine[0][0])] + some
-        begin = mine[-1][0] + 1
-    pieces += [(row, tokens.hidden[row]) for row in range(begin, len(tokens.places))]
-    places = [row for row, _ in pieces]
-    return replace(
-        tokens, hidden=torch.stack([state for _, state in pieces]), places=places,
-        positions=torch.arange(len(places))[None], visual=[row < 0 or tokens.visual[row] for row in places],
-        cells=[tokens.cells[row] if row >= 0 else None for row in places],
-    )  # fmt: skip
-
-
-def hired_budgets(first: Tensor, grid: tuple[int, int], keep: float, alpha: float) -> list[int]:
-    """HiRED: how many tokens each crop may keep, the whole image first.
-
-    Args:
-        first: [patches], attention of CLS in the first layer, of the whole image.
-        grid: crops (below, beside each other) of the image; (0, 0): none.
-        keep, alpha: the share of all tokens that stays, and what part of it goes to the whole image.
-    """
-    patches, parts = len(first), grid[0] * grid[1]
-    total = int((1 + parts) * patches * keep)
-    if not parts:
-        return [min(total, patches)]
-    if patches % parts:
-        raise ValueError(f"HiRED: {patches} patches must be a multiple of {parts} crops")
-    whole = min(int(total * alpha), patches)
-    top = _best(first.tolist(), int(patches * (1 - alpha)), Trace())
-    run = patches // parts  # the authors' parts are runs of the raster, not rectangles
-    shares = [sum(run * part <= i < run * (part + 1) for i in top) / len(top) if top else 0.0 for part in range(parts)]
-    return [whole, *(min(int(share * (total - whole)), patches) for share in shares)]
-
-
-def _hired(name: str, model, inputs, tokens: Tokens, method, found: Trace) -> Tokens:
-    def choose(tower: Tower, crops: int, grid: tuple[int, int]):
-        budgets = hired_budgets(tower.first[0], grid, method.keep, method.alpha)
-        return [
-            (crop, patch, tower.features[crop, 1 + patch])
-            for crop in range(crops)
-            for patch in _best(tower.selected[crop].tolist(), budgets[crop], found)
-        ]
-
-    return _tower_tokens(name, model, inputs, tokens, getattr(method, "order", "crops"), choose)
-
-
-def _visionzip(name: str, model, inputs, tokens: Tokens, method, found: Trace) -> Tokens:
-    cls = getattr(method, "cls", True)
-
-    def choose(tower: Tower, crops: int, grid: tuple[int, int]):
-        made = []
-        patches = tower.selected.shape[1]
-        number = [int(patches * x) if isinstance(x, float) else x for x in (method.dominant, method.contextual)]
-        for crop in range(crops):
-            features = tower.features[crop]
-            dominant = _best(tower.selected[crop].tolist(), number[0] - cls, found)
-            made += [(crop, -1, features[0])] * cls
-            made += [(crop, patch, features[1 + patch]) for patch in dominant]
-            left = [patch for patch in range(patches) if patch not in dominant]
-            if not number[1] or not left:
-                continue
-            step = max(1, len(left) // number[1])
-            targets = left[::step][: number[1]]
-            metric = tower.keys[crop] / tower.keys[crop].norm(dim=-1, keepdim=True)
-            groups = {target: [] for target in targets}
-            for patch in left:
-                if patch not in groups:
-                    near = (metric[targets] @ metric[patch]).tolist()
-                    groups[targets[_best(near, 1, found)[0]]].append(features[1 + patch])
-            for target, group in groups.items():
-                merged = features[1 + target] + (torch.stack(group).mean(0) if group else 0)
-                made.append((crop, target, merged))
-        return made
-
-    return _tower_tokens(name, model, inputs, tokens, getattr(method, "order", "crops"), choose)
-
-
-DROPPED_BEFORE = {"DivPrune": _divprune, "HiRED": _hired, "VisionZip": _visionzip}
