@@ -13,7 +13,7 @@ transformers 5.20 to 5.24 are tested. Importing this module needs transformers; 
 import transformers
 
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 20):
-    raise ImportError(f"pyvtk.integrations.transformers: needs transformers 5.20 or newer, has {transformers.__version__}")
+    raise ImportError(f"{__name__} needs transformers 5.20 or newer, got {transformers.__version__}")
 
 from pyvtk.integrations.transformers.handle import Handle, accelerate, restore
 from pyvtk.integrations.transformers.heads import calibrate_heads
