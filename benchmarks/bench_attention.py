@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import pyvtk
+from pyvtk.reference import attention_facts, attention_plan, layout
 from pyvtk.reference.attention import in_rows, visible
 
 from .harness import BEST, DENSE, OURS, SHARE, TILE, Case, Pairs, close, compiled, marked, matmul_limit
@@ -505,6 +506,47 @@ def planning(name, scene, heads, dtype):
     )
 
 
+def laying_out(name, scene, batch):
+    """A layout from the ids of a batch, and its plan. The peer is plain torch, of which the operators are made."""
+
+    def ids():
+        one = torch.where(scene.layout.image_id[0] >= 0, 900, torch.arange(scene.tokens))
+        return one.expand(batch, -1).contiguous(), torch.tensor(scene.grids * batch)
+
+    def ours(ids, grids):
+        return pyvtk.neighbor_plan(pyvtk.TokenLayout.from_ids(ids, 900, grids), scene.radius).tensors()
+
+    def plain(ids, grids):
+        image_id, coords, extent, _ = layout.layout_from_ids(ids, [900], grids, [], 1, None, None)
+        positions = torch.arange(scene.tokens, dtype=torch.int32).expand(ids.shape)
+        block, radius = scene.plan.block, [scene.radius] * 3
+        fields = image_id, coords, positions, None, None, extent, None
+        (facts,), curve = attention_facts.attention_facts(*fields, attention_facts.ALL, True, [block[0], *radius], [])
+        routes = torch.zeros((0, 0, 0), dtype=torch.int32)
+        rule = [*block, *radius, 0, 0]
+        return *attention_plan.attention_plan(facts, facts, curve, curve, None, routes, rule), routes
+
+    def expect(ids, grids):
+        def check(name, result):
+            slots = (in_rows(x, scene.tokens) for x in result[:2])
+            seen = visible(*slots, scene.plan.rule(), result[-1])
+            assert torch.equal(seen, scene.mask.expand_as(seen)), "another rule"
+            for actual, expected in zip(result[2:4], scene.plan.tensors()[2:4]):
+                assert torch.equal(actual, expected.expand_as(actual)), "other blocks"
+
+        return check
+
+    return Case(
+        "attention",
+        f"layout from ids and plan of {name}, batch {batch}, radius {scene.radius}",
+        torch.int64,
+        ids,
+        {OURS: ours, "plain torch": plain},
+        expect,
+        bars={"plain torch": 1.0},
+    )
+
+
 def dropping(name, scene, heads, dtype):
     """After half of the tokens have been dropped at random, neighbours are fewer, and so is the work."""
     half = Scene(scene.parts, scene.radius, scene.device, 0.5)
@@ -580,6 +622,7 @@ def on_cpu() -> list[Case]:
         training("LLaVA-1.5 mixed, N=675", Scene(LLAVA, 2), (8, 8, 128), fp32, **no_backward),
         planning("48x48", Scene(grid(48, 48), 4), tower, fp32),
         planning("LLaVA-1.5 mixed, N=675", Scene(LLAVA, 2), llava, fp32),
+        laying_out("LLaVA-1.5 mixed, N=675", Scene(LLAVA, 2), 4),
         dropping("48x48", Scene(grid(48, 48), 4), tower, fp32),
         dropping("LLaVA-1.5 mixed, N=675", Scene(LLAVA, 2), llava, fp32),
     ]

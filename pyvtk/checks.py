@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def tensor(op: str, name: str, value, dim: int | tuple[int, ...] | None = None) -> None:
@@ -55,6 +56,15 @@ def boolean(op: str, name: str, value) -> None:
         raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
 
 
+def offsets(op: str, name: str, value, like: Tensor, like_name: str) -> None:
+    """``value`` is int32 [samples + 1], where packed samples begin."""
+    tensor(op, name, value, 1)
+    dtype(op, name, value, (torch.int32,))
+    same_device(op, name, value, like, like_name)
+    if value.shape[0] < 1:
+        raise ValueError(f"{op}: {name} must have one entry more than there are samples, got none")
+
+
 def outside_inference(op: str, name: str, tensors, differentiable) -> None:
     """What ``name`` holds can be saved for a gradient, if one of ``differentiable`` (None is none) wants one."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -76,6 +86,34 @@ def on_host(op: str, name: str, value: Tensor) -> int:
     if not torch.compiler.is_compiling() and valueless(value):
         raise ValueError(f"{op}: {name} must be given for tensors without values (meta, fake), got none")
     return int(value)
+
+
+def require(condition: Tensor, message: str, **numbers: int) -> None:
+    """Checks a value: raises on the CPU; on CUDA, and in a graph that is traced, it becomes a check on the device.
+
+    ``numbers`` stand in for their names in the message; a graph may leave numbers open, and keeps the names.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not _can_look_at(condition):
+        torch._assert_async(condition, message.format(**numbers))
+    elif not condition:
+        raise ValueError(message.format(**numbers))
+
+
+def values(op: str, check: Tensor, messages: dict[int, str], **numbers: int) -> None:
+    """The same for several values that an operator looked at: ``check`` int64 [n] is 0 or the sum of some keys of
+    ``messages``, then numbers of which the messages speak as {0}, {1}. The first one that applies is raised; a check on
+    the device tells all that may be meant."""
+    if torch.compiler.is_compiling() or not _can_look_at(check):
+        torch._assert_async(check[0] == 0, f"{op}: {'; or '.join(messages.values())}")
+    elif wrong := int(check[0]):
+        message = next(message for key, message in messages.items() if wrong & key)
+        raise ValueError(f"{op}: {message.format(*check[1:].tolist(), **numbers)}")
+
+
+def _can_look_at(value: Tensor) -> bool:
+    return value.is_cpu and type(value) is Tensor and get_proxy_mode() is None
 
 
 INTEGERS = (torch.int64, torch.int32)

@@ -8,14 +8,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
-from pyvtk import _pytree, checks
+from pyvtk import _pytree, checks, transforms
+from pyvtk.checks import require
+from pyvtk.ops import layout as operators
 from pyvtk.ops.compact import compact
+from pyvtk.reference.layout import MAX_COORDINATE, extent_of, samples_of
 from pyvtk.selection import Selection
 
-# Coordinates stay below this, so that plans can sort by all three at once.
-MAX_COORDINATE = 2**16
 # Positions in int32 stay within this on either side, so that plans can count on from them, and mark what is absent.
 MAX_POSITION = 2**30
 
@@ -102,7 +103,7 @@ class TokenLayout:
             checks.shape(op, "mask", mask, shape, meaning)
             checks.same_device(op, "mask", mask, image_id, "image_id")
         if cu_seqlens is not None:
-            _check_offsets(op, cu_seqlens, image_id)
+            checks.offsets(op, "cu_seqlens", cu_seqlens, image_id, "the token axis")
         self._set(image_id, checks.to_int32(coords), positions, mask, cu_seqlens, None)
         in_range = ((coords >= 0) & (coords < MAX_COORDINATE)).all(-1)
         require((in_range | ~self.visual).all(), f"{op}: coords must be 0 to {MAX_COORDINATE - 1} for visual tokens")
@@ -120,7 +121,7 @@ class TokenLayout:
         set_field(self, "positions", positions)
         set_field(self, "mask", mask)
         set_field(self, "cu_seqlens", cu_seqlens)
-        set_field(self, "extent", self._measure() if extent is None else extent)
+        set_field(self, "extent", extent_of(self.visual, coords, cu_seqlens) if extent is None else extent)
 
     @staticmethod
     def _of(image_id, coords, positions, mask, cu_seqlens, extent) -> TokenLayout:
@@ -128,16 +129,6 @@ class TokenLayout:
         layout = object.__new__(TokenLayout)
         layout._set(image_id, coords, positions, mask, cu_seqlens, extent)
         return layout
-
-    def _measure(self) -> Tensor:
-        ends = torch.where((self.valid & (self.image_id >= 0))[..., None], self.coords + 1, 0)
-        if self.cu_seqlens is None:
-            if ends.shape[1] == 0:
-                return ends.new_zeros((ends.shape[0], 3))
-            return ends.amax(1)
-        samples = self.cu_seqlens.shape[0] - 1
-        extent = ends.new_zeros((samples + 1, 3))  # one more for the tokens after the last sample
-        return extent.scatter_reduce(0, self.sample.long()[:, None].expand(-1, 3), ends, "amax")[:samples]
 
     @property
     def packed(self) -> bool:
@@ -159,8 +150,7 @@ class TokenLayout:
     @property
     def sample(self) -> Tensor:
         """int64 [tokens], of a packed layout: the sample of each token; num_samples after the last one."""
-        token = torch.arange(self.num_tokens, dtype=torch.int32, device=self.device)
-        return torch.searchsorted(self.cu_seqlens[1:].contiguous(), token, right=True)
+        return samples_of(self.image_id, self.cu_seqlens)
 
     @property
     def valid(self) -> Tensor:
@@ -172,6 +162,18 @@ class TokenLayout:
     def visual(self) -> Tensor:
         """bool, shaped like image_id: which tokens are visual (and no padding)."""
         return self.valid & (self.image_id >= 0)
+
+    def __repr__(self) -> str:
+        """Sizes, no values; with the number of images where the host has them."""
+        images = ""
+        if self.image_id.is_cpu and type(self.image_id) is Tensor and not transforms.is_mapped_over(self.image_id):
+            with _disable_current_modes():
+                of_sample = torch.stack([samples_of(self.image_id, self.cu_seqlens), self.image_id.long()], -1)
+                images = f"images={of_sample[self.visual].unique(dim=0).shape[0]}, "
+        return (
+            f"TokenLayout(samples={self.num_samples}, tokens={self.num_tokens}, {images}packed={self.packed}, "
+            f"device='{self.device}')"
+        )
 
     def check_selection(self, op: str, selection) -> None:
         """Raises unless ``selection`` is one of this layout's tokens, without a head axis."""
@@ -285,121 +287,67 @@ class TokenLayout:
     def from_ids(
         input_ids: Tensor,
         image_token_id: int | Sequence[int],
-        grids: Tensor | Sequence[tuple[int, int, int]],
+        grids: Tensor | Sequence[Sequence[int]] | Sequence[int],
         *,
         merge: int = 1,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> TokenLayout:
-        """A layout from token ids, on their device, without waiting for it.
+        """A layout from token ids, on their device, without waiting for it. Images are numbered over the whole batch.
+
+        A grid is (t, h, w), or (t, h, w, newline): with a newline (True or 1) the id of placeholders stands behind
+        every row of w tokens once more, for LLaVA-NeXT's ``image_newline``, which is text here (image_id -1). An image
+        of LLaVA-NeXT and LLaVA-OneVision is two grids in a row, which are two images here: the base grid, (1, 24, 24),
+        then what is left of the tiles without their padding, (1, h, w, True). The single newline that follows an image
+        without tiles, or a video of LLaVA-OneVision, is a grid of no columns: (1, 1, 0, True).
 
         Args:
             input_ids: int [batch, tokens], or [tokens] with cu_seqlens.
             image_token_id: the id (or ids, for images and videos) of placeholders of visual tokens.
-            grids: int [images, 3], (t, h, w) of every image in the order in which they appear (transformers'
-                ``image_grid_thw``); images do not cross samples.
+            grids: int [images, 3 or 4], or a sequence of tuples: the grid of every image in the order in which they
+                appear (transformers' ``image_grid_thw``); images do not cross samples. Or one tuple, such as
+                (1, 24, 24): all images have this grid, and their number follows from the ids.
             merge: tokens per side that were merged into one after the grids were measured (Qwen's spatial_merge_size).
             mask: bool [batch, tokens], False for padding.
             cu_seqlens: int32 [samples + 1] of a packed sequence.
 
         Raises:
-            ValueError: placeholders and grids disagree in number, or an image crosses samples (CPU tensors; on CUDA
-                a device-side assertion fails).
+            TypeError, ValueError: an argument that does not fit. ValueError: placeholders and grids disagree in number
+                (with one grid: they are no multiple), or an image crosses samples (CPU tensors; on CUDA a device-side
+                assertion fails).
         """
-        op = "from_ids"
-        checks.tensor(op, "input_ids", input_ids, 2 if cu_seqlens is None else 1)
-        checks.dtype(op, "input_ids", input_ids, checks.INTEGERS)
-        checks.integer(op, "merge", merge, 1)
-        grids = _checked_grids(op, grids)
-        tokens = image_token_id if isinstance(image_token_id, (list, tuple)) else [image_token_id]
-        for token in tokens:
-            checks.integer(op, "image_token_id", token)
-        device = input_ids.device
-        grids = grids.to(device, non_blocking=True).long()
-        sizes = torch.stack([grids[:, 0], grids[:, 1] // merge, grids[:, 2] // merge], 1)
-        visual = torch.zeros_like(input_ids, dtype=torch.bool)
-        for token in tokens:
-            visual = visual | (input_ids.long() == token)  # against int32, an id beyond it would be cut to one inside
-        if mask is not None:
-            checks.tensor(op, "mask", mask)
-            checks.dtype(op, "mask", mask, (torch.bool,))
-            checks.shape(op, "mask", mask, tuple(input_ids.shape), "shaped like input_ids")
-            checks.same_device(op, "mask", mask, input_ids, "input_ids")
-            visual = visual & mask
-        if cu_seqlens is not None:
-            _check_offsets(op, cu_seqlens, input_ids)
-        flat = visual.flatten()
-        number = flat.long().cumsum(0) - 1  # of each visual token, over the whole batch
-        ends = sizes.prod(1).cumsum(0)
-        images = grids.shape[0]
-        image = torch.searchsorted(ends, number, right=True)
-        fits = (grids[:, 1:] % merge == 0).all() & ((sizes >= 0) & (sizes <= MAX_COORDINATE)).all()
-        require(
-            fits,
-            f"{op}: grids must be multiples of merge={{merge}}, sides / merge at most {MAX_COORDINATE}",
-            merge=merge,
-        )
-        require(flat.sum() == sizes.prod(1).sum(), f"{op}: input_ids must hold as many visual tokens as grids / merge")
-        if images == 0:
-            image = torch.full_like(input_ids, -1, dtype=torch.int32)
-            return TokenLayout._of(image, image.new_zeros((*image.shape, 3)), None, mask, cu_seqlens, None)
-        image = image.clamp(max=images - 1)
-        inside = number - (ends - sizes.prod(1))[image]
-        _, h, w = sizes[image].unbind(1)
-        h, w = h.clamp(min=1), w.clamp(min=1)
-        coords = torch.stack([inside // (h * w), inside // w % h, inside % w], 1)
-        image = torch.where(flat, image, -1).reshape(input_ids.shape)
-        coords = torch.where(flat[:, None], coords, 0).reshape(*input_ids.shape, 3)
-        layout = TokenLayout._of(image.to(torch.int32), coords.to(torch.int32), None, mask, cu_seqlens, None)
-        if layout.packed:
-            sample = layout.sample
-        else:
-            sample = torch.arange(input_ids.shape[0], device=device)[:, None].expand(input_ids.shape).flatten()
-        first = torch.where(flat, sample, torch.iinfo(torch.int64).max)
-        slot = torch.where(flat, image.flatten(), images)
-        low = first.new_full((images + 1,), 0).scatter_reduce(0, slot, first, "amin", include_self=False)[:images]
-        high = torch.where(flat, sample, -1)
-        high = high.new_full((images + 1,), 0).scatter_reduce(0, slot, high, "amax", include_self=False)[:images]
-        require((low == high).all(), f"{op}: input_ids must hold every image within one sample")
-        return layout
+        image_id, coords, extent = operators.from_ids(input_ids, image_token_id, grids, merge, mask, cu_seqlens)
+        return TokenLayout._of(image_id, coords, None, mask, cu_seqlens, extent)
 
+    @staticmethod
+    def from_mrope(visual: Tensor, position_ids: Tensor, *, mask: Tensor | None = None) -> TokenLayout:
+        """A layout from M-RoPE positions, on their device, without waiting for it: they are coordinates already.
 
-def require(condition: Tensor, message: str, **numbers: int) -> None:
-    """Checks a value: raises on the CPU; on CUDA, and in a graph that is traced, it becomes a check on the device.
+        A run of visual tokens is an image. Within one, tokens are in raster order, so y and x never grow together from
+        one token to the next; behind an image both begin anew past all that it had. That tells images apart which
+        touch; it holds for the positions of a whole prompt, not for those of tokens that some were dropped from
+        (``take`` keeps a layout's images). A video is one image if its frames follow each other (Qwen2-VL, Qwen2.5-VL);
+        where text with times stands between frames (Qwen3-VL), every frame is one.
 
-    ``numbers`` stand in for their names in the message; a graph may leave numbers open, and keeps the names.
-    """
-    if torch.compiler.is_compiling():
-        torch._assert_async(condition, message)
-    elif not (condition.is_cpu and type(condition) is Tensor) or get_proxy_mode() is not None:
-        torch._assert_async(condition, message.format(**numbers))
-    elif not condition:
-        raise ValueError(message.format(**numbers))
+        Coordinates are positions less the smallest ones of their image. So t counts as the model's positions do: the
+        frames of Qwen2.5-VL may be 50 apart, and a radius along t is to be given in these steps.
 
+        Args:
+            visual: bool [batch, tokens], the placeholders of visual tokens.
+            position_ids: int [3, batch, tokens], t, y, x; or [4, batch, tokens], whose first row is left out
+                (transformers puts the positions of text there).
+            mask: bool [batch, tokens], False for padding.
 
-def _check_offsets(op: str, cu_seqlens, like: Tensor) -> None:
-    checks.tensor(op, "cu_seqlens", cu_seqlens, 1)
-    checks.dtype(op, "cu_seqlens", cu_seqlens, (torch.int32,))
-    checks.same_device(op, "cu_seqlens", cu_seqlens, like, "the token axis")
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError(f"{op}: cu_seqlens must have one entry more than there are samples, got none")
+        Returns:
+            What ``from_ids`` with the grids gives, but for t where the model's frames are not 1 apart. Causality
+            follows from the order of tokens, as there.
 
-
-def _checked_grids(op: str, grids) -> Tensor:
-    """int [images, 3], from a tensor or from triples."""
-    if isinstance(grids, Tensor):
-        checks.dtype(op, "grids", grids, checks.INTEGERS)
-        if grids.dim() != 2 or grids.shape[1] != 3:
-            raise ValueError(f"{op}: grids must be [images, 3], got shape {tuple(grids.shape)}")
-        return grids
-    if not isinstance(grids, Sequence):
-        raise TypeError(f"{op}: grids must be a tensor or a sequence of (t, h, w), got {type(grids).__name__}")
-    for grid in grids:
-        if not isinstance(grid, Sequence) or any(isinstance(n, bool) or not isinstance(n, int) for n in grid):
-            raise TypeError(f"{op}: grids must be (t, h, w) of ints, got {grid!r}")
-        if len(grid) != 3:
-            raise ValueError(f"{op}: grids must be (t, h, w) of ints, got {grid!r}")
-    return torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 3)
+        Raises:
+            TypeError, ValueError: an argument that does not fit; positions of one image that are more than 65535 apart
+                (CPU tensors; on CUDA a device-side assertion fails).
+        """
+        image_id, coords, extent = operators.from_mrope(visual, position_ids, mask)
+        return TokenLayout._of(image_id, coords, None, mask, None, extent)
 
 
 def _checked_span(name: str, image) -> ImageSpan:

@@ -14,16 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyvtk import _numbers, _pytree, backends, checks
-from pyvtk.layout import MAX_COORDINATE, TokenLayout, require
+from pyvtk import _numbers, _pytree, backends, checks, transforms
+from pyvtk.layout import TokenLayout, require
+from pyvtk.reference import attention_facts as reference_facts
 from pyvtk.reference import attention_plan as reference
 from pyvtk.reference.attention import visible
-from pyvtk.reference.attention_plan import IMAGE, INVALID, POSITION, REGION, ROW, TEXT, T, X, Y
+from pyvtk.reference.attention_facts import ALL, AS_GIVEN, OF_TEXT, OF_VISUAL, PADDING, replaced, strips
+from pyvtk.reference.attention_plan import IMAGE, INVALID, POSITION, REGION, ROW, SAMPLE, TEXT, T, X, Y
 from pyvtk.selection import Selection
 
 _FACTS = 8  # numbers in a slot
 EVERYWHERE = 2**30  # a radius that no pair exceeds
-PADDING = -(2**31)  # the position of padding
+TEXTS = ("causal", "all")  # how attention goes that text is part of
+_KEYS = {"all": ALL, "text": OF_TEXT, "visual": OF_VISUAL}
 
 
 class Density(NamedTuple):
@@ -31,12 +34,18 @@ class Density(NamedTuple):
 
     needed: int  # visible by the plan's rule
     visited: int  # in blocks that kernels visit
-    dense: int  # of ordinary causal attention over the same tokens
+    dense: int  # of ordinary attention over the same tokens: causal, or all pairs where no token is later than another
+    causal: bool = True  # which of the two
 
     def __str__(self) -> str:
+        dense = "dense causal attention" if self.causal else "dense attention"
         share = self.visited / max(self.dense, 1)
-        note = "; dense causal attention would visit fewer" if self.visited > self.dense else ""
-        return f"needs {self.needed} pairs, visits {self.visited}, {share:.1%} of dense causal attention{note}"
+        note = ""
+        if self.needed > self.dense:
+            note = f"; {dense} does not see all of these"
+        elif self.visited > self.dense:
+            note = f"; {dense} would visit fewer"
+        return f"needs {self.needed} pairs, visits {self.visited}, {share:.1%} of {dense}{note}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,19 +178,33 @@ class AttentionPlan:
             self.causal_window, self.cross_image, self.added_keys,
         )  # fmt: skip
 
+    def __repr__(self) -> str:
+        """Sizes and the rule, no values."""
+        regions = f", regions={self.routes.shape[-1]}" if self.routes.shape[-1] else ""
+        return (
+            f"AttentionPlan(batch={self.query_slots.shape[0]}, num_queries={self.num_queries}, "
+            f"num_keys={self.num_keys}, packed={self.packed},\n"
+            f"    block={self.block}, radius={self.radius}, causal_window={self.causal_window}, "
+            f"cross_image={self.cross_image}{regions},\n"
+            f"    added_keys={self.added_keys}, device='{self.query_slots.device}')"
+        )
+
     def density(self) -> Density:
-        """How many pairs are needed, visited, and those of dense causal attention. Waits for the device."""
-        needed = dense = 0
+        """How many pairs are needed, visited, and those of dense attention. Waits for the device."""
+        needed = dense = together = 0
         keys = self.key_slots
         as_text = _with(keys, IMAGE, keys[:, IMAGE].clamp(max=TEXT))
+        there = (keys[:, IMAGE] >= TEXT)[:, None]
         step = max(1, 2**24 // max(keys.shape[0] * keys.shape[2], 1))
         for first in range(0, self.query_slots.shape[2], step):
             some = self.query_slots[:, :, first : first + step]
             needed += int(visible(some, keys, self.rule(), self.routes).sum())
             some = _with(some, IMAGE, some[:, IMAGE].clamp(max=TEXT))
             dense += int(visible(some, as_text, self.rule(), self.routes).sum())
+            pairs = some[:, SAMPLE, :, None] == keys[:, SAMPLE, None]
+            together += int((pairs & there & (some[:, IMAGE] >= TEXT)[..., None]).sum())
         visited = int(self.key_counts[..., 1].sum()) * self.block[0] * self.block[1]
-        return Density(needed, visited, dense)
+        return Density(needed, visited, dense, dense < together)
 
     def plot(self, batch: int = 0):
         """Draws what each query sees, in sequence order, beside the blocks that kernels visit, in the plan's order.
@@ -239,28 +262,7 @@ _pytree.register_named_tuple(Density)
 
 def _with(facts: Tensor, which: int, values: Tensor) -> Tensor:
     """``facts`` with one of them replaced."""
-    parts = list(facts.unbind(1))
-    parts[which] = checks.to_int32(values)
-    return torch.stack(parts, 1)
-
-
-def _facts(layout: TokenLayout, valid: Tensor) -> Tensor:
-    image = torch.where(layout.image_id < 0, TEXT, _narrow(layout.image_id))
-    image = torch.where(valid, image, INVALID)
-    row = torch.arange(layout.num_tokens, dtype=torch.int32, device=layout.device).expand(image.shape)
-    position = torch.where(layout.valid, _narrow(layout.positions), PADDING)
-    sample = layout.sample.to(torch.int32) if layout.packed else torch.zeros_like(image)
-    facts = torch.stack([row, image, *layout.coords.unbind(-1), position, torch.zeros_like(row), sample], -2)
-    return facts[None] if layout.packed else facts
-
-
-def _narrow(numbers: Tensor) -> Tensor:
-    """Numbers of a layout, images or positions, as int32. Those that may be any int64 are numbered anew from 0 on, in
-    their order, equal ones alike: kernels add to positions and mark what is absent by int32's extremes."""
-    if numbers.dtype == torch.int32:
-        return numbers
-    (ranks,) = checks.ranks(numbers, numbers)
-    return ranks
+    return replaced(facts, which, checks.to_int32(values))
 
 
 def _most(values: Tensor, least: int) -> Tensor:
@@ -275,15 +277,19 @@ def _by_row(slots: Tensor, rows: int) -> Tensor:
 
 
 def _curve(facts: Tensor, block: int, radius: tuple[int, int, int], extent: Tensor | None) -> Tensor:
-    """:func:`_strips`, as an operator where torch.compile leaves the radius open: the shape of strips is chosen by
+    """int64 [batch, rows]: the curve of neighbourhoods (``strips`` of the reference)."""
+    return _strips_of(radius)(facts, block, radius, extent)
+
+
+def _strips_of(radius: Sequence[int]):
+    """``strips``, as an operator where torch.compile leaves the radius open: the shape of strips is chosen by
     comparisons, each outcome of which would be a program of its own."""
-    strips = _opaque_strips if _numbers.is_open(*radius) else _strips
-    return strips(facts, block, radius, extent)
+    return _opaque_strips if _numbers.is_open(*radius) else strips
 
 
 @torch.library.custom_op("pyvtk::strips", mutates_args=())
 def _opaque_strips(facts: Tensor, block: int, radius: Sequence[int], extent: Tensor | None) -> Tensor:
-    return _strips(facts, block, radius, extent)
+    return strips(facts, block, radius, extent)
 
 
 @_opaque_strips.register_fake
@@ -291,44 +297,40 @@ def _(facts, block, radius, extent):
     return facts.new_empty((facts.shape[0], facts.shape[2]), dtype=torch.int64)
 
 
-def _strip_shape(block: int, radius: tuple[int, int, int], flat: bool) -> tuple[int, int]:
-    """How many frames and lines a strip has: a block of tokens then covers a box of it whose surroundings, which
-    kernels visit, are smallest. A flat image has a single frame."""
-    near = [min(r, 64) for r in radius]
-    frames, lines, best = 1, 1, float("inf")
-    for t in (1,) if flat else (1, 2, 4, 8):
-        for y in (1, 2, 4, 8, 16):
-            if t * y > block:
-                continue
-            x = block / (t * y)
-            size = (1 if flat else t + 2 * near[0]) * (y + 2 * near[1]) * (x + 2 * near[2])
-            if size < best:
-                frames, lines, best = t, y, size
-    return frames, lines
+def _facts_fake(
+    image_id, coords, positions, mask, cu_seqlens, extent, keys, key_group, causal, strip, window
+):  # fmt: skip
+    batch, rows = image_id.shape if cu_seqlens is None else (1, image_id.shape[0])
+    facts = image_id.new_empty((1 if key_group == ALL else 2, batch, _FACTS, rows), dtype=torch.int32)
+    return facts, image_id.new_empty((2 if window else 1, batch, rows), dtype=torch.int64)
 
 
-def _strips(facts: Tensor, block: int, radius: tuple[int, int, int], extent: Tensor | None) -> Tensor:
-    """int64 [batch, rows], by which tokens of one image sort: strips of a few lines, walked along x in alternating
-    directions, so that any run of ``block`` tokens is compact whatever the size of the grid."""
-    t, y, x = (facts[:, i].long() for i in (T, Y, X))
-    if extent is None:
-        deep = (torch.where(facts[:, IMAGE] >= 0, t, 0) > 0).any(1, keepdim=True)
+# Facts [1 or 2, batch, 8, rows] and curve [1 or 2, batch, rows] of a layout: pyvtk/reference/attention_facts.py.
+backends.define(
+    "attention_facts",
+    "(Tensor image_id, Tensor coords, Tensor positions, Tensor? mask, Tensor? cu_seqlens, Tensor extent, Tensor? keys, "
+    "int key_group, bool causal, SymInt[] strip, SymInt[] window) -> (Tensor, Tensor)",
+    fake=_facts_fake,
+)
+
+
+def _facts(
+    layout: TokenLayout, text: str, *, keys: str | Tensor = "all", strip: Sequence[int] = (),
+    window: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Facts of queries, those of keys (the same tensor where all keys exist), and the curve of both."""
+    given, group = (keys, AS_GIVEN) if isinstance(keys, Tensor) else (None, _KEYS[keys])
+    cu_seqlens = None if layout.cu_seqlens is None else layout.cu_seqlens.contiguous()
+    arguments = (
+        layout.image_id, layout.coords, layout.positions, layout.mask, cu_seqlens, layout.extent.contiguous(), given,
+        group, text == "causal", list(strip), list(window),
+    )  # fmt: skip
+    if backends.pick("attention_facts", None, layout.image_id) == "compiled":
+        facts, curve = transforms.call(torch.ops.pyvtk.attention_facts.default, (), *arguments)
     else:
-        deep = extent[:, :1] > 1
-    flat_frames, flat_lines = _strip_shape(block, radius, flat=True)
-    deep_frames, deep_lines = _strip_shape(block, radius, flat=False)
-    frames = torch.where(deep, deep_frames, flat_frames)
-    lines = torch.where(deep, deep_lines, flat_lines)
-    strip_t, strip_y = t // frames, y // lines
-    along = torch.where((strip_y & 1) == 0, x, MAX_COORDINATE - 1 - x)
-    inside = (t % frames) * lines + y % lines  # below 128
-    return ((strip_t * MAX_COORDINATE + strip_y) * MAX_COORDINATE + along) * 128 + inside
-
-
-def _raster(facts: Tensor) -> Tensor:
-    """int64 [batch, rows]: raster order."""
-    t, y, x = (facts[:, i].long() for i in (T, Y, X))
-    return (t * MAX_COORDINATE + y) * MAX_COORDINATE + x
+        facts, curve = reference_facts.attention_facts(*arguments, strips=_strips_of(strip[1:]))
+    queries = facts[0]
+    return queries, queries if group == ALL else facts[1], curve
 
 
 # The operator ---------------------------------------------------------------------------------------------------------
@@ -366,18 +368,22 @@ def _build(
     block: tuple[int, int], radius: tuple[int, int, int], causal_window: bool = False, cross_image: bool = False,
     added_keys: bool | None = True,
 ) -> AttentionPlan:  # fmt: skip
-    """A plan from the facts of queries and keys; ``curve(facts)`` lists what visual tokens of one image sort by."""
+    """A plan from the facts of queries and keys. ``curve`` is what visual tokens of one image sort by, int64 [keys,
+    batch, rows] of queries and keys alike; or ``curve(facts)`` lists that."""
     rule = [*block, *radius, int(causal_window), int(cross_image)]
     same = keys is queries
-    query_curve = torch.stack(curve(queries))
-    key_curve = query_curve if same else torch.stack(curve(keys))
-    if backends.pick("attention_plan", None, queries) == "compiled":
-        operator = torch.ops.pyvtk.attention_plan
+    if isinstance(curve, Tensor):
+        query_curve = key_curve = curve
     else:
-        operator = reference.attention_plan
+        query_curve = torch.stack(curve(queries))
+        key_curve = query_curve if same else torch.stack(curve(keys))
     queries = queries.contiguous()
     keys = queries if same else keys.contiguous()
-    tensors = operator(queries, keys, query_curve, key_curve, cu_seqlens, routes, rule)
+    arguments = (queries, keys, query_curve, key_curve, cu_seqlens, routes, rule)
+    if backends.pick("attention_plan", None, queries) == "compiled":
+        tensors = transforms.call(torch.ops.pyvtk.attention_plan.default, (), *arguments)
+    else:
+        tensors = reference.attention_plan(*arguments)
     return AttentionPlan(
         *tensors, routes, num_queries, num_keys, block, radius, causal_window, cross_image, cu_seqlens is not None,
         added_keys,
@@ -427,7 +433,7 @@ def _checked_layout(op: str, layout) -> TokenLayout:
 
 
 def _no_routes(layout: TokenLayout) -> Tensor:
-    return torch.zeros((0, 0, 0), dtype=torch.int32, device=layout.device)
+    return torch.empty((0, 0, 0), dtype=torch.int32, device=layout.device)
 
 
 def neighbor_plan(
@@ -437,6 +443,7 @@ def neighbor_plan(
     causal_window: bool = False,
     cross_image: bool = False,
     keys: str | Tensor = "all",
+    text: str = "causal",
     block: tuple[int, int] | None = None,
 ) -> AttentionPlan:
     """Visual tokens see those of their own image within a radius; everything else is causal attention.
@@ -449,6 +456,10 @@ def neighbor_plan(
         cross_image: visual tokens see earlier tokens of other images; by default those are unseen.
         keys: which keys exist for this plan: "all", "text", "visual", or bool, shaped like the layout. Plans by
             groups of keys are joined by :func:`merge_attention`.
+        text: "causal": what involves text goes by position, a token sees none that is later. "all": no token is later
+            than another, so text sees all tokens of its sample and all see it, as registers and the class token of a
+            ViT and the prompt of a diffusion transformer do. Then cross_image lets visual tokens see all those of
+            other images, and causal_window must be False. What ``tail`` adds is later than all of these.
         block: tokens in a block of queries and of keys, powers of two; None: what suits the layout's device.
 
     Source: YOPO (Treat Visual Tokens as Text?, arXiv 2410.06169), whose code uses a bidirectional, clipped window.
@@ -462,28 +473,20 @@ def neighbor_plan(
     checks.boolean(op, "causal_window", causal_window)
     checks.boolean(op, "cross_image", cross_image)
     block = _checked_block(op, block, layout.device)
-    queries = facts = _facts(layout, layout.valid)
-    added_keys: bool | None = True
+    checks.choice(op, "text", text, TEXTS)
+    if causal_window and text == "all":
+        raise ValueError(f"{op}: causal_window must be False where text is 'all', got True")
     if isinstance(keys, Tensor):
-        added_keys = None
         checks.dtype(op, "keys", keys, (torch.bool,))
         checks.shape(op, "keys", keys, tuple(layout.image_id.shape), "shaped like the layout")
         checks.same_device(op, "keys", keys, layout.image_id, "the layout")
-        group = keys[None] if layout.packed else keys
-        facts = _with(facts, IMAGE, torch.where(group, facts[:, IMAGE], INVALID))
+        added_keys = None
     else:
-        checks.choice(op, "keys", keys, ("all", "text", "visual"))
+        checks.choice(op, "keys", keys, tuple(_KEYS))
         added_keys = keys != "visual"
-        if keys != "all":
-            in_group = (facts[:, IMAGE] >= 0) == (keys == "visual")
-            facts = _with(facts, IMAGE, torch.where(in_group, facts[:, IMAGE], INVALID))
-    extent = None if layout.packed else layout.extent
-
-    def curve(some: Tensor) -> list[Tensor]:
-        return [_curve(some, block[0], radius, extent)]
-
+    queries, of_keys, curve = _facts(layout, text, keys=keys, strip=(block[0], *radius))
     return _build(
-        queries, facts, curve, layout.cu_seqlens, _no_routes(layout), layout.num_tokens, layout.num_tokens, block,
+        queries, of_keys, curve, layout.cu_seqlens, _no_routes(layout), layout.num_tokens, layout.num_tokens, block,
         radius, causal_window, cross_image, added_keys,
     )  # fmt: skip
 
@@ -493,6 +496,7 @@ def window_plan(
     size: int | tuple[int, int, int],
     shift: int | tuple[int, int, int] = 0,
     *,
+    text: str = "causal",
     block: tuple[int, int] | None = None,
 ) -> AttentionPlan:
     """Visual tokens see those of their own window of their own image; everything else is causal attention.
@@ -502,6 +506,7 @@ def window_plan(
         size: tokens per window along (t, y, x), or one for all three. Windows at the far borders may be smaller.
         shift: where the first whole window begins, in tokens; what lies before it is a smaller window (Swin's shifted
             windows after masking: nothing wraps around).
+        text: as in :func:`neighbor_plan`.
         block: as in :func:`neighbor_plan`.
 
     Source: Swin Transformer (arXiv 2103.14030); LITv2's Hi-Fi heads; window attention of Qwen2.5-VL's tower.
@@ -511,20 +516,15 @@ def window_plan(
     """
     op = "window_plan"
     layout = _checked_layout(op, layout)
+    checks.choice(op, "text", text, TEXTS)
     size, shift = _triple(op, "size", size, 1), _triple(op, "shift", shift, 0)
     # of the numbers as given: those that are cut leave another remainder
     shift = [offset % length for offset, length in zip(shift, size)]
     size = _cut(size)
     block = _checked_block(op, block, layout.device)
-    facts = _facts(layout, layout.valid)
-    inside = _raster(facts)
-    for axis, length, offset in zip((T, Y, X), size, shift):
-        # + length - offset: keeps the numerator positive, and windows in order
-        facts = _with(facts, axis, (facts[:, axis].long() + (length - min(offset, length)) % length) // length)
-
-    def curve(some: Tensor) -> list[Tensor]:
-        return [_raster(some), inside]
-
+    # + length - offset: keeps the numerator positive, and windows in order
+    offsets = [(length - min(offset, length)) % length for length, offset in zip(size, shift)]
+    facts, _, curve = _facts(layout, text, window=(*size, *offsets))
     return _build(
         facts, facts, curve, layout.cu_seqlens, _no_routes(layout), layout.num_tokens, layout.num_tokens, block,
         (0, 0, 0),
@@ -536,6 +536,7 @@ def routed_plan(
     region: int | tuple[int, int, int] | Tensor,
     table: Tensor,
     *,
+    text: str = "causal",
     block: tuple[int, int] | None = None,
 ) -> AttentionPlan:
     """Visual tokens see those of the regions that their own region is routed to; everything else is causal attention.
@@ -546,6 +547,7 @@ def routed_plan(
             the sample's extent. Or int, shaped like the layout: the number of each visual token's region.
         table: int [samples, regions, k]; the regions that each region sees (its own only if listed); negative entries
             are left out.
+        text: as in :func:`neighbor_plan`.
         block: as in :func:`neighbor_plan`.
 
     Source: BiFormer (arXiv 2303.08810), bi-level routing attention. Its scale is C ** -0.5, of all heads together.
@@ -555,6 +557,7 @@ def routed_plan(
     """
     op = "routed_plan"
     layout = _checked_layout(op, layout)
+    checks.choice(op, "text", text, TEXTS)
     block = _checked_block(op, block, layout.device)
     checks.tensor(op, "table", table, 3)
     checks.dtype(op, "table", table, checks.INTEGERS)
@@ -562,7 +565,7 @@ def routed_plan(
     if table.shape[0] != layout.num_samples:
         raise ValueError(f"{op}: table must have {layout.num_samples} samples, got shape {tuple(table.shape)}")
     samples, regions, _ = table.shape
-    facts = _facts(layout, layout.valid)
+    facts, _, inside = _facts(layout, text)
     sample = layout.sample.clamp(max=samples - 1)[None] if layout.packed else None
     if isinstance(region, Tensor):
         checks.dtype(op, "region", region, checks.INTEGERS)
@@ -586,25 +589,23 @@ def routed_plan(
         # of all samples, on the diagonal of one table
         routes = torch.diag_embed(routes.permute(1, 2, 0)).permute(2, 0, 3, 1)
         routes = routes.reshape(1, samples * regions, samples * regions)
-    facts = _with(facts, REGION, torch.where(seen, number, 0))
-
-    def curve(some: Tensor) -> list[Tensor]:
-        return [some[:, REGION].long(), _raster(some)]
-
+    number = torch.where(seen, number, 0)
+    facts = _with(facts, REGION, number)
     return _build(
-        facts, facts, curve, layout.cu_seqlens, routes, layout.num_tokens, layout.num_tokens, block,
-        (EVERYWHERE,) * 3,
+        facts, facts, torch.cat([number[None], inside]), layout.cu_seqlens, routes, layout.num_tokens,
+        layout.num_tokens, block, (EVERYWHERE,) * 3,
     )  # fmt: skip
 
 
 def subset_plan(
-    layout: TokenLayout, selection: Selection, *, block: tuple[int, int] | None = None
+    layout: TokenLayout, selection: Selection, *, text: str = "causal", block: tuple[int, int] | None = None
 ) -> AttentionPlan:  # fmt: skip
     """Selected tokens attend to each other, causally by position; all others neither see nor are seen (output 0).
 
     Args:
         layout: of the tokens.
         selection: of the layout's token axis, without a head axis.
+        text: as in :func:`neighbor_plan`; "all": selected tokens see all selected ones.
         block: as in :func:`neighbor_plan`.
 
     Source: ZipVL (arXiv 2410.08584), attention among the important tokens; VideoLLM-MoD (arXiv 2408.16730).
@@ -614,11 +615,14 @@ def subset_plan(
     """
     op = "subset_plan"
     layout = _checked_layout(op, layout)
+    checks.choice(op, "text", text, TEXTS)
     block = _checked_block(op, block, layout.device)
     layout.check_selection(op, selection)
-    facts = _facts(layout, layout.valid & selection.mask())
+    facts, _, _ = _facts(layout, text)
+    # among themselves all are text
+    facts = _with(facts, IMAGE, torch.where(selection.mask().view(facts[:, IMAGE].shape), facts[:, IMAGE], INVALID))
     facts = _with(facts, IMAGE, facts[:, IMAGE].clamp(max=TEXT))
     return _build(
-        facts, facts, lambda some: [some[:, POSITION].long()], layout.cu_seqlens, _no_routes(layout),
-        layout.num_tokens, layout.num_tokens, block, (0, 0, 0),
+        facts, facts, facts[None, :, POSITION].long(), layout.cu_seqlens, _no_routes(layout), layout.num_tokens,
+        layout.num_tokens, block, (0, 0, 0),
     )  # fmt: skip

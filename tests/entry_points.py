@@ -234,7 +234,15 @@ def _(image_id, coords, flags, selection, cu_seqlens):
 
 @entry_point("TokenLayout", "from ids", lambda: (torch.tensor([[1, 7, 7, 7, 7, 2], [7, 7, 1, 2, 3, 4]]),), False)
 def _(input_ids):
-    return pyvtk.TokenLayout.from_ids(input_ids, 7, [(1, 2, 2), (1, 1, 2)])
+    return (
+        pyvtk.TokenLayout.from_ids(input_ids, 7, [(1, 2, 2), (1, 1, 2)]),
+        pyvtk.TokenLayout.from_ids(input_ids, 7, (1, 1, 1, True)),
+    )
+
+
+@entry_point("TokenLayout", "from mrope", lambda: (mask(2, 12), torch.randint(0, 9, (3, 2, 12)), mask(2, 12)), False)
+def _(visual, position_ids, flags):
+    return pyvtk.TokenLayout.from_mrope(visual, position_ids, mask=flags)
 
 
 @entry_point("neighbor_plan", "groups of keys, a tail", lambda: (layout(), torch.tensor([12, 9])), backends=False)
@@ -246,7 +254,8 @@ def _(tokens, lengths):
 
 @entry_point("neighbor_plan", "packed", lambda: (layout(True),), backends=False)
 def _(tokens):
-    return pyvtk.neighbor_plan(tokens, 1, causal_window=True, cross_image=True)
+    plan = pyvtk.neighbor_plan(tokens, 1, causal_window=True, cross_image=True)
+    return plan, pyvtk.neighbor_plan(tokens, 1, text="all")
 
 
 @entry_point("window_plan", "shifted", lambda: (layout(), layout(True)), backends=False)

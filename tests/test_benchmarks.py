@@ -785,6 +785,14 @@ class TestAttention:
         case = getattr(self.bench, kind)(name, scene, (4, 2, 32), torch.float32)
         assert harness.settled(case, case.inputs())[0] is case
 
+    def test_layouts_are_right(self):
+        case = self.bench.laying_out("mixed", self.bench.Scene(SCENES["mixed"], 1), 2)
+        assert harness.settled(case, case.inputs())[0] is case
+        right = case.providers["pyvtk"]
+        case.providers["pyvtk"] = lambda ids, grids: right(ids.flip(1), grids)
+        with pytest.raises(harness.Failed, match="pyvtk: another rule"):
+            harness.settled(case, case.inputs())
+
     def test_another_radius_is_refused(self):
         scene, other = (self.bench.Scene(SCENES["mixed"], radius) for radius in (1, 2))
         for make in (self.bench.forward, self.bench.training):

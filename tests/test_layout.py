@@ -1,176 +1,178 @@
-"""The tree keeps its shape: one name in every layer, kernels without torch, imports along the arrows of DESIGN.md."""
-
-import ast
-import re
-import shutil
-import subprocess
-from pathlib import Path
+"""The operators of layouts: equal to the reference, number for number, and few."""
 
 import pytest
-from fresh import ROOT
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import same
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-pytestmark = pytest.mark.package
+import pyvtk
+from pyvtk import TokenLayout, neighbor_plan
+from pyvtk.reference import layout as reference
 
-# Pages of operators that are no family: a self-test of the CUDA build.
-NOT_A_FAMILY = {"__init__", "probe"}
-COMPOSED = {"score_and_select"}  # operators without kernels of their own
-FAMILIES = sorted(path.stem for path in (ROOT / "pyvtk" / "ops").glob("*.py") if path.stem not in NOT_A_FAMILY)
-CSRC = ROOT / "csrc"
-TORCH_INCLUDE = re.compile(r'#include\s*[<"](torch/|ATen/|c10/|binding\.h)')
-
-
-def relative(paths) -> list[str]:
-    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
+IMAGE, VIDEO = 900, 901
 
 
-def python_files(*folders: str) -> list[str]:
-    return relative(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+def apart(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, which lie apart in memory along every axis."""
+    wide = x.new_zeros([2 * size for size in x.shape])
+    view = wide[tuple(slice(None, None, 2) for _ in x.shape)]
+    return view.copy_(x)
 
 
-# One name in every layer
+@st.composite
+def ids_and_grids(draw):
+    """Arguments of layout_from_ids, wrong ones too: as many placeholders as grids have tokens, or any number."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    merge = draw(st.integers(1, 2))
+    side = st.sampled_from([0, 1, 2, 3, 5])
+    columns = draw(st.sampled_from([3, 4]))
+    rows = [[draw(side), *(draw(side) * merge for _ in range(2)), draw(st.integers(0, 1))][:columns]
+            for _ in range(draw(st.integers(0, 4)))]  # fmt: skip
+    if draw(st.integers(0, 5)) == 0 and rows:
+        rows[-1][draw(st.integers(0, columns - 1))] = draw(st.sampled_from([-1, 3, 2**17, 2**40]))
+    grids, grid = torch.tensor(rows, dtype=torch.int64).reshape(-1, columns), []
+    sizes = [r[0] * (r[1] // merge) * (r[2] // merge + (r[3] if columns == 4 else 0)) for r in rows]
+    if draw(st.booleans()):
+        rows = [draw(st.integers(1, 2)), draw(st.integers(1, 3)) * merge, draw(st.integers(1, 3)) * merge]
+        grids, grid = None, [*rows, draw(st.integers(0, 1))][:columns]
+        sizes = [rows[0] * rows[1] // merge * (rows[2] // merge + (grid[3] if columns == 4 else 0))] * 2
+    elif draw(st.booleans()) and all(abs(n) < 2**20 for row in rows for n in row):
+        grids = grids.to(torch.int32)
+    total = min(sum(max(size, 0) for size in sizes), 200) + draw(st.sampled_from([0, 0, 0, 1]))
+    batch = draw(st.integers(1, 3))
+    tokens = -(-total // batch) + draw(st.integers(0, 9))
+    ids = torch.randint(1, 9, (batch * tokens,), generator=generator)
+    places = torch.randperm(batch * tokens, generator=generator)[:total]
+    if draw(st.booleans()):  # in a row, so that images stay within samples more often
+        places = torch.arange(min(total, batch * tokens))
+    ids[places] = torch.tensor([IMAGE, VIDEO])[torch.randint(2, places.shape, generator=generator)]
+    cu_seqlens = None
+    if draw(st.booleans()):
+        ends = torch.randint(0, ids.numel() + 1, (draw(st.integers(0, 3)),), generator=generator).sort().values
+        cu_seqlens = torch.cat([torch.zeros(1), ends]).to(torch.int32)
+    else:
+        ids = ids.reshape(batch, tokens)
+    mask = torch.rand(ids.shape, generator=generator) < 0.9 if draw(st.booleans()) else None
+    if draw(st.booleans()):
+        ids = ids.to(torch.int32)
+    if draw(st.booleans()):
+        ids, mask, grids = (None if x is None else apart(x) for x in (ids, mask, grids))
+    return ids, [IMAGE, VIDEO], grids, grid, merge, mask, cu_seqlens
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_family_has_its_file_in_every_layer(family):
-    if family in COMPOSED:
-        # It runs the kernels of other families, and is measured where the first of them is.
-        files = [f"csrc/cpu/{family}.cpp", f"tests/test_{family}.py"]
-        assert [name for name in files if not (ROOT / name).is_file()] == []
-        return
-    files = [
-        f"pyvtk/reference/{family}.py",
-        f"csrc/cpu/{family}.h",
-        f"csrc/cpu/{family}.cpp",
-        f"tests/test_{family}.py",
-        f"benchmarks/bench_{family}.py",
-    ]
-    assert [name for name in files if not (ROOT / name).is_file()] == []
+@settings(max_examples=400, deadline=None)
+@given(problem=ids_and_grids())
+def test_from_ids_equals_the_reference(problem):
+    same(torch.ops.pyvtk.layout_from_ids(*problem), reference.layout_from_ids(*problem))
 
 
-def implementations() -> list[str]:
-    """Files that belong to one family each; headers may also be helpers of several."""
-    patterns = {"csrc/cpu": "*.cpp", "csrc/cuda": "*.cu", "triton_kernels": "*.py", "pyvtk/reference": "*.py"}
-    return relative(path for folder, pattern in patterns.items() for path in (ROOT / folder).glob(pattern))
+@st.composite
+def mrope_positions(draw):
+    """Arguments of layout_from_mrope: any visual tokens, positions that rise and fall."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch, tokens = draw(st.integers(0, 3)), draw(st.sampled_from([0, 1, 2, 17, 60]))
+    dtype = draw(st.sampled_from([torch.int32, torch.int64]))
+    positions = torch.randint(0, 6, (draw(st.sampled_from([3, 4])), batch, tokens), generator=generator)
+    for wrong in draw(st.sampled_from([(), (), (65541,), (-(2**31), 2**31 - 1), (-(2**63), 2**63 - 1)])):
+        if positions.numel() and (dtype == torch.int64 or abs(wrong) <= 2**31):
+            positions.view(-1)[int(torch.randint(positions.numel(), (), generator=generator))] = wrong
+    visual = torch.rand((batch, tokens), generator=generator) < draw(st.sampled_from([0.3, 0.9, 1.0]))
+    mask = torch.rand((batch, tokens), generator=generator) < 0.9 if draw(st.booleans()) else None
+    positions = positions.to(dtype)
+    if draw(st.booleans()):
+        visual, positions, mask = (None if x is None else apart(x) for x in (visual, positions, mask))
+    return visual, positions, mask
 
 
-@pytest.mark.parametrize("name", implementations())
-def test_implementation_belongs_to_a_family(name):
-    stem = Path(name).stem
-    owners = [family for family in FAMILIES if stem == family or stem.startswith(f"{family}_")]
-    assert owners or stem.startswith("_") or stem in NOT_A_FAMILY | {"noop"}, f"{name}: no page of this name"
+@settings(max_examples=300, deadline=None)
+@given(problem=mrope_positions())
+def test_from_mrope_equals_the_reference(problem):
+    same(torch.ops.pyvtk.layout_from_mrope(*problem), reference.layout_from_mrope(*problem))
 
 
-@pytest.mark.parametrize("name", relative((CSRC / "cuda").glob("*.cu")))
-def test_cuda_binding_has_its_kernels_beside_it(name):
-    assert (ROOT / name).with_suffix(".cuh").is_file()
+IDS = torch.tensor([[1, IMAGE, IMAGE, 2], [IMAGE, IMAGE, 3, 4]])
+GRIDS = torch.tensor([[1, 1, 2], [1, 2, 1]])
+STARTS = torch.tensor([0, 4, 8], dtype=torch.int32)
 
 
-# Kernels without torch
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (IDS, [IMAGE], GRIDS, [], 1, IDS > 0, None),
+        (IDS.flatten(), [IMAGE], None, [1, 2, 1], 1, None, STARTS),
+    ],
+    ids=("a batch", "packed"),
+)
+def test_registration(arguments):
+    torch.library.opcheck(torch.ops.pyvtk.layout_from_ids, arguments)
 
 
-def torch_free() -> list[str]:
-    kernels = [*(CSRC / "cpu").glob("*.h"), *(CSRC / "cuda").glob("*.cuh"), *(CSRC / "common").glob("*")]
-    return relative(path for path in kernels if not path.stem.endswith("_binding"))
+def test_registration_of_mrope():
+    arguments = IDS == IMAGE, torch.arange(8).reshape(2, 4).expand(3, 2, 4), IDS > 0
+    torch.library.opcheck(torch.ops.pyvtk.layout_from_mrope, arguments)
 
 
-@pytest.mark.parametrize("name", torch_free())
-def test_kernel_header_includes_no_torch(name):
-    assert TORCH_INCLUDE.findall((ROOT / name).read_text()) == []
+def test_a_guard_names_what_is_wrong():
+    with pytest.raises(RuntimeError, match="grid has a side of 0 tokens"):
+        torch.ops.pyvtk.layout_from_ids(IDS, [IMAGE], None, [1, 0, 2], 1, None, None)
+    with pytest.raises(RuntimeError, match="merge is 0"):
+        torch.ops.pyvtk.layout_from_ids(IDS, [IMAGE], GRIDS, [], 0, None, None)
+    with pytest.raises(RuntimeError, match="position_ids has 2 axes"):
+        torch.ops.pyvtk.layout_from_mrope(IDS == IMAGE, torch.zeros(2, 2, 4, dtype=torch.int64), None)
 
 
-def kernel_programs() -> dict[str, str]:
-    """A program for every kernel header: alone if it stands alone, else as its binding includes it."""
-    programs = {}
-    for path in (CSRC / "cpu").glob("*.cpp"):
-        for header in re.findall(r'#define PYVTK_KERNEL_HEADER "(.+)"', path.read_text()):
-            programs[header] = f'#define PYVTK_KERNEL_HEADER "{header}"\n#include "cpu/each_isa.h"\n'
-    for name in torch_free():
-        header = name.removeprefix("csrc/")
-        if name.endswith(".h") and "#pragma once" in (ROOT / name).read_text():
-            programs[header] = f'#include "{header}"\n'
-    return programs
+# --- few operators: on a GPU each is a launch, and microseconds of the host ---
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize("header", sorted(kernel_programs()))
-def test_kernel_header_compiles_without_torch(header):
-    command = ["g++", "-std=c++20", "-fsyntax-only", "-Wno-psabi", f"-I{CSRC}", "-x", "c++", "-"]
-    done = subprocess.run(command, input=kernel_programs()[header], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+class Launches(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of the operators that run, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        views = function.is_view or name in ("aten::expand", "aten::unbind", "aten::split")
+        if not views and name != "prim::device":  # a question of fake tensors
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", relative(path for path in (CSRC / "cuda").glob("*.cuh") if path.stem != "ptx"))
-def test_cuda_kernel_runs_in_the_emulation(name):
-    """tests/cuda_emulation/README.md: shared memory, launches and PTX by name only, so that g++ compiles it too."""
-    text = re.sub("//.*", "", (ROOT / name).read_text())
-    assert re.findall(r"<<<|__shared__|\basm\b|cuda_runtime", text) == []
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DPYVTK_CUDA_EMULATION"]
-    include = [f"-I{ROOT / 'tests' / 'cuda_emulation'}", f"-I{CSRC}", "-x", "c++", "-"]
-    program = f'#include "{name.removeprefix("csrc/")}"\n'
-    done = subprocess.run([*command, *include], input=program, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+LAYOUTS = {
+    "grids": lambda ids, mask: TokenLayout.from_ids(ids, IMAGE, torch.tensor([[1, 2, 3]] * 2), mask=mask),
+    "a list of grids": lambda ids, mask: TokenLayout.from_ids(ids, IMAGE, [(1, 2, 3)] * 2, mask=mask),
+    "one grid": lambda ids, mask: TokenLayout.from_ids(ids, (IMAGE, VIDEO), (1, 2, 3), mask=mask),
+    "mrope": lambda ids, mask: TokenLayout.from_mrope(ids == IMAGE, torch.ones(3, 2, 8, dtype=torch.int64), mask=mask),
+}
+PLANS = {
+    "radius": lambda layout: neighbor_plan(layout, 1),
+    "group": lambda layout: neighbor_plan(layout, 1, keys="visual"),
+    "keys": lambda layout: neighbor_plan(layout, 1, keys=layout.image_id < 1),
+    "bidirectional": lambda layout: neighbor_plan(layout, 1, text="all"),
+    "window": lambda layout: pyvtk.window_plan(layout, 2, 1),
+}
 
 
-# Imports along the arrows
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_and_its_plan_are_few_operators(layout, plan):
+    ids = torch.tensor([[1, *[IMAGE] * 6, 2], [3, *[IMAGE] * 6, 4]])
+    for mask in (None, ids > 0):
+        with Launches() as launches:
+            PLANS[plan](LAYOUTS[layout](ids, mask))
+        assert len(launches.names) <= 10, launches.names
+        assert sum(name in ("aten::_local_scalar_dense", "aten::item") for name in launches.names) == 1
+        assert {"pyvtk::attention_facts", "pyvtk::attention_plan"} < set(launches.names)
 
 
-def imports(name: str) -> set[str]:
-    """Modules that a file imports, relative ones in full: ``from .a import b`` in triton_kernels is ours too."""
-    package = name.rpartition("/")[0].replace("/", ".").replace("triton_kernels", "pyvtk.triton_kernels")
-    found = set()
-    for node in ast.walk(ast.parse((ROOT / name).read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parent = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*parent, *([base] if base else [])])
-            # `from pyvtk import checks` imports pyvtk.checks
-            found |= {f"{base}.{alias.name}" for alias in node.names}
-    return found
-
-
-def check_arrows(name: str, forbidden: tuple[str, ...]) -> None:
-    wrong = [module for module in imports(name) if any(f"{module}.".startswith(f"{f}.") for f in forbidden)]
-    assert wrong == [], f"{name} may not import {wrong}"
-
-
-UPPER = ("pyvtk.ops", "pyvtk.backends", "pyvtk.methods", "pyvtk.integrations", "pyvtk._C")
-
-
-@pytest.mark.parametrize("name", python_files("pyvtk/reference"))
-def test_reference_imports_nothing_above_it(name):
-    check_arrows(name, (*UPPER, "pyvtk.triton_kernels", "triton"))
-
-
-@pytest.mark.parametrize("name", python_files("triton_kernels"))
-def test_triton_kernels_import_nothing_of_the_package(name):
-    check_arrows(name, (*UPPER, "pyvtk.reference", "pyvtk.checks", "triton_kernels"))
-
-
-@pytest.mark.parametrize("name", python_files("pyvtk/ops"))
-def test_page_imports_nothing_above_it(name):
-    check_arrows(name, ("pyvtk.methods", "pyvtk.integrations", "triton_kernels"))
-
-
-@pytest.mark.parametrize("name", python_files("pyvtk/methods", "pyvtk/integrations"))
-def test_method_touches_no_kernel(name):
-    check_arrows(name, ("pyvtk.reference", "pyvtk.triton_kernels", "pyvtk._C", "triton", "triton_kernels"))
-    assert "torch.ops.pyvtk" not in (ROOT / name).read_text()
-
-
-# Habits
-
-
-@pytest.mark.parametrize("name", python_files("pyvtk", "triton_kernels"))
-def test_library_does_not_autotune(name):
-    assert "autotune" not in (ROOT / name).read_text(), "tile sizes come from one readable function"
-
-
-@pytest.mark.parametrize("name", ["conftest.py", "tests/__init__.py"])
-def test_root_stays_off_the_path(name):
-    """With either of these, pytest puts the root on sys.path, where triton_kernels would shadow the public one."""
-    assert not (ROOT / name).exists()
+def test_on_a_device_the_check_is_an_assertion():
+    """Tensors without values, as a device's are to the host: an assertion in the place of the look at them."""
+    with FakeTensorMode() as mode:
+        ids, grids = mode.from_tensor(IDS), mode.from_tensor(GRIDS)
+        with Launches() as launches:
+            neighbor_plan(TokenLayout.from_ids(ids, IMAGE, grids), 1)
+    assert launches.names.count("aten::_assert_async") == 1 and len(launches.names) <= 10, launches.names
+    assert "aten::_local_scalar_dense" not in launches.names

@@ -162,7 +162,13 @@ def test_density_in_words():
     text = str(neighbor_plan(image, 1).density())
     assert text.startswith("needs 8836 pairs, visits ") and text.endswith("% of dense causal attention")
     more = neighbor_plan(image, 40).density()
-    assert more.needed == more.visited == 1024**2 and str(more).endswith("; dense causal attention would visit fewer")
+    assert more.needed == more.visited == 1024**2
+    assert str(more).endswith("% of dense causal attention; dense causal attention does not see all of these")
+    few = neighbor_plan(TokenLayout.from_images([17], [ImageSpan(0, 0, (1, 1, 17))]), 0).density()
+    assert few == (17, 512, 153, True) and str(few).endswith("; dense causal attention would visit fewer")
+    whole = neighbor_plan(image, 40, text="all").density()
+    assert whole == (1024**2, 1024**2, 1024**2, False)
+    assert str(whole).endswith("visits 1048576, 100.0% of dense attention")
     assert "0 pairs" in str(neighbor_plan(LAYOUTS["no tokens"], 1).density())
 
 

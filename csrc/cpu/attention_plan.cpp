@@ -99,6 +99,10 @@ Plan attention_plan(Tensor query_facts, Tensor key_facts, Tensor query_curve, Te
   Tensor query_slots = new_empty(query_facts, {batch, kSlotFields, num_q}, ScalarType::Int);
   Tensor key_slots = new_empty(query_facts, {batch, kSlotFields, num_k}, ScalarType::Int);
   Table keys(query_facts, batch, nq, nk), queries(query_facts, batch, nk, nq);
+  // facts of keys that are those of queries stand in the same order
+  const bool same = rule.block_q == rule.block_k && query_facts.const_data_ptr() == key_facts.const_data_ptr() &&
+                    query_curve.const_data_ptr() == key_curve.const_data_ptr() &&
+                    query_facts.size(2) == key_facts.size(2) && query_curve.size(0) == key_curve.size(0);
   const double cost = 200.0 * static_cast<double>(num_q + num_k) + 6.0 * static_cast<double>(nq * nk);
   parallel_for(batch, cost, [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> meetings(static_cast<size_t>(nq * nk));
@@ -106,7 +110,11 @@ Plan attention_plan(Tensor query_facts, Tensor key_facts, Tensor query_curve, Te
       int32_t* q = mutable_data<int32_t>(query_slots) + b * kSlotFields * num_q;
       int32_t* k = mutable_data<int32_t>(key_slots) + b * kSlotFields * num_k;
       place_tokens(tokens_of(query_facts, query_curve, cu_seqlens, b), rule.block_q, num_q, q);
-      place_tokens(tokens_of(key_facts, key_curve, cu_seqlens, b), rule.block_k, num_k, k);
+      if (same) {
+        std::copy_n(q, kSlotFields * num_q, k);
+      } else {
+        place_tokens(tokens_of(key_facts, key_curve, cu_seqlens, b), rule.block_k, num_k, k);
+      }
       const PlanBoxes q_boxes(q, num_q, rule.block_q, regions > 0), k_boxes(k, num_k, rule.block_k, regions > 0);
       const int32_t* allowed = regions > 0 ? data<int32_t>(routes) + b * regions * regions : nullptr;
       for (int64_t i = 0; i < nq; ++i) meet(q_boxes, k_boxes, i, rule, allowed, regions, meetings.data() + i * nk);
