@@ -22,6 +22,7 @@ from pyvtk.ops.merge import merge_tokens
 from pyvtk.ops.score import attention_scores
 from pyvtk.ops.score_and_select import score_and_select
 from pyvtk.ops.select import select
+from pyvtk.ops.text_attention import text_attention
 from pyvtk.plans import AttentionPlan, neighbor_plan, routed_plan, subset_plan, window_plan
 from pyvtk.selection import Selection
 
@@ -47,5 +48,6 @@ __all__ = [
     "select",
     "sparse24",
     "subset_plan",
+    "text_attention",
     "window_plan",
 ]

@@ -304,6 +304,28 @@ def _(plan, q, k, v, **backend):
 
 
 @entry_point(
+    "text_attention",
+    "masks, heads",
+    lambda: (*queries_and_keys(2), torch.randn(2, 2, 12, 16), mask(2, 12), mask(2, 12), torch.randn(2, 12), mask(4)),
+)
+def _(q, k, v, visual, k_mask, k_bias, visual_heads, **backend):
+    return (
+        pyvtk.text_attention(q, k, v, return_lse=True, **backend),
+        pyvtk.text_attention(
+            q,
+            k,
+            v,
+            visual=visual,
+            k_mask=k_mask,
+            k_bias=k_bias,
+            visual_heads=visual_heads,
+            visual_mass="drop",
+            **backend,
+        ),
+    )
+
+
+@entry_point(
     "merge_attention",
     "coefficients",
     lambda: (*(torch.randn(2, 4, 3, 16) for _ in range(2)), *(torch.randn(2, 4, 3) for _ in range(2))),

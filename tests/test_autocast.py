@@ -13,7 +13,7 @@ HALVES = (torch.bfloat16, torch.float16)
 backends = pytest.mark.parametrize("backend", BACKENDS)
 halves = pytest.mark.parametrize("dtype", HALVES)
 
-PRODUCTS = {"attention_scores", "score_and_select", "neighbor_attention"}
+PRODUCTS = {"attention_scores", "score_and_select", "neighbor_attention", "text_attention"}
 
 
 def is_factor(entry: EntryPoint, x: torch.Tensor) -> bool:

@@ -142,6 +142,11 @@ CASES = {
     "neighbor_attention": {
         "scale": [(SHARES, lambda n, backend: attend(PLAN, scale=n, return_lse=True, backend=backend))],
     },
+    "text_attention": {
+        "scale": [
+            (SHARES, lambda n, backend: pyvtk.text_attention(Q, K, K, scale=n, return_lse=True, backend=backend)),
+        ],
+    },
     "neighbor_plan": {
         "radius": [
             (INTS, lambda n, backend: pyvtk.neighbor_plan(LAYOUT, n)),

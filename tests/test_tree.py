@@ -14,8 +14,11 @@ pytestmark = pytest.mark.package
 # Pages of operators that are no family: a self-test of the CUDA build.
 NOT_A_FAMILY = {"__init__", "probe"}
 COMPOSED = {"score_and_select"}  # operators without kernels of their own
-MEASURED_WITH = {"layout": "attention"}  # families whose cases stand beside those that they serve
-FAMILIES = sorted(path.stem for path in (ROOT / "pyvtk" / "ops").glob("*.py") if path.stem not in NOT_A_FAMILY)
+# families whose cases stand beside those that they serve
+MEASURED_WITH = {"layout": "attention", "text_attention": "attention"}
+FAMILIES = sorted(
+    path.stem for path in (ROOT / "pyvtk" / "ops").glob("*.py") if path.stem not in NOT_A_FAMILY and path.stem[0] != "_"
+)
 CSRC = ROOT / "csrc"
 TORCH_INCLUDE = re.compile(r'#include\s*[<"](torch/|ATen/|c10/|binding\.h)')
 

@@ -50,6 +50,7 @@ SELECTION = pyvtk.Selection.from_indices(
 PER_HEAD = pyvtk.Selection.from_indices(torch.tensor([[[0, 2], [1, 3]]]), 4, ascending=True)
 LAYOUT = pyvtk.TokenLayout.from_images([9, 9], [pyvtk.ImageSpan(0, 2, (1, 2, 3)), pyvtk.ImageSpan(1, 1, (1, 2, 2))])
 PLAN = pyvtk.neighbor_plan(LAYOUT, 1)
+VISUAL = LAYOUT.visual
 ASSIGNMENT = torch.tensor([[0, 1, 0, -1, 2], [2, 2, 0, 1, 1]])
 CU = torch.tensor([0, 3, 5], dtype=torch.int32)
 MASK24 = torch.tensor(
@@ -142,6 +143,20 @@ CASES = {
             q, k, v, PLAN, k_bias=bias, visual_heads=torch.tensor([True, False]), backend=backend
         ),
         ((2, 2, 9, 8), (2, 1, 9, 8), (2, 1, 9, 8), (2, 9)),
+    ),
+    "text_attention": Case(
+        lambda q, k, v, bias, *, backend: pyvtk.text_attention(
+            q,
+            k,
+            v,
+            visual=VISUAL,
+            visual_heads=torch.tensor([True, False]),
+            k_bias=bias,
+            return_lse=True,
+            backend=backend,
+        ),
+        ((2, 2, 2, 8), (2, 1, 9, 8), (2, 1, 9, 8), (2, 9)),
+        (None, "reference"),
     ),
     "merge_attention": Case(
         lambda a, b, lse_a, lse_b, *, backend: pyvtk.merge_attention([a, b], [lse_a, lse_b], backend=backend),

@@ -234,6 +234,7 @@ ROWS = {
     "restore": "restore gate",
     "merge_tokens": "merge_tokens mean",
     "neighbor_attention": "neighbor_attention",
+    "text_attention": "text_attention",
     "merge_attention": "merge_attention",
     "sparse24.linear": "sparse24.linear",
 }

@@ -213,6 +213,17 @@ PYVTK_INLINE Ahead rows_ahead() {
   return {distance, distance};
 }
 
+// Where the heads of a token lie side by side and are walked for one vector of keys after the other: the next head's
+// rows, behind the last head those of the next keys. Half a vector of keys ahead: more rows, where they lie a power of
+// two apart, push each other out of the first-level cache. Short rows a whole vector, or memory would be too late.
+template <class T>
+PYVTK_INLINE Ahead beside_ahead(int64_t dim, int64_t row_stride, int64_t head_stride, int64_t head, int64_t heads) {
+  const int64_t next = head + 1 < heads ? head_stride : kLanes * row_stride - (heads - 1) * head_stride;
+  if (kLanes * dim * static_cast<int64_t>(sizeof(T)) <= 2048) return {next, next};
+  const int64_t half = kLanes / 2 * row_stride;
+  return {half, next - half};
+}
+
 template <int64_t rows, class T>
 PYVTK_INLINE void logits_few_tile(const float* q, int64_t ldq, const T* keys, int64_t stride, Ahead ahead,
                                   int64_t count, int64_t dim, float* z, int64_t ldz) {

@@ -176,16 +176,9 @@ class ScoreWalk {
     }
     const T* keys =
         static_cast<const T*>(p_.k) + s_.k_offset + kv_head * p_.k_head_stride + window_start_ * p_.k_row_stride;
-    // Half a vector of keys is asked for ahead: more rows, where they lie a power of two apart, push each other out of
-    // the first-level cache. Short rows are asked for a whole vector ahead, or memory would be too late.
-    const int64_t half = kLanes / 2 * p_.k_row_stride;
-    const bool short_rows = kLanes * p_.dim * static_cast<int64_t>(sizeof(T)) <= 2048;
     for (int64_t key = 0; key < reach; key += kLanes) {
       for (int64_t head = 0; head < heads; ++head) {
-        // The last head is followed by the first one of the next tokens.
-        const int64_t next =
-            head + 1 < heads ? p_.k_head_stride : kLanes * p_.k_row_stride - (heads - 1) * p_.k_head_stride;
-        const Ahead ahead = short_rows ? Ahead{next, next} : Ahead{half, next - half};
+        const Ahead ahead = beside_ahead<T>(p_.dim, p_.k_row_stride, p_.k_head_stride, head, heads);
         logits_few(queries.data() + head * rows * ldq, ldq, rows,
                    keys + key * p_.k_row_stride + head * p_.k_head_stride, p_.k_row_stride, ahead,
                    std::min(reach - key, kLanes), p_.dim, prepared_.data() + head * rows * ldz + key, ldz);

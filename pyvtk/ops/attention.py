@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyvtk import _numbers, backends, checks, transforms
+from pyvtk.ops import text_attention
 from pyvtk.plans import AttentionPlan
 from pyvtk.reference import attention as reference
 
@@ -156,6 +157,18 @@ def _check_tail(plan: AttentionPlan, queries: int, keys: int, k_lengths) -> None
         raise ValueError(f"{op}: q must have at most k's {keys} tokens, got {queries}")
 
 
+def _is_text_row(q, k, v, k_bias, plan: AttentionPlan, keys: int, backend: str | None) -> bool:
+    """Whether the one row of q is text behind the plan's tokens, for which there is a kernel that needs no plan of the
+    tail. With k_lengths the host does not know, and a gradient is formed by plans."""
+    return (
+        keys > plan.num_keys
+        and plan.added_keys is not None
+        and backend in (None, "compiled")
+        and backends.why_not("text_attention", "compiled", q.device, q.dtype) is None
+        and not transforms.wants_gradient(q, k, v, k_bias)
+    )
+
+
 def neighbor_attention(
     q: Tensor,
     k: Tensor,
@@ -183,7 +196,8 @@ def neighbor_attention(
     Args:
         q: [batch, heads, queries, channels], floating; channels a multiple of 8 up to 256. For packed plans
             [tokens, heads, channels], k and v alike. Any strides. The last queries of the plan's sequence may stand
-            alone: then they are its tail (decode, chunked prefill).
+            alone: then they are its tail (decode, chunked prefill). On the CPU a row of text behind the plan's tokens,
+            without k_lengths and a gradient, needs no plan of the tail: see also :func:`pyvtk.text_attention`.
         k, v: [batch, kv_heads, keys, channels]; heads a multiple of kv_heads, query head h uses h // (heads //
             kv_heads). More keys than the plan has tokens: the additional ones are text.
         plan: of the layout, made once for all layers. One for training is made outside of ``torch.inference_mode``;
@@ -209,11 +223,19 @@ def neighbor_attention(
     Raises:
         TypeError, ValueError: an argument that does not fit. RuntimeError: the backend cannot run.
     """
-    q, k, v = (backends.autocast(x) for x in (q, k, v))
+    if backends.any_autocast():
+        q, k, v = (backends.autocast(x) for x in (q, k, v))
     _check(q, k, v, plan, scale, k_bias, visual_heads, visual_mass, visual_rows, return_lse)
     queries, keys = (q.shape[0], k.shape[0]) if plan.packed else (q.shape[2], k.shape[2])
     if k_lengths is not None or queries != plan.num_queries or keys != plan.num_keys:
         _check_tail(plan, queries, keys, k_lengths)
+        if k_lengths is None and queries == 1 and _is_text_row(q, k, v, k_bias, plan, keys, backend):
+            number = q.shape[-1] ** -0.5 if scale is None else _numbers.argument(float(scale))
+            out, lse = text_attention.attend(
+                q, k, v, k_bias, None, None, plan.key_slots, visual_heads, plan.added_keys, number,
+                visual_mass == "keep", backend,
+            )  # fmt: skip
+            return (out, lse) if return_lse else out
         plan = plan.tail(queries, keys, k_lengths)
     checks.outside_inference("neighbor_attention", "plan", plan.tensors(), (q, k, v, k_bias))
     if plan.packed:
