@@ -244,6 +244,8 @@ class Handle:
         if method.needs_layout and prompt.layout is None:
             prompt.layout = self.layout(prompt)
             if prompt.layout is None:
+                if last and method.forces and not self._measure(prompt, cache):
+                    return True
                 if last:
                     raise NotImplementedError("accelerate: it is not known where visual tokens stand; give layout=")
                 return False
@@ -388,7 +390,8 @@ class Handle:
 
     def _mark(self, cache, number: int, tokens: Tokens, prompt: Prompt) -> None:
         gone = prompt.input_ids.shape[1] - tokens.visual.shape[1]
-        visual = tokens.visual if self._some_heads_off(number) else None
+        # newlines are text to attention, also at decode
+        visual = prompt.layout.visual if self._some_heads_off(number) else None
         caches.prune_layer(cache, number, tokens.valid, visual, tokens.dropped, gone)
 
     def _last_rows(self, tokens: Tokens, *values: Tensor) -> tuple[Tensor, ...]:
