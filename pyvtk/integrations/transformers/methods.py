@@ -232,6 +232,8 @@ class Feather(Method):
             raise ValueError(f"Feather: layers must be one or two, got {self.layers!r}")
         for layer in self.layers:
             _layer("Feather", "layers", layer, 1)
+        if sorted(set(self.layers)) != list(self.layers):
+            raise ValueError(f"Feather: layers must ascend, got {self.layers!r}")
         _share("Feather", "keep", self.keep)
         _layer("Feather", "stride", self.stride, 1)
 
@@ -290,6 +292,8 @@ class YOPO(Method):
 
     def heads_of(self, layer: int) -> Tensor | None:
         """bool [heads] of a layer; None: all are on."""
+        if self.heads is not None and layer >= len(self.heads):
+            raise ValueError(f"YOPO: heads must have an entry for every layer, got {len(self.heads)}")
         return None if self.heads is None else self.heads[layer]
 
     def plan(self, layout: pyvtk.TokenLayout) -> pyvtk.AttentionPlan:

@@ -59,7 +59,8 @@ def fixed_layout(prompt) -> pyvtk.TokenLayout:
 def mrope_layout(prompt) -> pyvtk.TokenLayout | None:
     """Positions are the coordinates: Qwen2-VL and what followed it. (Grids are out of reach: ``generate`` encodes
     images before it calls ``forward``.)"""
-    if prompt.position_ids is None:  # the model makes them
+    # the model makes them; or they are one number each, where there is text alone
+    if prompt.position_ids is None or prompt.position_ids.shape[:-2].numel() < 3:
         return None
     return pyvtk.TokenLayout.from_mrope(prompt.visual, prompt.position_ids, mask=prompt.valid)
 

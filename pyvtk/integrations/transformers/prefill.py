@@ -58,6 +58,8 @@ def prepare(handle: Handle, prompt: Prompt, cache, last: bool = False) -> bool:
     if method.needs_layout and prompt.layout is None:
         prompt.layout = handle.layout(prompt)
         if prompt.layout is None:
+            if last and method.forces and not _measure(handle, prompt, cache):
+                return True  # text alone needs none
             if last:
                 raise NotImplementedError("accelerate: it is not known where visual tokens stand; give layout=")
             return False

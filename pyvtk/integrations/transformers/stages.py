@@ -48,7 +48,8 @@ def some_heads_off(handle: Handle, number: int) -> bool:
 def mark(handle: Handle, cache, number: int, tokens: Tokens, prompt: Prompt) -> None:
     """Tells a layer of the cache what it holds less than the prompt."""
     gone = prompt.input_ids.shape[1] - tokens.visual.shape[1]
-    visual = tokens.visual if some_heads_off(handle, number) else None
+    # newlines are text to attention, at decode too
+    visual = prompt.layout.visual if some_heads_off(handle, number) else None
     caches.prune_layer(cache, number, tokens.valid, visual, tokens.dropped, gone)
 
 
