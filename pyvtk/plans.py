@@ -112,7 +112,7 @@ class AttentionPlan:
         """The plan of the last queries of a sequence that has grown: decode and chunked prefill.
 
         Keys after those of this plan are text, later than all of them. :func:`neighbor_attention` makes this plan on
-        its own where q or k do not have this plan's length; make it once if several layers share it.
+        its own where q or k do not have this plan's length (and it needs one); make it once if several layers share it.
 
         Args:
             num_queries: rows of q; the last ones of the sequence.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyvtk import backends, checks, transforms
-from pyvtk.ops import score, select
+from pyvtk.ops import _group, score, select
 from pyvtk.reference import score as scoring
 from pyvtk.reference import score_and_select as reference
 from pyvtk.reference import select as selecting
@@ -125,6 +125,7 @@ def score_and_select(
     align: str = "left",
     order: str = "index",
     return_scores: bool = False,
+    group=None,
     backend: str | None = None,
 ) -> Selection | tuple[Selection, Tensor]:
     """Score the keys and choose those that stay: FastV's or PyramidDrop's pruning step in one call.
@@ -142,6 +143,14 @@ def score_and_select(
             head_reduce None or by group also [batch, heads, keys].
         return_scores: also return the scores, as attention_scores does. They carry a gradient if q or k want one; the
             selection never does.
+        group: a torch.distributed.ProcessGroup over whose ranks the heads lie (tensor parallelism), or None. q and k
+            hold this rank's heads, consecutive ones, as many on every rank, and so does lse; head_weights those or all.
+            All else must be the same on every rank. With head_reduce mean, sum or max the scores of every head (of
+            every head of k, where only sums are taken) are exchanged, float32 [batch, heads, keys], for which the host
+            waits, and every rank keeps the same tokens: by the compiled CPU kernels bit for bit what one process keeps
+            that holds the ranks' heads one after the other; on CUDA scores are Triton's, or the reference's. Takes
+            fewer than 192 rows of queries for each head of k, no maximum with "heads_first", and no scores with a
+            gradient. With head_reduce None or by group nothing is exchanged: every rank chooses for its own heads.
         backend: "compiled": one operator does both; on CUDA for at most 64 queries (of all samples together if packed)
             and scores without a gradient. "triton": the scores by Triton, the selection by the first backend that can
             run. "reference". None: "compiled" if it can run, else scores and selection each by the first that can.
@@ -156,6 +165,10 @@ def score_and_select(
     """
     if backends.any_autocast():
         q, k = backends.autocast(q), backends.autocast(k)
+    if group is not None:
+        _group.member(OP, group)
+        if isinstance(q, Tensor) and q.dim() in (3, 4):
+            head_weights = _group.own_heads(OP, head_weights, q.shape[1], group)
     options = score.resolve(
         OP, q, k, causal=causal, q_positions=q_positions, k_positions=k_positions, q_mask=q_mask, k_mask=k_mask,
         k_bias=k_bias, key_range=key_range, denominator=denominator, lse=lse, scale=scale, query_reduce=query_reduce,
@@ -166,8 +179,12 @@ def score_and_select(
         raise ValueError(f"{OP}: query_reduce must name one reduction, got {query_reduce!r}")
     if return_scores is not False:
         checks.boolean(OP, "return_scores", return_scores)
-    packed = cu_seqlens_k is not None
     per_head = head_reduce not in ("mean", "sum", "max")
+    if group is not None and not per_head:
+        _group.check(OP, q, k, query_reduce, options["head_reduce"], options["heads_first"])
+        if return_scores and transforms.wants_gradient(q, k, k_bias, lse, head_weights):
+            raise ValueError(f"{OP}: group must be None where scores are to carry a gradient, got a ProcessGroup")
+    packed = cu_seqlens_k is not None
     if packed and per_head:
         raise ValueError(f"{OP}: head_reduce must be mean, sum or max for packed input, got {head_reduce!r}")
     keys = k.shape[0] if packed else k.shape[2]
@@ -177,7 +194,8 @@ def score_and_select(
         shape = (q.shape[0], score.out_heads(q.shape[1], k.shape[1], options["head_reduce"]), keys)
     else:
         shape = (q.shape[0], keys)
-    fused = backend != "triton" and backends.pick(OP, backend, q, q.dtype) == "compiled"
+    shared = group is not None and not per_head  # scores are those of all ranks
+    fused = not shared and backend != "triton" and backends.pick(OP, backend, q, q.dtype) == "compiled"
     if fused and not q.is_cpu:
         fused = _serves(q, packed, backend)
     if (
@@ -205,6 +223,8 @@ def score_and_select(
     else:
         # Each on its own. Scores with a gradient come from their own operator; on the CPU its bits are the same.
         how = backends.pick("attention_scores", backend, q, q.dtype, differentiable)
+        if shared:
+            options["head_reduce"] = _group.local_reduce(query_reduce, head_reduce)
         if how == "reference":
             scores, _ = scoring.attention_scores(q, k, **options)
         else:
@@ -212,6 +232,8 @@ def score_and_select(
                 torch.ops.pyvtk.attention_scores if how == "compiled" else torch.ops.pyvtk.attention_scores_triton
             )
             scores = transforms.call(operator, differentiable, q, k, *score.kernel_arguments(options), False)[0]
+        if shared:
+            scores = _group.reduced(scores.detach(), q.shape[1], head_reduce, group)
         chosen_scores = score.shape_scores(scores.detach(), packed, False, head_reduce)
         key_start, key_stop = (0, keys) if packed else (options["key_start"], options["key_stop"])
         whole = reference.whole_axis(chosen_scores, keys, key_start)
