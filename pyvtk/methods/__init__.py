@@ -11,6 +11,7 @@ in all of them:
     capacity   slots per row of the result; None: as many as there are tokens. Where more stay, the best are kept, text
                first, and ``overflow`` says so
     align      the side on which the kept tokens stand, "left" or "right"
+    group      process group over whose ranks the heads lie (tensor parallelism); None: all are here
 
 Nothing waits for the device. Ties, NaN and overflow: :mod:`pyvtk.reference.select`. A wrong argument is an error of the
 operator that it reaches, which the message names. ``python -m pyvtk methods`` lists them.

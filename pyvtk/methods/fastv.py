@@ -40,13 +40,14 @@ def select(
     valid: Tensor | None = None,
     capacity: int | None = None,
     align: str = "left",
+    group=None,
 ) -> pyvtk.Selection:
     """The tokens that go on.
 
     Args:
         q: [batch, query heads, 1, dim], the last valid token's query of layer K - 1, rotated.
         k: [batch, key heads, tokens, dim], rotated keys of layer K - 1.
-        visual, num_keep, valid, capacity, align: see :mod:`pyvtk.methods`.
+        visual, num_keep, valid, capacity, align, group: see :mod:`pyvtk.methods`.
 
     Raises:
         ValueError: q holds another number of rows. What :func:`pyvtk.score_and_select` raises.
@@ -54,5 +55,13 @@ def select(
     if q.shape[2] != 1:
         raise ValueError(f"fastv.select: q must hold one row per sample, got shape {tuple(q.shape)}")
     return pyvtk.score_and_select(
-        q, k, num_keep, k_mask=valid, candidates=visual, others="keep", capacity=capacity, align=align
+        q,
+        k,
+        num_keep,
+        k_mask=valid,
+        candidates=visual,
+        others="keep",
+        capacity=capacity,
+        align=align,
+        group=group,
     )

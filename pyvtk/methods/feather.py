@@ -61,6 +61,7 @@ def select(
     valid: Tensor | None = None,
     capacity: int | None = None,
     align: str = "left",
+    group=None,
     lattice: Tensor | None = None,
 ) -> pyvtk.Selection:
     """The tokens that go on.
@@ -68,8 +69,8 @@ def select(
     Args:
         q: [batch, query heads, 1, dim], the last valid token's query, not rotated.
         k: [batch, key heads, tokens, dim], keys of the same layer, not rotated.
-        visual, num_keep, valid, capacity, align: see :mod:`pyvtk.methods`. Where more stay than capacity holds, and
-            with a lattice, the first tokens are kept.
+        visual, num_keep, valid, capacity, align, group: see :mod:`pyvtk.methods`. Where more stay than capacity
+            holds, and with a lattice, the first tokens are kept.
         lattice: bool [batch, tokens], visual tokens that stay on top of num_keep (stage 1); None: none do.
 
     Raises:
@@ -79,7 +80,7 @@ def select(
         raise ValueError(f"feather.select: q must hold one row per sample, got shape {tuple(q.shape)}")
     drop = None if valid is None else ~valid
     visual = visual if valid is None else visual & valid
-    scores = pyvtk.attention_scores(q, k, k_mask=visual)
+    _, scores = pyvtk.score_and_select(q, k, 0, k_mask=visual, group=group, return_scores=True)
     best = pyvtk.select(
         scores, num_keep, candidates=visual, others="keep", drop=drop,
         capacity=capacity if lattice is None else None, align=align,

@@ -43,13 +43,14 @@ def select(
     align: str = "left",
     q_positions: Tensor | None = None,
     q_mask: Tensor | None = None,
+    group=None,
 ) -> pyvtk.Selection:
     """The tokens that go on.
 
     Args:
         q: [batch, query heads, rows, dim], rotated queries of the rows that score.
         k: [batch, key heads, tokens, dim], rotated keys of the same layer.
-        visual, num_keep, valid, capacity, align: see :mod:`pyvtk.methods`.
+        visual, num_keep, valid, capacity, align, group: see :mod:`pyvtk.methods`.
         q_positions: int [batch, rows], the place of each row among the tokens of k; it sees keys up to there. None, for
             one row per sample: it sees all valid keys.
         q_mask: bool [batch, rows], False for rows that do not exist. A sample without any keeps all of its visual
@@ -66,5 +67,5 @@ def select(
         num_keep = torch.where(q_mask.any(-1), num_keep, k.shape[2])
     return pyvtk.score_and_select(
         q, k, num_keep, causal=q_positions is not None, q_positions=q_positions, q_mask=q_mask, k_mask=valid,
-        candidates=visual, others="keep", capacity=capacity, align=align,
+        candidates=visual, others="keep", capacity=capacity, align=align, group=group,
     )  # fmt: skip

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import sys
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import pyvtk
-from pyvtk.integrations.transformers.decode import Step
+from pyvtk.integrations.transformers.decode import Step, attend
 from pyvtk.integrations.transformers.masks import PREFIX
 from pyvtk.integrations.transformers.prompt import KEY, Prompt
 
@@ -48,10 +49,11 @@ def attention(
             count = query.shape[2]  # a static cache has room behind the prompt
             out = pyvtk.neighbor_attention(
                 query, key[:, :, :count], value[:, :, :count], plan, scale=scaling,
-                visual_heads=method.heads_of(layer), visual_rows="zero",
+                visual_heads=own_heads(method.heads_of(layer), query, known.handle.group), visual_rows="zero",
             )  # fmt: skip
     elif isinstance(known, Step) and layer in known.visual:
-        out = known.attend(layer, query, key, value, scaling)
+        heads, held = known.visual[layer]
+        out = attend(own_heads(heads, query, known.group), held, query, key, value, scaling)
     if out is not None:
         return out.transpose(1, 2), None
     if base == "eager":  # every model has its own
@@ -59,6 +61,15 @@ def attention(
     else:
         function = ALL_ATTENTION_FUNCTIONS[base]
     return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def own_heads(heads: Tensor | None, query: Tensor, group) -> Tensor | None:
+    """Of what is said of all heads, that of this rank's; query [batch, heads, tokens, D]."""
+    if heads is None or group is None:
+        return heads
+    here = query.shape[1]
+    rank = torch.distributed.get_rank(group)
+    return heads[rank * here : (rank + 1) * here]
 
 
 def switch(model: nn.Module, config, name: str) -> None:

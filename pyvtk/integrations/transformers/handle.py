@@ -78,6 +78,7 @@ class Handle:
         self.method, self.padding = method, padding
         self.anatomy = models.anatomy_of(self.model)
         self.layout = layout or self.anatomy.layout
+        self.group = models.group_of(self.model)
         if self.model in _handles:
             raise RuntimeError("accelerate: model has a handle already; remove() it, or restore(model)")
         self.config = self.language_model.config

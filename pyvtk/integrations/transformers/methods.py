@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -54,6 +55,7 @@ class Context:
         num_keep: how many visual tokens stay: int, or int tensor [batch].
         capacity: slots of the selection, which holds all other tokens too.
         keep: bool [batch, tokens]: what ``forced`` gave, at the first stage.
+        group: the torch.distributed.ProcessGroup over whose ranks the heads of q and k lie; None: all are here.
     """
 
     q: Tensor | None
@@ -66,6 +68,7 @@ class Context:
     num_keep: int | Tensor
     capacity: int
     keep: Tensor | None = None
+    group: Any = None
 
     @property
     def options(self) -> dict:
@@ -179,7 +182,9 @@ class FastV(Method):
         return fastv.num_keep(prompt, self.keep)
 
     def select(self, stage: Stage, context: Context) -> pyvtk.Selection:
-        return fastv.select(context.q, context.k, context.visual, context.num_keep, **context.options)
+        return fastv.select(
+            context.q, context.k, context.visual, context.num_keep, group=context.group, **context.options
+        )
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ class PyramidDrop(Method):
     def select(self, stage: Stage, context: Context) -> pyvtk.Selection:
         return pyramiddrop.select(
             context.q, context.k, context.visual, context.num_keep, q_positions=context.q_positions,
-            q_mask=context.q_mask, **context.options,
+            q_mask=context.q_mask, group=context.group, **context.options,
         )  # fmt: skip
 
 
@@ -251,7 +256,13 @@ class Feather(Method):
 
     def select(self, stage: Stage, context: Context) -> pyvtk.Selection:
         return feather.select(
-            context.q, context.k, context.visual, context.num_keep, lattice=context.keep, **context.options
+            context.q,
+            context.k,
+            context.visual,
+            context.num_keep,
+            lattice=context.keep,
+            group=context.group,
+            **context.options,
         )
 
 

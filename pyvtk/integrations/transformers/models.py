@@ -105,6 +105,14 @@ def parts_of(model: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
     return whole, inner, language_model
 
 
+def group_of(model: nn.Module):
+    """The process group over whose ranks transformers has spread the heads (``tp_plan``); None: they are all here."""
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None or "tp" not in (mesh.mesh_dim_names or ()) or mesh["tp"].size() == 1:
+        return None
+    return mesh["tp"].get_group()
+
+
 # Decoders of Llama's form -------------------------------------------------------------------------------------------
 
 

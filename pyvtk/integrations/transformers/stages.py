@@ -74,7 +74,7 @@ def prune(handle: Handle, stage: Stage, layer, hidden: Tensor, kwargs, prompt: P
             stage,
             Context(
                 q, k, positions, mask, hidden, before.visual, before.valid, num_keep, sizes.capacity,
-                prompt.keep if before.selection is None else None,
+                prompt.keep if before.selection is None else None, handle.group,
             ),
         )  # fmt: skip
     extra = list(before.additions.values())
