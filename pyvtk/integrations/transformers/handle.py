@@ -13,7 +13,7 @@ import pyvtk
 from pyvtk.integrations.transformers import attention, caches, masks, models
 from pyvtk.integrations.transformers.images import Images
 from pyvtk.integrations.transformers.methods import Context, Method, Stage
-from pyvtk.integrations.transformers.prompt import KEY, Prompt, Sizes, StageSizes, Step, Tokens
+from pyvtk.integrations.transformers.prompt import KEY, Prompt, Sizes, StageSizes, Step, Tokens, before_answers
 from pyvtk.integrations.transformers.report import Report
 
 _handles: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
@@ -225,7 +225,7 @@ class Handle:
             visual = visual & valid
         prompt = Prompt(self, ids, visual, valid, labels=labels)
         if labels is not None and self.method.answers:
-            prompt.answers = torch.nn.functional.pad((labels[:, :-1] == -100) & (labels[:, 1:] != -100), (0, 1))
+            prompt.labelled = labels != -100
         prompt.position_ids = kwargs.get("position_ids")
         if self._prepare(prompt, cache) and not prompt.ready:
             return args, {**kwargs, KEY: Step()}
@@ -268,8 +268,8 @@ class Handle:
     def _measure(self, prompt: Prompt, cache) -> bool:
         """Fetches the sizes, which is the one time that the host waits. Whether there are visual tokens."""
         extra = {}
-        if prompt.answers is not None:
-            extra["answers"] = prompt.answers.sum(1)
+        if prompt.labelled is not None:
+            extra["answers"] = before_answers(prompt.labelled, prompt.valid).sum(1)
         if prompt.keep is not None:
             extra["keep"] = prompt.keep.sum(1)
         prompt.sizes = Sizes.of(prompt.visual, prompt.valid, **extra)
@@ -317,7 +317,8 @@ class Handle:
             self._prepare(prompt, _cache_of(kwargs), last=True)
             if not prompt.ready:
                 return args, {**kwargs, KEY: Step()}
-        tokens = Tokens(prompt.visual, prompt.valid, None, ends_full=prompt.sizes.ends_full, answers=prompt.answers)
+        tokens = Tokens(prompt.visual, prompt.valid, None, ends_full=prompt.sizes.ends_full)
+        tokens.labelled = prompt.labelled
         deep = kwargs.get("deepstack_visual_embeds")
         if deep and min(self.method_stages, default=len(self.layers)) <= len(deep):
             embeds, where = kwargs["inputs_embeds"], kwargs["visual_pos_masks"][..., None]
@@ -408,8 +409,10 @@ class Handle:
         """(q, k, q_positions, q_mask) of a layer; k None where the cache has it."""
         cos, sin = position_embeddings
         positions = mask = None
-        if tokens.answers is not None:
-            rows = pyvtk.Selection.from_mask(tokens.answers, capacity=max(1, *prompt.sizes.extra["answers"]))
+        if tokens.labelled is not None:
+            # of the tokens that are there: the one before an answer may have left
+            asked = before_answers(tokens.labelled, tokens.valid)
+            rows = pyvtk.Selection.from_mask(asked, capacity=max(1, *prompt.sizes.extra["answers"]))
             few, few_cos, few_sin = pyvtk.compact(rows, hidden, cos, sin)
             positions, mask = rows.indices, rows.valid
         else:
@@ -447,16 +450,18 @@ class Handle:
                 ),
             )  # fmt: skip
         extra = list(before.additions.values())
-        if before.answers is not None:
-            extra.append(before.answers)
+        if before.labelled is not None:
+            extra.append(before.labelled)
         hidden, cos, sin, visual, *more = pyvtk.compact(selection, hidden, *position_embeddings, before.visual, *extra)
+        # compacted with hidden states, they would have a gradient too
+        cos, sin = cos.detach(), sin.detach()
         valid = None if sizes.full else selection.valid
         after = Tokens(
             visual, valid, (cos, sin), selection if before.selection is None else before.selection.then(selection)
         )
         after.additions = dict(zip(before.additions, more))
-        if before.answers is not None:
-            after.answers = more[-1]
+        if before.labelled is not None:
+            after.labelled = more[-1]
         if stage.rebase and not self.anatomy.mrope:
             self._rebase(hidden, kwargs["position_ids"], prompt, before, after, selection)
         held = caches.layer_of(cache, number)
