@@ -20,6 +20,7 @@ from adapter_cases import (
     model_of,
     trace_of,
 )
+from support import max_error
 from tiny_models import generate_logits
 from transformers import DynamicCache, StaticCache
 
@@ -167,6 +168,9 @@ def test_a_prompt_in_chunks(name, key):
     inputs = alone(name, 0)
     ids = inputs["input_ids"]
     first = int((ids == tiny_models.IMAGE).nonzero()[-1, 1]) + 3
+    logits, tokens = generate_logits(model_of(name), inputs, STEPS, prefill_chunk_size=first)
+    if max_error(logits[0], trace_of(name, None, 0, tuple(tokens[0, :-1].tolist())).logits[-STEPS:]) > budget(name):
+        pytest.skip("generate of this transformers (before 5.24) leaves images out of a prompt in chunks")
     with vtk.accelerate(model_of(name), METHODS[key]):
         logits, tokens = generate_logits(model_of(name), inputs, STEPS, prefill_chunk_size=first)
     chunk = {entry: x[:, :first] if x.shape[-1] == ids.shape[1] else x for entry, x in inputs.items()}

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.20", reason="transformers 5.20 or newer is not installed")
 
 from adapter_cases import budget, model_of
-from sharded import NAME, rank, results
+from ranks import NAME, rank, results
 
 
 @pytest.mark.long

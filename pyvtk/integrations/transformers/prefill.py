@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyvtk.integrations.transformers import attention, caches, masks
-from pyvtk.integrations.transformers.prompt import Prompt, Sizes, StageSizes, Tokens, on_device
+from pyvtk.integrations.transformers.prompt import Prompt, Sizes, StageSizes, Tokens, before_answers, on_device
 from pyvtk.integrations.transformers.report import Report
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ def begin(handle: Handle, input_ids: Tensor | None, kwargs: dict, labels: Tensor
         visual = visual & valid
     prompt = Prompt(handle, input_ids, visual, valid, labels=labels, position_ids=kwargs.get("position_ids"))
     if labels is not None and handle.method.answers:
-        begins = (labels[:, :-1] == -100) & (labels[:, 1:] != -100)
-        prompt.answers = torch.nn.functional.pad(begins, (0, 1))
+        prompt.labelled = labels != -100
     done = prepare(handle, prompt, caches.cache_of(kwargs))
     return prompt if prompt.ready or not done else None
 
@@ -82,7 +81,7 @@ def prepare(handle: Handle, prompt: Prompt, cache, last: bool = False) -> bool:
 
 def first_tokens(handle: Handle, prompt: Prompt, kwargs: dict) -> dict:
     """Lays out ``prompt.tokens`` for the decoder; its keyword arguments, less what is done here instead."""
-    tokens = Tokens(prompt.visual, prompt.valid, None, ends_full=prompt.sizes.ends_full, answers=prompt.answers)
+    tokens = Tokens(prompt.visual, prompt.valid, None, ends_full=prompt.sizes.ends_full, labelled=prompt.labelled)
     deep = kwargs.get("deepstack_visual_embeds")
     if deep and min(handle.method_stages, default=len(handle.layers)) <= len(deep):
         embeds, where = kwargs["inputs_embeds"], kwargs["visual_pos_masks"][..., None]
@@ -98,8 +97,8 @@ def first_tokens(handle: Handle, prompt: Prompt, kwargs: dict) -> dict:
 def _measure(handle: Handle, prompt: Prompt, cache) -> bool:
     """Fetches the sizes, which is the one time that the host waits. Whether there are visual tokens."""
     extra = {}
-    if prompt.answers is not None:
-        extra["answers"] = prompt.answers.sum(1)
+    if prompt.labelled is not None:
+        extra["answers"] = before_answers(prompt.labelled, prompt.valid).sum(1)
     if prompt.keep is not None:
         extra["keep"] = prompt.keep.sum(1)
     prompt.sizes = Sizes.of(prompt.visual, prompt.valid, **extra)

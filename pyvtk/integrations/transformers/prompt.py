@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 KEY = "pyvtk"  # the keyword argument
 
 
+def before_answers(labelled: Tensor, valid: Tensor | None) -> Tensor:
+    """bool [batch, tokens]: tokens without a label, behind which one with a label stands."""
+    asked = torch.nn.functional.pad(~labelled[:, :-1] & labelled[:, 1:], (0, 1))
+    return asked if valid is None else asked & valid
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What the host has to know of a batch, fetched in the one synchronisation of a forward pass.
@@ -82,7 +88,8 @@ class Tokens:
         attention_mask: for the layers of this run, in the form that their attention takes.
         ends_full: whether every sample ends with the last column.
         additions: what is still to be added to the outputs of layers, [batch, tokens, C] by layer (DeepStack).
-        answers: bool [batch, tokens], the rows from which training scores; None: the last row of each sample.
+        labelled: bool [batch, tokens], the tokens that have a label, where training scores from the rows before them
+            (:func:`before_answers`); None: the last row of each sample scores.
         dropped: int [batch, 1], tokens of each sample that positions no longer count; None: positions are the prompt's.
     """
 
@@ -93,7 +100,7 @@ class Tokens:
     attention_mask: Tensor | None = None
     ends_full: bool = True
     additions: dict[int, Tensor] = field(default_factory=dict)
-    answers: Tensor | None = None
+    labelled: Tensor | None = None
     dropped: Tensor | None = None
 
     def changes(self) -> dict:
@@ -120,7 +127,8 @@ class Prompt:
         ready: whether sizes, layout and plan are known; a prompt without images never is.
         layout, plan, rows: of methods that need a layout, change attention, or split the feed-forward layers
             (selections of visual and of other tokens).
-        answers: bool [batch, tokens], the rows from which training scores; None: the last row of each sample.
+        labelled: bool [batch, tokens], the tokens that have a label, where training scores from the rows before them
+            (:func:`before_answers`); None: the last row of each sample scores.
         span: int [batch, 1] twice, where each sample begins and ends in positions, once asked for.
         tokens: by the layer at which a run of layers begins; -1 is the prompt itself.
         scores: by layer, what was projected there for the next stage: (q, k or None, q_positions, q_mask).
@@ -134,7 +142,7 @@ class Prompt:
     sizes: Sizes | None = None
     stages: dict[int, StageSizes] = field(default_factory=dict)
     labels: Tensor | None = None
-    answers: Tensor | None = None
+    labelled: Tensor | None = None
     keep: Tensor | None = None
     ready: bool = False
     layout: pyvtk.TokenLayout | None = None

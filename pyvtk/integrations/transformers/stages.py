@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import pyvtk
 from pyvtk.integrations.transformers import caches, masks, models
 from pyvtk.integrations.transformers.methods import Context, Stage
-from pyvtk.integrations.transformers.prompt import Prompt, Tokens
+from pyvtk.integrations.transformers.prompt import Prompt, Tokens, before_answers
 
 if TYPE_CHECKING:
     from pyvtk.integrations.transformers.handle import Handle
@@ -78,16 +78,17 @@ def prune(handle: Handle, stage: Stage, layer, hidden: Tensor, kwargs, prompt: P
             ),
         )  # fmt: skip
     extra = list(before.additions.values())
-    if before.answers is not None:
-        extra.append(before.answers)
+    if before.labelled is not None:
+        extra.append(before.labelled)
     hidden, cos, sin, visual, *more = pyvtk.compact(selection, hidden, *position_embeddings, before.visual, *extra)
+    cos, sin = cos.detach(), sin.detach()  # compacted with hidden states, they would have a gradient too
     valid = None if sizes.full else selection.valid
     after = Tokens(
         visual, valid, (cos, sin), selection if before.selection is None else before.selection.then(selection)
     )
     after.additions = dict(zip(before.additions, more))
-    if before.answers is not None:
-        after.answers = more[-1]
+    if before.labelled is not None:
+        after.labelled = more[-1]
     if stage.rebase and not handle.anatomy.mrope:
         _rebase(handle, hidden, kwargs["position_ids"], prompt, after, selection)
     held = caches.layer_of(cache, number)
@@ -106,8 +107,10 @@ def score_inputs(
     """(q, k, q_positions, q_mask) of a layer; k None where the cache has it."""
     cos, sin = position_embeddings
     positions = mask = None
-    if tokens.answers is not None:
-        rows = pyvtk.Selection.from_mask(tokens.answers, capacity=max(1, *prompt.sizes.extra["answers"]))
+    if tokens.labelled is not None:
+        # of the tokens that are there: the one before an answer may have left
+        asked = before_answers(tokens.labelled, tokens.valid)
+        rows = pyvtk.Selection.from_mask(asked, capacity=max(1, *prompt.sizes.extra["answers"]))
         few, few_cos, few_sin = pyvtk.compact(rows, hidden, cos, sin)
         positions, mask = rows.indices, rows.valid
     else:
