@@ -101,14 +101,17 @@ def require(condition: Tensor, message: str, **numbers: int) -> None:
         raise ValueError(message.format(**numbers))
 
 
-def values(op: str, check: Tensor, messages: dict[int, str], **numbers: int) -> None:
+def values(op: str, check: Tensor, messages: dict[int, tuple[str, str]], **numbers: int) -> None:
     """The same for several values that an operator looked at: ``check`` int64 [n] is 0 or the sum of some keys of
-    ``messages``, then numbers of which the messages speak as {0}, {1}. The first one that applies is raised; a check on
-    the device tells all that may be meant."""
+    ``messages``, then numbers.
+
+    A message is what must be, and how it ends where the numbers are known, as {0}, {1}. The first one that applies is
+    raised; a check on the device tells all that may be meant.
+    """
     if torch.compiler.is_compiling() or not _can_look_at(check):
-        torch._assert_async(check[0] == 0, f"{op}: {'; or '.join(messages.values())}")
+        torch._assert_async(check[0] == 0, f"{op}: {'; '.join(must for must, _ in messages.values())}")
     elif wrong := int(check[0]):
-        message = next(message for key, message in messages.items() if wrong & key)
+        message = next("".join(message) for key, message in messages.items() if wrong & key)
         raise ValueError(f"{op}: {message.format(*check[1:].tolist(), **numbers)}")
 
 

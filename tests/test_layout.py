@@ -114,6 +114,13 @@ def test_registration_of_mrope():
     torch.library.opcheck(torch.ops.pyvtk.layout_from_mrope, arguments)
 
 
+def test_nothing_is_looked_for():
+    for grids in (GRIDS[:0], GRIDS):
+        arguments = IDS, [], grids, [], 1, None, None
+        same(torch.ops.pyvtk.layout_from_ids(*arguments), reference.layout_from_ids(*arguments))
+    assert not TokenLayout.from_ids(IDS, [], []).visual.any()
+
+
 def test_a_guard_names_what_is_wrong():
     with pytest.raises(RuntimeError, match="grid has a side of 0 tokens"):
         torch.ops.pyvtk.layout_from_ids(IDS, [IMAGE], None, [1, 0, 2], 1, None, None)

@@ -78,8 +78,8 @@ def test_one_grid_is_merged():
 @pytest.mark.parametrize(
     "samples, grid, message",
     [
-        ([[-12, 1]], (1, 5, 2), "from_ids: input_ids must hold a multiple of 10 visual tokens, got 12"),
-        ([[-12, 1]], (1, 5, 1, True), "from_ids: input_ids must hold a multiple of 10 visual tokens, got 12"),
+        ([[-12, 1]], (1, 5, 2), "from_ids: input_ids must hold a multiple of the grid's tokens, 10, got 12"),
+        ([[-12, 1]], (1, 5, 1, True), "from_ids: input_ids must hold a multiple of the grid's tokens, 10, got 12"),
         ([[-5, 1], [-7, 1]], (1, 2, 3), "from_ids: input_ids must hold every image within one sample"),
         ([[-12]], (1, 2, 0), r"from_ids: grids must have 1 to 65536 tokens a side, got \(1, 2, 0\)"),
         ([[-12]], (1, 65537, 1), "from_ids: grids must have 1 to 65536 tokens a side"),

@@ -65,15 +65,15 @@ def from_ids(
         results = transforms.call(torch.ops.pyvtk.layout_from_ids.default, (), *arguments)
     else:
         results = reference.layout_from_ids(*arguments)
-    number = "as many visual tokens as grids / merge, {1}" if grids is not None else "a multiple of {1} visual tokens"
+    number = "as many visual tokens as grids / merge" if grids is not None else "a multiple of the grid's tokens"
     sides = f"grids must be multiples of merge={{merge}}, sides / merge at most {MAX_COORDINATE}, newline 0 or 1"
     checks.values(
         op,
         results[3],
         {
-            WRONG_GRIDS: sides,
-            WRONG_NUMBER: f"input_ids must hold {number}, got {{0}}",
-            CROSSES_SAMPLES: "input_ids must hold every image within one sample",
+            WRONG_GRIDS: (sides, ""),
+            WRONG_NUMBER: (f"input_ids must hold {number}", ", {1}, got {0}"),
+            CROSSES_SAMPLES: ("input_ids must hold every image within one sample", ""),
         },
         merge=merge,
     )  # fmt: skip
@@ -99,8 +99,8 @@ def from_mrope(visual: Tensor, position_ids: Tensor, mask: Tensor | None) -> tup
         results = transforms.call(torch.ops.pyvtk.layout_from_mrope.default, (), *arguments)
     else:
         results = reference.layout_from_mrope(*arguments)
-    message = f"position_ids must be within {MAX_COORDINATE - 1} of each other in one image, got {{0}}"
-    checks.values(op, results[3], {WRONG_COORDINATES: message})
+    message = f"position_ids must be within {MAX_COORDINATE - 1} of each other in one image"
+    checks.values(op, results[3], {WRONG_COORDINATES: (message, ", got {0}")})
     return results[:3]
 
 

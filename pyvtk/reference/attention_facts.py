@@ -42,7 +42,7 @@ def strip_shape(block: int, radius: list[int], flat: bool) -> tuple[int, int]:
 def strips(facts: Tensor, block: int, radius: list[int], extent: Tensor | None) -> Tensor:
     """int64 [batch, rows], by which tokens of one image sort: strips of a few lines, walked along x in alternating
     directions, so that any run of ``block`` tokens is compact whatever the size of the grid."""
-    t, y, x = (facts[:, i].long() for i in (T, Y, X))
+    t, y, x = facts[:, T : X + 1].long().unbind(1)
     if extent is None:
         deep = (torch.where(facts[:, IMAGE] >= 0, t, 0) > 0).any(1, keepdim=True)
     else:
@@ -59,7 +59,7 @@ def strips(facts: Tensor, block: int, radius: list[int], extent: Tensor | None) 
 
 def raster(facts: Tensor) -> Tensor:
     """int64 [batch, rows]: raster order."""
-    t, y, x = (facts[:, i].long() for i in (T, Y, X))
+    t, y, x = facts[:, T : X + 1].long().unbind(1)
     return (t * MAX_COORDINATE + y) * MAX_COORDINATE + x
 
 
@@ -77,16 +77,16 @@ def attention_facts(
     offsets, along t, y, x) facts hold window numbers (c + offset) // size instead of coordinates c, and the curve is
     their raster order, then that of c. With neither it is raster order.
     """
-    sample = samples_of(image_id, cu_seqlens)
-    valid = torch.ones_like(image_id, dtype=torch.bool) if mask is None else mask
-    if cu_seqlens is not None:
-        valid = valid & (sample < cu_seqlens.shape[0] - 1)
     image = torch.where(image_id < 0, TEXT, narrow(image_id))
-    image = torch.where(valid, image, INVALID)
     row = torch.arange(image.shape[-1], dtype=torch.int32, device=image.device).expand(image.shape)
-    position = torch.where(valid, narrow(positions) if causal else 0, PADDING).to(torch.int32)
-    zero = torch.zeros_like(image)
-    sample = zero if cu_seqlens is None else sample.to(torch.int32)
+    zero = sample = torch.zeros_like(image)
+    position, valid = narrow(positions) if causal else zero, mask
+    if cu_seqlens is not None:
+        sample = samples_of(image_id, cu_seqlens).to(torch.int32)
+        inside = sample < cu_seqlens.shape[0] - 1
+        valid = inside if mask is None else inside & mask
+    if valid is not None:
+        image, position = torch.where(valid, image, INVALID), torch.where(valid, position, PADDING)
     seen = image >= 0
     place = torch.where(seen[..., None], coords, 0)
     facts = torch.stack([row, image, *place.unbind(-1), position, zero, sample], -2)

@@ -6,6 +6,8 @@ the other results hold what was there to be placed, and every backend gives the 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def samples_of(image_id: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 def extent_of(visual: Tensor, coords: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """int32 [samples, 3]: the largest coordinate of each sample's ``visual`` tokens + 1, per axis."""
-    ends = torch.where(visual[..., None], coords + 1, 0)
+    ends = (coords + 1) * visual[..., None]
     if cu_seqlens is None:
         return ends.amax(1) if ends.shape[1] else ends.new_zeros((ends.shape[0], 3))
     samples = cu_seqlens.shape[0] - 1
@@ -54,54 +56,49 @@ def layout_from_ids(
     ``check`` tells the number of placeholders, and that of tokens in all grids or in the one. A grid that is wrong
     itself has no tokens, and placeholders behind the last grid are text.
     """
-    visual = torch.zeros_like(input_ids, dtype=torch.bool)
-    for token in image_token_ids:
-        visual = visual | (input_ids.long() == token)  # against int32, an id beyond it would be cut to one inside
+    # against int32, an id beyond it would be cut to one inside
+    of_each = [input_ids.long() == token for token in image_token_ids]
+    visual = functools.reduce(torch.logical_or, of_each) if of_each else torch.zeros_like(input_ids, dtype=torch.bool)
     if mask is not None:
         visual = visual & mask
     sample = samples_of(input_ids, cu_seqlens)
     flat, sample = visual.flatten(), sample.flatten()
-    number = flat.long().cumsum(0) - 1  # of each placeholder, over the whole batch
+    number = flat.cumsum(0)  # of placeholders, over the whole batch, up to each
     found = flat.sum()
     if grids is None:
         t, h, w, newline = (*grid, 0) if len(grid) == 3 else grid
         h, w = h // merge, w // merge
         line = w + newline
         size = t * h * line
-        image, inside = number // size, number % size
-        fits = torch.ones((), dtype=torch.bool, device=input_ids.device)
-        expected = torch.full_like(found, size)
-        wrong_number = found % size != 0
+        image, inside = (number - 1) // size, (number - 1) % size
+        wrong, expected = (found % size != 0) * WRONG_NUMBER, torch.full_like(found, size)
         there = flat
     else:
-        t, h, w = grids[:, 0].long(), grids[:, 1].long(), grids[:, 2].long()
-        newline = grids[:, 3].long() if grids.shape[1] == 4 else torch.zeros_like(t)
-        fit = (h % merge == 0) & (w % merge == 0) & ((newline == 0) | (newline == 1))
-        h, w = h // merge, w // merge
-        for side in (t, h, w):
-            fit = fit & (side >= 0) & (side <= MAX_COORDINATE)
+        sides = torch.stack([grids[:, 0], grids[:, 1] // merge, grids[:, 2] // merge, *grids.unbind(1)[3:]], 1).long()
+        fit = (grids[:, 1:3] % merge == 0).all(1) & ((sides >= 0) & (sides <= MAX_COORDINATE)).all(1)
+        if grids.shape[1] == 4:
+            fit = fit & (sides[:, 3] <= 1)
         # one grid more, an empty one, for placeholders behind the last
-        t, h, w, newline = (torch.nn.functional.pad(torch.where(fit, x, 0), (0, 1)) for x in (t, h, w, newline))
-        line = w + newline
+        sides = torch.nn.functional.pad(sides * fit[:, None], (0, 0, 0, 1))
+        t, h, w = sides[:, :3].unbind(1)
+        line = w + sides[:, 3] if grids.shape[1] == 4 else w
         size = (t * h * line).clamp(max=flat.shape[0] + 1)  # what is more cannot be there, and sums stay in int64
         ends = size.cumsum(0)
-        image = torch.searchsorted(ends[:-1], number, right=True)
-        inside = number - (ends - size)[image]
-        fits, expected = fit.all(), ends[-1]
-        wrong_number = found != expected
+        image = torch.searchsorted(ends[:-1], number - 1, right=True)
+        h, line, w, begin = torch.stack([h.clamp(min=1), line.clamp(min=1), w, ends - size + 1], 1)[image].unbind(1)
+        inside, expected = number - begin, ends[-1]
+        wrong = ~fit.all() * WRONG_GRIDS + (found != expected) * WRONG_NUMBER
         there = flat & (image < grids.shape[0])
-        h, line, w = h[image].clamp(min=1), line[image].clamp(min=1), w[image]
     # two placeholders of one image that follow each other are of one sample
-    before = torch.nn.functional.pad(torch.where(flat, sample, -1).cummax(0).values, (1, 0))[:-1]
+    before = torch.nn.functional.pad((sample * flat).cummax(0).values, (1, 0))[:-1]
     crosses = (there & (inside > 0) & (before != sample)).any()
-    x = inside % line
+    y, x = inside // line, inside % line
     there = there & (x < w)  # else it is a newline
-    coords = torch.stack([inside // (line * h), inside // line % h, x], 1)
-    image_id = torch.where(there, image, -1).to(torch.int32).reshape(input_ids.shape)
-    coords = torch.where(there[:, None], coords, 0).to(torch.int32).reshape(*input_ids.shape, 3)
+    fields = (torch.stack([image + 1, y // h, y % h, x], 1) * there[:, None]).to(torch.int32)
+    image_id = (fields[:, 0] - 1).reshape(input_ids.shape)
+    coords = fields[:, 1:].reshape(*input_ids.shape, 3).contiguous()
     extent = extent_of(_within(there, sample, cu_seqlens).reshape(input_ids.shape), coords, cu_seqlens)
-    wrong = ~fits * WRONG_GRIDS + wrong_number * WRONG_NUMBER + crosses * CROSSES_SAMPLES
-    return image_id, coords, extent, torch.stack([wrong, found, expected])
+    return image_id, coords, extent, torch.stack([wrong + crosses * CROSSES_SAMPLES, found, expected])
 
 
 def layout_from_mrope(
