@@ -53,7 +53,10 @@ def fixed_layout(prompt) -> pyvtk.TokenLayout:
     )
     shrink = getattr(config, "downsample_ratio", 1.0)  # InternVL's pixel shuffle
     grid = (1, *(round(size // patch * shrink) for size, patch in zip(sizes, patches)))
-    return pyvtk.TokenLayout.from_ids(prompt.input_ids, prompt.handle.visual_ids, grid, mask=prompt.valid)
+    try:
+        return pyvtk.TokenLayout.from_ids(prompt.input_ids, prompt.handle.visual_ids, grid, mask=prompt.valid)
+    except ValueError as error:
+        raise NotImplementedError(f"accelerate: images must be whole, no chunk may split one ({error})") from error
 
 
 def mrope_layout(prompt) -> pyvtk.TokenLayout | None:
