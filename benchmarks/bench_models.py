@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -251,30 +252,39 @@ def right(shape: Shape, images: int, kept: dict[int, int], cached: int | None) -
 # ---- what a forward pass is made of
 
 
-def profiled(call: Callable, device: str) -> tuple:
-    """(what the call gives, the share of its time in operators of pyvtk, that in attention), by torch's profiler."""
+def profiled(call: Callable, device: str, runs: int = 3) -> tuple:
+    """(what the call gives, the share of its time in operators of pyvtk, that in attention), by torch's profiler.
+
+    Medians of some runs: what interrupts an operator counts as its time.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with profile(activities=kinds) as found:
-        result = call()
-        if device == "cuda":
-            torch.cuda.synchronize()
     of = "device_time_total" if device == "cuda" else "cpu_time_total"  # of an operator and all that it calls
-    events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CPU]
-    total = sum(getattr(event, f"self_{of}") for event in events)
+    shares = []
+    for _ in range(runs):
+        with profile(activities=kinds) as found:
+            result = call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+        events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CPU]
+        total = sum(getattr(event, f"self_{of}") for event in events)
+        ours = sum(getattr(event, of) for event in outermost(events, lambda name: name.startswith("pyvtk::")))
+        attention = sum(getattr(event, of) for event in outermost(events, lambda name: name == ATTENTION))
+        shares.append((ours / total, attention / total))
+    return result, *(statistics.median(values) for values in zip(*shares))
 
-    def share(counts: Callable[[str], bool]) -> float:
-        spent = 0
-        for event in events:
-            parent = event.cpu_parent
-            while parent is not None and not counts(parent.name):
-                parent = parent.cpu_parent
-            if counts(event.name) and parent is None:  # outermost
-                spent += getattr(event, of)
-        return spent / total
 
-    return result, share(lambda name: name.startswith("pyvtk::")), share(lambda name: name == ATTENTION)
+def outermost(events: list, counts: Callable[[str], bool]) -> list:
+    """Of the profiler's events those whose name counts, but those that another such one called."""
+    found = []
+    for event in events:
+        parent = event.cpu_parent
+        while parent is not None and not counts(parent.name):
+            parent = parent.cpu_parent
+        if parent is None and counts(event.name):
+            found.append(event)
+    return found
 
 
 def held(cache) -> int:

@@ -124,6 +124,14 @@ def test_shares_of_a_pass():
     assert own == attention == 0
 
 
+def test_what_an_operator_calls_is_counted_once():
+    outer = SimpleNamespace(name="pyvtk::compact", cpu_parent=SimpleNamespace(name="aten::x", cpu_parent=None))
+    between = SimpleNamespace(name="aten::empty", cpu_parent=outer)
+    inner = SimpleNamespace(name="pyvtk::compact_forward", cpu_parent=between)
+    found = models.outermost([inner, between, outer], lambda name: name.startswith("pyvtk::"))
+    assert found == [outer]
+
+
 # For a GPU
 
 
