@@ -36,21 +36,24 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyvtk._measure import OnCuda, captured, extra_memory, extra_memory_on_cuda, interleave, on_host
+from pyvtk._measure import OnCuda, captured, extra_memory, extra_memory_on_cuda, interleave, on_core, on_host
 
 from .report import (
     BEGUN,
     BEST,
     DENSE,
+    IDEAL,
     LOST,
     MEMORY,
     OURS,
+    OWN,
     RESERVED,
     SHARE,
     TILE,
     TIME,
     UPPER,
     Bar,
+    Forward,
     Pairs,
     Report,
     Result,
@@ -64,7 +67,7 @@ from .report import (
     write,
 )
 
-FAMILIES = ("score", "select", "selection", "compact", "merge", "attention", "sparse24")
+FAMILIES = ("score", "select", "selection", "compact", "merge", "attention", "sparse24", "models")
 GO_ON = 86  # exit status where the device is of no use to this process any more: another one can go on with --resume
 _PATIENCE = 60  # seconds; what was cut off later than that into a case may never end, and counts as lost
 
@@ -101,7 +104,8 @@ class Case:
         expect: given inputs, returns a check, ``check(provider name, result)``, that raises AssertionError.
         limit: the machine's bound, if one is meaningful.
         bars: what has to be reached: peer (or "best") -> least ratio, "limit" -> least share, "memory" -> largest
-            share of the first peer's extra memory, "time" -> most seconds.
+            share of the first peer's extra memory, "time" -> most seconds, "ideal" -> least share of the speed-up that
+            operations allow, "own" -> largest share of the time in operators of pyvtk.
         cold: inputs come from memory rather than from cache.
         mutates: providers change their inputs (the check then works on copies).
         memory: measure extra memory too.
@@ -110,6 +114,10 @@ class Case:
         optional: peers that not every CPU or installation can run; those that raise become absent, as all do on CUDA.
         dense: peers that compute every pair (of a causal case: every causal one), for ``pairs``.
         pairs: how sparse the case is.
+        forward: of a whole model, called with inputs behind the timing: what its method spares.
+        rounds: that many there are at least, however long they take.
+        cpu_time: on the CPU and with one thread, count the time that the process has a core for. Calls that last longer
+            than a turn of the scheduler share the core with other processes, whoever those are.
         eager: providers that no CUDA graph can capture (they synchronise, for instance), so that it is not tried.
         place: in the run of --key, which goes by this number; 0: not in it. See :func:`marked`.
         spared: peers that the run of --key leaves out.
@@ -131,6 +139,9 @@ class Case:
     optional: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
     pairs: Callable[[], Pairs] | None = None
+    forward: Callable[..., Forward] | None = None
+    rounds: int = 3
+    cpu_time: bool = False
     eager: tuple[str, ...] = ()
     place: int = 0
     spared: tuple[str, ...] = ()
@@ -454,6 +465,10 @@ def judge(case: Case, result: Result) -> dict[str, Bar]:
             reached = result.over_dense
         elif name == TILE and result.dense:
             reached = result.over_dense / result.tile_ideal
+        elif name == IDEAL:
+            reached = result.of_ideal
+        elif name == OWN and result.forward is not None:
+            reached = result.forward.own
         elif name == MEMORY and len(result.memory) > 1:
             reached = result.memory[OURS] / max(1, result.memory[list(case.providers)[1]])
         elif name == TIME:
@@ -536,13 +551,14 @@ def _run_case(case: Case, seconds: float) -> Result:
         calls |= graphs
     del check
     names = {id(call): name for name, call in calls.items()}
-    timed = clock(case.device)
+    result.cpu_time = case.cpu_time and case.device == "cpu" and torch.get_num_threads() == 1
+    timed = on_core if result.cpu_time else clock(case.device)
 
     def blame(call, arguments):
         with blaming(names[id(call)]):
             return timed(call, arguments)
 
-    times = interleave(calls, pool, seconds=seconds, clock=blame)
+    times = interleave(calls, pool, seconds=seconds, min_rounds=case.rounds, clock=blame)
     if case.limit:
         entry = pool.entries[0]
         result.limit = case.limit.kind
@@ -550,6 +566,7 @@ def _run_case(case: Case, seconds: float) -> Result:
         result.amount = case.limit.amount(*entry)
     result.times = times
     result.pairs = case.pairs() if case.pairs else None
+    result.forward = case.forward(*pool.entries[0]) if case.forward else None
     result.bars = judge(case, result)
     result.unjudged = [name for name in case.bars if name not in result.bars]
     return result

@@ -1,14 +1,14 @@
-"""One picture per family: how many times as fast as peers, and what share of the machine's limit. And for sparse cases:
-their density against their speed-up over dense peers."""
+"""One picture per family: how many times as fast as peers, and what share of the machine's limit (of models: of what
+operations allow). And for sparse cases: their density against their speed-up over dense peers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from .report import BEST, Report, Result, duration
+from .report import BEST, IDEAL, Report, Result, duration
 
 INK, PALE, DEEP, WARM, GRID = "#22303c", "#b9d3e6", "#2b6ca3", "#d1495b", "#e3e7ea"
-TODAY, LIMITS = "#8fa3b3", {"read": "#3a9188", "copy": "#6b5ca5", "matmul": "#c98b2b"}
+TODAY, LIMITS = "#8fa3b3", {"read": "#3a9188", "copy": "#6b5ca5", "matmul": "#c98b2b", IDEAL: "#6b5ca5"}
 
 
 def _bare(axes) -> None:
@@ -28,6 +28,8 @@ def _speed(axes, rows: list[Result]) -> None:
         axes.barh(y, best - 1, left=1, height=0.42, color=DEEP if best >= 1 else WARM, zorder=3)
         axes.text(max(today, best, 1) * 1.06, y, f"{best:.2f}x", va="center", fontsize=7.5, color=INK)
         required = [bar.required for name, bar in row.bars.items() if name == BEST or name in row.ratios]
+        if IDEAL in row.bars:
+            required.append(row.bars[IDEAL].required * row.forward.ideal)
         if required:
             axes.plot([max(required)] * 2, [y - 0.42, y + 0.42], color=INK, linewidth=1.4, zorder=4)
     axes.axvline(1, color=INK, linewidth=1, zorder=5)
@@ -39,22 +41,32 @@ def _speed(axes, rows: list[Result]) -> None:
     axes.set_title("times as fast as the fastest peer (blue), as today's code (pale); tick: the bar", fontsize=8.5)
 
 
+def _reached(row: Result) -> tuple[float, str] | None:
+    """(the share, of what) of the machine's limit, or of what a model's operations allow."""
+    if row.share is not None:
+        return row.share, row.limit
+    return None if row.of_ideal is None else (row.of_ideal, IDEAL)
+
+
 def _share(axes, rows: list[Result]) -> None:
-    for y, row in enumerate(rows):
-        if row.share is None:
+    reached = [_reached(row) for row in rows]
+    for y, (row, found) in enumerate(zip(rows, reached)):
+        if found is None:
             continue
-        axes.barh(y, 100 * row.share, height=0.6, color=LIMITS[row.limit], zorder=2)
-        label = f"{100 * row.share:.0f} %  {duration(row.times['pyvtk'].median)}"
-        axes.text(100 * row.share + 1.5, y, label, va="center", fontsize=7.5, color=INK)
-    axes.set_xlim(0, max(120, *(130 * (r.share or 0) for r in rows)))
+        share, kind = found
+        axes.barh(y, 100 * share, height=0.6, color=LIMITS[kind], zorder=2)
+        label = f"{100 * share:.0f} %  {duration(row.times['pyvtk'].median)}"
+        axes.text(100 * share + 1.5, y, label, va="center", fontsize=7.5, color=INK)
+    axes.set_xlim(0, max(120, *(130 * (found[0] if found else 0) for found in reached)))
     axes.axvline(100, color=INK, linewidth=1)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0f} %")
-    kinds = [kind for kind in LIMITS if any(r.limit == kind for r in rows)]
+    kinds = [kind for kind in LIMITS if any(found and found[1] == kind for found in reached)]
     handles = [axes.barh(0, 0, color=LIMITS[kind]) for kind in kinds]
     axes.legend(
         handles, kinds, fontsize=7.5, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.5 / len(rows))
     )
-    axes.set_title("share of the limit measured beside it", fontsize=8.5)
+    title = "share of the limit measured beside it"
+    axes.set_title("share of the speed-up that operations allow" if kinds == [IDEAL] else title, fontsize=8.5)
 
 
 def _break_even(figure, rows: list[Result]) -> None:

@@ -25,8 +25,10 @@ MEMORY = "memory"  # in bars: extra memory as a share of the first peer's
 DENSE = "dense"  # in bars: the fastest peer that computes every pair
 TILE = "tile"  # in bars: share of the speed-up over DENSE that the visited pairs allow
 TIME = "time"  # in bars: seconds
-RESERVED = (OURS, BEST, SHARE, MEMORY, DENSE, TILE, TIME)
-UPPER = (MEMORY, TIME)  # the less the better
+IDEAL = "ideal"  # in bars: share of the speed-up over DENSE that the operations of a model allow
+OWN = "own"  # in bars: share of a model's time that is spent in operators of pyvtk
+RESERVED = (OURS, BEST, SHARE, MEMORY, DENSE, TILE, TIME, IDEAL, OWN)
+UPPER = (MEMORY, TIME, OWN)  # the less the better
 LOST = "lost: "  # how the error of a case begins that ended its process, and that --resume does not try again
 BEGUN = "begun"  # the error of a case for as long as it runs
 
@@ -38,6 +40,25 @@ class Pairs:
     needed: int
     visited: int
     dense: int
+
+
+@dataclass
+class Forward:
+    """A forward pass of a whole model, from which a method spares something.
+
+    Attributes:
+        ideal: the speed-up over the unmodified model if all time went into its decoder's products and attention, at one
+            rate; None where operations say nothing, since weights come from memory.
+        own: share of its time that is spent in operators of pyvtk.
+        attention: share of the unmodified model's time that is spent in attention.
+        cache, dense_cache: bytes of the KV cache that is held, and of the unmodified model's.
+    """
+
+    ideal: float | None
+    own: float
+    attention: float
+    cache: int
+    dense_cache: int
 
 
 @dataclass
@@ -64,6 +85,8 @@ class Result:
     absent: dict[str, str] = field(default_factory=dict)  # peer -> why it did not run
     dense: list[str] = field(default_factory=list)  # peers that compute every pair
     pairs: Pairs | None = None
+    forward: Forward | None = None
+    cpu_time: bool = False  # times are those that the process had a core for
     launched: list[str] = field(default_factory=list)  # timed as launched by the host, not as CUDA graphs
     error: str | None = None  # why there are no numbers
 
@@ -92,6 +115,13 @@ class Result:
         """The same if every visited pair took as long as one of a dense peer's."""
         return None if self.pairs is None else self.pairs.dense / self.pairs.visited
 
+    @property
+    def of_ideal(self) -> float | None:
+        """Share that is reached of the speed-up over dense peers that the operations of a model allow."""
+        if self.forward is None or self.forward.ideal is None or self.over_dense is None:
+            return None
+        return self.over_dense / self.forward.ideal
+
 
 @dataclass
 class Report:
@@ -109,6 +139,7 @@ class Report:
             row["times"] = {name: Timing(**t) for name, t in row["times"].items()}
             row["bars"] = {name: Bar(**b) for name, b in row["bars"].items()}
             row["pairs"] = Pairs(**row["pairs"]) if row.get("pairs") else None
+            row["forward"] = Forward(**row["forward"]) if row.get("forward") else None
             results.append(Result(**row))
         return Report(raw["machine"], results)
 
@@ -221,6 +252,15 @@ def _limit_cell(result: Result) -> str:
     return f"{100 * result.share:3.0f} % of {result.limit} ({rate / 1e9:.3g} {unit})"
 
 
+def _forward_cell(result: Result) -> str:
+    forward, parts = result.forward, []
+    if result.of_ideal is not None:
+        parts.append(f"operations allow {forward.ideal:.2f}x, reached {result.of_ideal:.0%}")
+    parts.append(f"pyvtk's own {forward.own:.2%}, attention of dense {forward.attention:.1%}")
+    parts.append(f"cache {size(forward.cache)} of {size(forward.dense_cache)}")
+    return "; ".join([*parts, *(["CPU time"] if result.cpu_time else [])])
+
+
 def _bar_cell(name: str, bar: Bar) -> str:
     sign = "✓" if bar.met else "✗"
     if name == SHARE:
@@ -231,6 +271,10 @@ def _bar_cell(name: str, bar: Bar) -> str:
         return f"{sign} ≤ {duration(bar.required)}"
     if name == TILE:
         return f"{sign} tile-ideal ≥ {100 * bar.required:.0f} %"
+    if name == IDEAL:
+        return f"{sign} ideal ≥ {100 * bar.required:.0f} %"
+    if name == OWN:
+        return f"{sign} own ≤ {100 * bar.required:.1f} %"
     return f"{sign} {name} ≥ {bar.required:g}x"
 
 
@@ -255,6 +299,8 @@ def table(results: list[Result]) -> str:
                 share = r.pairs.needed / r.pairs.dense
                 ideal = f"needs {share:.1%} of the dense pairs, visits {1 / r.tile_ideal:.1%}"
                 rows.append(("", "", "", "", "", ideal, ""))
+            if r.forward:
+                rows.append(("", "", "", "", "", _forward_cell(r), ""))
             if r.launched:
                 rows.append(("", "", "", "", "", f"as launched, not as CUDA graphs: {', '.join(r.launched)}", ""))
             if r.absent:

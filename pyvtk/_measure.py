@@ -22,7 +22,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from time import perf_counter_ns
+from time import perf_counter_ns, process_time_ns
 
 import torch
 
@@ -52,6 +52,14 @@ def on_host(call: Callable, arguments: tuple) -> float:
     start = perf_counter_ns()
     call(*arguments)
     return (perf_counter_ns() - start) * 1e-9
+
+
+def on_core(call: Callable, arguments: tuple) -> float:
+    """Seconds that this process had a core for during a call, those of all its threads together: what other processes
+    took meanwhile does not count."""
+    start = process_time_ns()
+    call(*arguments)
+    return (process_time_ns() - start) * 1e-9
 
 
 class OnCuda:

@@ -227,7 +227,7 @@ def check_sdist_holds_the_sources_and_no_more(sdist: Path) -> None:
     assert {"setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md", "CHANGELOG.md"} <= names
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert sources <= names
-    assert not {name.split("/")[0] for name in names} & {"tests", "benchmarks", "build"}
+    assert not {name.split("/")[0] for name in names} & {"tests", "benchmarks", "examples", "build"}
     assert not [name for name in names if name.endswith(".so")]
 
 
