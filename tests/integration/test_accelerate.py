@@ -237,7 +237,7 @@ def test_a_chunk_that_splits_an_image(name, key):
     middle = int((inputs["input_ids"] == tiny_models.IMAGE).nonzero()[:, 1].float().mean())
     with (
         vtk.accelerate(model_of(name), METHODS[key]),
-        pytest.raises(NotImplementedError, match="images in a later turn|images must be whole"),
+        pytest.raises(NotImplementedError, match=r"images in a later turn|images must be whole"),
     ):
         model_of(name).generate(**inputs, max_new_tokens=2, prefill_chunk_size=middle)
 
