@@ -9,6 +9,7 @@ import oracle
 import tiny_models
 from adapter_cases import (
     CACHE,
+    CASES,
     METHODS,
     STEPS,
     alone,
@@ -40,12 +41,12 @@ def log_probability(name, key, sample, tokens):
     return logits.log_softmax(-1).gather(1, tokens[:, None]).sum()
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])
-@pytest.mark.parametrize("key", [*KEYS, "HiRED", "VisionZip"])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [case for case in CASES if case[0] in ("llava", "llava_next", "qwen2_5_vl") and "layer" not in case[1]],
+)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_beams(name, key, cache):
-    if name not in tiny_models.CLS and key in ("HiRED", "VisionZip"):
-        return
     inputs = inputs_of(name)
     with vtk.accelerate(model_of(name), METHODS[key]), torch.no_grad():
         out = model_of(name).generate(

@@ -197,7 +197,9 @@ class Handle:
 
     def run_of(self, number: int) -> int:
         """The layer at which the run of layers begins that layer ``number`` belongs to; -1: the first run."""
-        return max((layer for layer in self.method_stages if layer <= number), default=-1)
+        return max(
+            [-1, *[layer for layer in self.method_stages if layer <= number]]
+        )  # in a form that torch.compile takes
 
     # Hooks
 

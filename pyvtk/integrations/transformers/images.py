@@ -46,6 +46,9 @@ class Images:
 
         def pack_image_features(image_features, image_sizes, *args, **kwargs):
             self.crops = [features.shape[0] for features in image_features]
+            # or the model waits for those of every image, each time
+            if isinstance(image_sizes, Tensor) and max(self.crops, default=0) > 1:
+                image_sizes = image_sizes.tolist()
 
             def lay_out(values: Tensor, newline: Tensor) -> Tensor:
                 again = {**kwargs, "image_newline": newline} if "image_newline" in kwargs else kwargs
