@@ -270,11 +270,12 @@ class Feather(Method):
 class YOPO(Method):
     """Visual tokens attend to their neighbours only, leave at a layer, and take less of heads and feed-forward layers.
 
-    ``radius``: neighbours along each axis of the grid. ``cut``: the layer at which visual tokens leave; None: they
-    stay. ``heads``: bool [layers, heads], or a list of bool [heads] or None for each layer: heads that are off give
-    no weight to visual keys, which stay in the denominator (:func:`calibrate_heads` makes it). ``ffn``: visual tokens
-    take the first 1 / ffn of the feed-forward channels. ``causal_window``, ``cross_image``: as of
-    :func:`pyvtk.neighbor_plan`; with both and a radius past the grid, attention is the model's own.
+    ``radius``: neighbours along each axis of the grid (of videos with M-RoPE, t counts in steps of positions).
+    ``cut``: the layer at which visual tokens leave; None: they stay. ``heads``: bool [layers, heads], or a list of
+    bool [heads] or None for each layer: heads that are off give no weight to visual keys, which stay in the
+    denominator (:func:`calibrate_heads` makes it). ``ffn``: visual tokens take the first 1 / ffn of the feed-forward
+    channels. ``causal_window``, ``cross_image``: as of :func:`pyvtk.neighbor_plan`; with both and a radius past the
+    grid, attention is the model's own.
     Source: YOPO (arXiv 2410.06169), :mod:`pyvtk.methods.yopo`.
     """
 
