@@ -197,9 +197,8 @@ class Handle:
 
     def run_of(self, number: int) -> int:
         """The layer at which the run of layers begins that layer ``number`` belongs to; -1: the first run."""
-        return max(
-            [-1, *[layer for layer in self.method_stages if layer <= number]]
-        )  # in a form that torch.compile takes
+        # max(..., default=-1) over a generator is more than torch.compile traces
+        return max([-1, *[layer for layer in self.method_stages if layer <= number]])
 
     # Hooks
 
