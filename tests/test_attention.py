@@ -9,6 +9,7 @@ from attention_cases import KINDS, LAYOUTS, SPANS, chosen_of, random_layouts, ro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import assert_within_budget, max_error
+from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 
 import pyvtk
@@ -725,7 +726,7 @@ def test_compiles_as_one_graph(name):
 @pytest.mark.parametrize("outside", (False, True), ids=("plan inside", "plan outside"))
 def test_compiles_at_most_twice_over_lengths(outside, name):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
 
     def step(q, k, v, layout, plan):
         plan = neighbor_plan(layout, 1) if plan is None else plan
@@ -743,7 +744,7 @@ def test_compiles_at_most_twice_over_lengths(outside, name):
 @pytest.mark.compile
 def test_decoding_compiles_at_most_twice():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     plan = neighbor_plan(LAYOUTS["left"], 1)
     step = torch.compile(neighbor_attention, fullgraph=True, backend=counter)
     for keys in range(53, 63):

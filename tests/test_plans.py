@@ -9,6 +9,7 @@ import torch.utils._pytree as pytree
 from attention_cases import BLOCKS, KINDS, LAYOUTS, SPANS, chosen_of, neighbor, random_layouts, routed, routing, window
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyvtk
@@ -355,7 +356,7 @@ def test_compiles_as_one_graph(name, chosen):
 @pytest.mark.parametrize("packed", (False, True))
 def test_compiles_at_most_twice_over_lengths(packed):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(lambda layout: neighbor_plan(layout, 1), fullgraph=True, backend=counter)
     for tokens in range(40, 50):
         layout = TokenLayout.from_images([tokens, tokens - 1], [ImageSpan(0, 3, (1, 5, 6))], packed=packed)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import Exponents, assert_within_budget
+from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 
 import pyvtk
@@ -499,7 +500,7 @@ def test_compiles_as_one_graph(backend):
 @pytest.mark.compile
 def test_compiles_at_most_twice_over_lengths():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(lambda q, k: pyvtk.attention_scores(q, k), fullgraph=True, backend=counter)
     for keys in range(20, 30):
         q, k = inputs(queries=1, keys=keys)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 
 import pyvtk
@@ -213,7 +214,7 @@ def test_compiles_as_one_graph(backend):
 @pytest.mark.compile
 def test_compiles_at_most_twice_over_lengths():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(lambda q, k: pyvtk.score_and_select(q, k, 9), fullgraph=True, backend=counter)
     for keys in range(20, 30):
         compiled(*inputs(keys=keys))
