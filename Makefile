@@ -120,8 +120,8 @@ gpu-bundle:
 # A second installation, in build/asan, beside the ordinary one. The sanitizers' runtimes have to be loaded before
 # Python, and libstdc++ with them, or exceptions cannot be followed. Tests that compile code of their own are left out.
 # So are the harness of the benchmarks, which needs an installation from the checkout and no kernel of its own, what
-# measures memory, of which sanitizers take their part, and the Triton kernels, of which nothing is compiled by a C++
-# compiler.
+# measures memory, of which sanitizers take their part, the Triton kernels, of which nothing is compiled by a C++
+# compiler, and of the tests of models those that reach no kernel in a way of its own.
 ASAN_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so) \
   $$($${CXX:-g++} -print-file-name=libstdc++.so.6)"
@@ -134,7 +134,8 @@ asan: $(VENV)/.built
 	  $(PIP) install -q --no-build-isolation --no-deps --target build/asan .
 	cd build && PYTHONPATH=$(CURDIR)/build/asan $(ASAN_ENV) $(BIN)/python -c 'from pyvtk import _C; assert _C.build_info()["sanitize"], _C.__file__'
 	PYTHONPATH=$(CURDIR)/build/asan $(ASAN_ENV) $(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not compile and not package' \
-	  --ignore tests/test_benchmarks.py --ignore tests/test_measure.py --ignore-glob 'tests/test_*_triton.py' $(PYTEST_ARGS)
+	  --ignore tests/test_benchmarks.py --ignore tests/test_measure.py --ignore-glob 'tests/test_*_triton.py' \
+	  --ignore-glob 'tests/integration/test_[!t]*.py' --ignore tests/integration/test_training.py $(PYTEST_ARGS)
 
 cpp-test: $(VENV)/.tools
 	cmake -S . -B build/cpp -G Ninja -DPYVTK_PYTHON=OFF -DPYVTK_CPP_TESTS=ON
