@@ -38,7 +38,9 @@ def _speed(axes, rows: list[Result]) -> None:
     high = max(2, *(max(next(iter(r.ratios.values())), min(r.ratios.values())) for r in rows))
     axes.set_xlim(low * 0.9, high * 1.6)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
-    axes.set_title("times as fast as the fastest peer (blue), as today's code (pale); tick: the bar", fontsize=8.5)
+    models = all(row.forward for row in rows)
+    title = "times as fast as the fastest peer (blue), as today's code (pale); tick: the bar"
+    axes.set_title("times as fast as the model alone; tick: the bar" if models else title, fontsize=8.5)
 
 
 def _reached(row: Result) -> tuple[float, str] | None:

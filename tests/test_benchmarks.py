@@ -761,6 +761,19 @@ def test_plots(tmp_path):
     assert path.name == "score.png" and path.stat().st_size > 10_000
 
 
+def test_plot_of_models(tmp_path):
+    pytest.importorskip("matplotlib")
+    forward = harness.Forward(3.0, 0.01, 0.1, 1 << 20, 2 << 20)
+    bars = {"ideal": 0.5}
+    prompt = doubling(dense=("peer",), bars=bars, forward=lambda x: forward)
+    token = doubling(dense=("peer",), forward=lambda x: dataclasses.replace(forward, ideal=None))
+    results = [harness.run_case(case, seconds=0.01) for case in (prompt, token)]
+    plots = bench.load("plots")
+    assert [plots._reached(result) for result in results] == [(results[0].of_ideal, "ideal"), None]
+    (path,) = plots.draw(harness.Report(harness.machine("test"), results), tmp_path)
+    assert path.stat().st_size > 10_000
+
+
 def test_break_even_chart(tmp_path):
     pytest.importorskip("matplotlib")
     results = [harness.run_case(sparse(), seconds=0.01), harness.run_case(doubling(), seconds=0.01)]
