@@ -403,7 +403,8 @@ class SelectRow {
 
   Cut cut_of_number(const KeyList& competitors, int64_t segment, int64_t forced) const {
     if (problem_.num_keep_per_row) {
-      return cut_at_count(competitors, problem_.num_keep_per_row.at(row_, segment) - forced, spare_);
+      const int64_t num_keep = std::max(problem_.num_keep_per_row.at(row_, segment), int64_t{0});
+      return cut_at_count(competitors, num_keep - forced, spare_);
     }
     return problem_.num_keep >= 0 ? cut_at_count(competitors, problem_.num_keep - forced, spare_) : kKeepAll;
   }
