@@ -134,7 +134,7 @@ asan: $(VENV)/.built
 	  $(PIP) install -q --no-build-isolation --no-deps --target build/asan .
 	cd build && PYTHONPATH=$(CURDIR)/build/asan $(ASAN_ENV) $(BIN)/python -c 'from pyvtk import _C; assert _C.build_info()["sanitize"], _C.__file__'
 	PYTHONPATH=$(CURDIR)/build/asan $(ASAN_ENV) $(ONE_THREAD) $(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not compile and not package' \
-	  --ignore tests/test_benchmarks.py --ignore tests/test_measure.py --ignore-glob 'tests/test_*_triton.py' \
+	  --ignore-glob 'tests/test_bench*.py' --ignore tests/test_measure.py --ignore-glob 'tests/test_*_triton.py' \
 	  --ignore-glob 'tests/integration/test_[!t]*.py' --ignore tests/integration/test_training.py $(PYTEST_ARGS)
 
 cpp-test: $(VENV)/.tools
