@@ -28,7 +28,6 @@ class Step:
 
     changes: dict[int, dict] = field(default_factory=dict)
     visual: dict[int, tuple] = field(default_factory=dict)
-
     group: Any = None
 
 

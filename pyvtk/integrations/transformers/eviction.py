@@ -28,11 +28,11 @@ def window_queries(
         if prompt.sizes.ends_full:
             hidden, cos, sin = (x[:, -window:] for x in (hidden, cos, sin))
         else:
-            if prompt.rows is None:  # the same in every layer
+            if prompt.window is None:  # the same in every layer
                 from_end = prompt.valid.flip(1).cumsum(1).flip(1)
                 last = prompt.valid & (from_end <= window)
-                prompt.rows = (pyvtk.Selection.from_mask(last, capacity=window, align="right"),)
-            hidden, cos, sin = pyvtk.compact(prompt.rows[0], hidden, cos, sin)
+                prompt.window = pyvtk.Selection.from_mask(last, capacity=window, align="right")
+            hidden, cos, sin = pyvtk.compact(prompt.window, hidden, cos, sin)
         q = models.project(layer, "q", layer.input_layernorm(hidden))
         prompt.scores[number] = models.rotate(q, cos, sin)
 

@@ -50,8 +50,8 @@ class Images:
             if isinstance(image_sizes, Tensor) and max(self.crops, default=0) > 1:
                 image_sizes = image_sizes.tolist()
 
-            def lay_out(values: Tensor, newline: Tensor) -> Tensor:
-                again = {**kwargs, "image_newline": newline} if "image_newline" in kwargs else kwargs
+            def lay_out(values: Tensor) -> Tensor:
+                again = {**kwargs, "image_newline": values.new_zeros(values.shape[-1])}
                 packed, _ = original(values.split(self.crops), image_sizes, *args, **again)
                 return torch.cat(packed)
 
@@ -96,14 +96,9 @@ class Images:
         ends = torch.tensor([0, *self.crops], device="cpu").cumsum(0)
         return ends.to(keys.device, non_blocking=True)
 
-    def to_placeholders(self, values: Tensor, newline: Tensor | None = None) -> Tensor:
-        """[placeholders, C], in the order of the sequence, from values [crops, patches, C].
-
-        ``newline`` [C]: what newline tokens get; None: zeros.
-        """
-        if self._lay_out is None:
-            return values.flatten(0, 1)
-        return self._lay_out(values, values.new_zeros(values.shape[-1]) if newline is None else newline)
+    def to_placeholders(self, values: Tensor) -> Tensor:
+        """[placeholders, C], in the order of the sequence, from values [crops, patches, C]; zeros for newlines."""
+        return values.flatten(0, 1) if self._lay_out is None else self._lay_out(values)
 
     def to_tokens(self, prompt: Prompt, values: Tensor, fill) -> Tensor:
         """[batch, tokens, ...], from a value [placeholders, ...] for each placeholder of an image; else ``fill``."""
@@ -118,7 +113,7 @@ class Images:
         return torch.where(visual.view(*visual.shape, *[1] * (picked.dim() - 2)), picked, fill)
 
     def found(self) -> bool:
-        """Whether images were laid out since the last prompt. (Videos never are.)"""
+        """Whether images were laid out since the last prompt."""
         return self._lay_out is not None
 
     def clear(self) -> None:
@@ -135,6 +130,8 @@ def anyres_layout(prompt: Prompt) -> pyvtk.TokenLayout | None:
     """
     handle = prompt.handle
     images, vision = handle.images, handle.model.config.vision_config
+    if prompt.videos:
+        raise NotImplementedError("accelerate: it is not known where tokens of videos stand; give layout=")
     if not images.found():
         return None
     side = vision.image_size // vision.patch_size

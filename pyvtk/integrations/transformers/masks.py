@@ -9,7 +9,8 @@ PREFIX = "pyvtk_"  # of our own attention functions, which wrap those of transfo
 
 
 def form_of(implementation: str) -> str:
-    """ "bool" [batch, 1, queries, keys], "float" (the same, added to logits), or "keys" (bool [batch, keys])."""
+    """What an attention implementation takes: "bool" [batch, 1, queries, keys], "float" (the same, added to logits), or
+    "keys" (bool [batch, keys])."""
     base = implementation.removeprefix(PREFIX)
     if base == "sdpa":
         return "bool"

@@ -38,6 +38,8 @@ def begin(handle: Handle, input_ids: Tensor | None, kwargs: dict, labels: Tensor
     if valid is not None:
         visual = visual & valid
     prompt = Prompt(handle, input_ids, visual, valid, labels=labels, position_ids=kwargs.get("position_ids"))
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    prompt.videos = kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None
     if labels is not None and handle.method.answers:
         prompt.labelled = labels != -100
     done = prepare(handle, prompt, caches.cache_of(kwargs))

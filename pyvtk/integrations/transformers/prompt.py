@@ -127,6 +127,8 @@ class Prompt:
         ready: whether sizes, layout and plan are known; a prompt without images never is.
         layout, plan, rows: of methods that need a layout, change attention, or split the feed-forward layers
             (selections of visual and of other tokens).
+        window: the last tokens of each sample, which score for the cache; None: they are the last columns.
+        videos: whether there are videos among the images.
         labelled: bool [batch, tokens], the tokens that have a label, where training scores from the rows before them
             (:func:`before_answers`); None: the last row of each sample scores.
         span: int [batch, 1] twice, where each sample begins and ends in positions, once asked for.
@@ -148,6 +150,8 @@ class Prompt:
     layout: pyvtk.TokenLayout | None = None
     plan: pyvtk.AttentionPlan | None = None
     rows: tuple[pyvtk.Selection, pyvtk.Selection] | None = None
+    window: pyvtk.Selection | None = None
+    videos: bool = False
     span: tuple[Tensor, Tensor] | None = None
     tokens: dict[int, Tokens] = field(default_factory=dict)
     scores: dict[int, tuple] = field(default_factory=dict)
