@@ -42,32 +42,26 @@ def in_rows(slots: Tensor, rows: int) -> Tensor:
     return slots.new_zeros((*slots.shape[:2], rows + 1)).scatter(2, where, slots)[..., :rows]
 
 
-@exact
-def neighbor_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_bias: Tensor | None, visual_heads: Tensor | None, plan: list[Tensor],
-    rule: list[int], scale: float, keep_mass: bool, zero_rows: bool,
+def over_map(
+    q: Tensor, k: Tensor, v: Tensor, k_bias: Tensor | None, seen: Tensor, visual: Tensor | None, off: Tensor | None,
+    scale: float, keep_mass: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out_i = sum_j p_ij v_j with p_ij = exp(z_ij - lse_i), lse_i = log sum_j exp z_ij over the visible keys j, and
-    z_ij = scale q_i . k_j + k_bias_j. Nobody sees a key with bias -inf. Queries that see nothing: out 0, lse -inf.
+    """Attention (out, lse) over a map of what is seen.
 
-    Heads that are off in ``visual_heads`` give visual keys no weight: after the softmax (keep_mass), or before it. With
-    zero_rows, visual queries of these heads see nothing.
+    Args:
+        seen: bool [batch, 1 or heads, queries, keys]; less what k_bias, [batch, keys], hides by -inf.
+        visual: bool [batch, keys], the keys that heads which are ``off`` (bool [heads]; None: none is) give no weight:
+            after the softmax (keep_mass), or before it.
     """
-    query_slots, key_slots, routes = plan[0], plan[1], plan[-1]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     group = heads // kv_heads if kv_heads else 1
-    query_facts, key_facts = in_rows(query_slots, queries), in_rows(key_slots, keys)
-    seen = visible(query_facts, key_facts, rule, routes)[:, None]  # [batch, 1, queries, keys]
     if k_bias is not None:
         seen = seen & (k_bias != float("-inf"))[:, None, None]
     weighed = None
-    if visual_heads is not None:
-        off = ~visual_heads[None, :, None, None]
-        weighed = ~(off & (key_facts[:, 1] >= 0)[:, None, None])  # [batch, heads, 1, keys]
-        if zero_rows:
-            seen = seen & ~(off & (query_facts[:, 1] >= 0)[:, None, :, None])
+    if off is not None:
+        weighed = ~(off[None, :, None, None] & visual[:, None, None])  # [batch, heads, 1, keys]
         if not keep_mass:
             seen, weighed = seen & weighed, None
     # What nobody sees may hold NaN, which a product with 0 would spread.
@@ -88,6 +82,27 @@ def neighbor_attention(
     out = torch.einsum("bgmij,bgjd->bgmid", weights.reshape(batch, kv_heads, group, queries, keys), v)
     # also stops whatever gradient arrives at blind rows
     return out.reshape(batch, heads, queries, dim).masked_fill(blind[..., None], 0), lse
+
+
+@exact
+def neighbor_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_bias: Tensor | None, visual_heads: Tensor | None, plan: list[Tensor],
+    rule: list[int], scale: float, keep_mass: bool, zero_rows: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out_i = sum_j p_ij v_j with p_ij = exp(z_ij - lse_i), lse_i = log sum_j exp z_ij over the visible keys j, and
+    z_ij = scale q_i . k_j + k_bias_j. Nobody sees a key with bias -inf. Queries that see nothing: out 0, lse -inf.
+
+    Heads that are off in ``visual_heads`` give visual keys no weight: after the softmax (keep_mass), or before it. With
+    zero_rows, visual queries of these heads see nothing.
+    """
+    query_slots, key_slots, routes = plan[0], plan[1], plan[-1]
+    queries, keys = q.shape[2], k.shape[2]
+    query_facts, key_facts = in_rows(query_slots, queries), in_rows(key_slots, keys)
+    seen = visible(query_facts, key_facts, rule, routes)[:, None]  # [batch, 1, queries, keys]
+    off = None if visual_heads is None else ~visual_heads
+    if off is not None and zero_rows:
+        seen = seen & ~(off[None, :, None, None] & (query_facts[:, 1] >= 0)[:, None, :, None])
+    return over_map(q, k, v, k_bias, seen, key_facts[:, 1] >= 0, off, scale, keep_mass)
 
 
 def weighed_attention(

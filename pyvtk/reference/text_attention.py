@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyvtk.reference._exact import exact
-from pyvtk.reference.attention import in_rows
+from pyvtk.reference.attention import in_rows, over_map
 
 
 def of_slots(key_slots: Tensor, keys: int, added_keys: bool) -> tuple[Tensor, Tensor]:
@@ -35,10 +35,8 @@ def text_attention(
     give visual keys no weight: after the softmax (keep_mass), or before it. ``key_slots`` of a plan stand for visual
     and k_mask where there is one row, which stands behind all keys.
     """
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    batch, heads, queries, dim = q.shape
-    kv_heads, keys = k.shape[1:3]
-    group = heads // kv_heads
+    batch, _, queries, _ = q.shape
+    keys = k.shape[2]
     if key_slots is not None:
         visual, k_mask = of_slots(key_slots, keys, added_keys)
     there = torch.ones((batch, keys), dtype=torch.bool, device=q.device) if k_mask is None else k_mask
@@ -49,27 +47,5 @@ def text_attention(
         seen = there[:, None] & (later[:, None] >= own[:, None])
     else:
         seen = there[:, None].expand(batch, queries, keys)
-    seen = seen[:, None]  # [batch, 1, queries, keys]
-    if k_bias is not None:
-        seen = seen & (k_bias != float("-inf"))[:, None, None]
-    weighed = None
-    if visual_heads is not None and visual is not None:
-        weighed = visual_heads[None, :, None, None] | ~visual[:, None, None]  # [batch, heads, 1, keys]
-        if not keep_mass:
-            seen, weighed = seen & weighed, None
-    # What nobody sees may hold NaN, which a product with 0 would spread.
-    unseen = ~seen.any(2)
-    rows = unseen if unseen.shape[1] == 1 else unseen.unflatten(1, (kv_heads, group)).all(2)
-    k, v = (x.to(wide).masked_fill(rows[..., None], 0) for x in (k, v))
-    blind = ~seen.any(3)
-    q = q.to(wide).masked_fill(blind[..., None], 0).reshape(batch, kv_heads, group, queries, dim)
-    logits = (torch.einsum("bgmid,bgjd->bgmij", q, k) * scale).reshape(batch, heads, queries, keys)
-    if k_bias is not None:
-        logits = logits + k_bias.to(wide).masked_fill(unseen.all(1), 0)[:, None, None]
-    lse = logits.masked_fill(~seen, float("-inf")).logsumexp(3)
-    # blind rows: exp(-inf - 0) = 0, and no NaN on the way back
-    weights = (logits - lse.masked_fill(blind, 0)[..., None]).masked_fill(~seen, float("-inf")).exp()
-    if weighed is not None:
-        weights = weights.masked_fill(~weighed, 0)
-    out = torch.einsum("bgmij,bgjd->bgmid", weights.reshape(batch, kv_heads, group, queries, keys), v)
-    return out.reshape(batch, heads, queries, dim).masked_fill(blind[..., None], 0), lse
+    off = None if visual_heads is None or visual is None else ~visual_heads
+    return over_map(q, k, v, k_bias, seen[:, None], visual, off, scale, keep_mass)
