@@ -292,3 +292,11 @@ def test_a_cache_of_another_kind():
     message = "accelerate: the cache must be dynamic or static, got Layer"
     with vtk.accelerate(model_of("llava"), FASTV), pytest.raises(NotImplementedError, match=message):
         model_of("llava")(**inputs_of("llava"), **{CACHE: cache})
+
+
+def test_videos_among_anyres_images():
+    """Where their tokens stand is not known; what is known of images must not be taken for it."""
+    inputs = alone("llava_onevision", 0)
+    with vtk.accelerate(model_of("llava_onevision"), METHODS["YOPO, cut"]):
+        with pytest.raises(NotImplementedError, match="accelerate: it is not known where tokens of videos stand"):
+            model_of("llava_onevision")(**inputs, pixel_values_videos=torch.zeros(1, 2, 3, 8, 8))
